@@ -1,0 +1,5 @@
+//! Floor 0: knows nothing of tensors.
+
+pub(crate) mod par;
+pub mod progress;
+pub(crate) mod rng;

@@ -1,0 +1,11 @@
+//! Floor 1, side room: files to host data and back. Knows no model, no plan, and no device but the host.
+
+pub mod atomic;
+pub mod image;
+pub mod nifti;
+pub mod npz;
+pub(crate) mod pth;
+pub mod weights;
+
+pub use image::{Geometry, Image, LabelData, Segmentation};
+pub use nifti::{read_nifti, read_nifti_header, read_segmentation, write_image, write_nifti};

@@ -1,0 +1,6 @@
+//! Floor 7: the nnU-Net pipeline, in the order it runs.
+
+pub mod model;
+pub mod plans;
+pub mod predict;
+pub mod preprocess;

@@ -1,0 +1,127 @@
+//! What a trained model needs to be used: the part of nnU-Net's plans that inference reads, typed and closed, the
+//! same for a v1 `plans.pkl`, a v2 `plans.json` and the project's own model folder.
+
+use serde::{Deserialize, Serialize};
+
+/// Whose rules of preprocessing, aggregation and export hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Rules {
+    /// nnU-Net 1.7 (the published STU-Net checkpoints): resample, then normalise; softmax averaged.
+    NnunetV1,
+    /// nnU-Net 2: normalise, then resample; logits averaged.
+    NnunetV2,
+}
+
+/// Intensity normalisation of one channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Normalization {
+    /// Clip to the data set's 0.5 and 99.5 percentiles, then (x - mean) / std of the data set.
+    Ct,
+    /// (x - mean) / std of the image (v1: "nonCT").
+    ZScore,
+    /// Unchanged.
+    None,
+    /// To [0, 1] by the image's own minimum and maximum.
+    RescaleTo01,
+    /// 0..255 divided by 255.
+    RgbTo01,
+}
+
+/// Intensity statistics of a channel over the training set's foreground.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Intensity {
+    /// Mean.
+    pub mean: f64,
+    /// Standard deviation (population).
+    pub std: f64,
+    /// 0.5th percentile.
+    pub percentile_00_5: f64,
+    /// 99.5th percentile.
+    pub percentile_99_5: f64,
+}
+
+/// One input channel.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Channel {
+    /// "CT", "T1" ...
+    pub name: String,
+    /// Its normalisation.
+    pub normalization: Normalization,
+    /// Statistics and changes only inside the nonzero mask.
+    pub use_mask: bool,
+    /// Needed by [`Normalization::Ct`].
+    pub intensity: Option<Intensity>,
+}
+
+/// How an array is resampled (nnU-Net `resample_data_or_seg_to_shape`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Resampling {
+    /// Spline order in general: 0, 1 or 3.
+    pub order: u8,
+    /// Order along the coarse axis when that is treated apart: 0 or 1.
+    pub order_z: u8,
+    /// Treat the coarse axis apart always, never, or by the 3:1 rule (`None`).
+    pub force_separate_z: Option<bool>,
+}
+
+/// What the network's output channels mean.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Decision {
+    /// One channel per label 0, 1, 2 ...: the largest wins.
+    Argmax,
+    /// One channel per region; where it is positive, `paint[i]` is written, in order.
+    Regions {
+        /// The label value that region i writes (`regions_class_order`).
+        paint: Vec<u16>,
+    },
+}
+
+/// Everything inference needs besides weights. Axes are those of the *transposed* array (after `transpose_forward`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct InferencePlan {
+    /// Whose rules hold.
+    pub rules: Rules,
+    /// Data set name, for people.
+    pub dataset: String,
+    /// Trainer name as stored, for people.
+    pub trainer: String,
+    /// Configuration name, "3d_fullres" ...
+    pub configuration: String,
+    /// Input channels in order.
+    pub channels: Vec<Channel>,
+    /// Label names by value, background left out.
+    pub labels: Vec<(u16, String)>,
+    /// Meaning of the output channels.
+    pub decision: Decision,
+    /// Output channels of the network.
+    pub heads: usize,
+    /// Window size in voxels.
+    pub patch: [usize; 3],
+    /// Target spacing in mm.
+    pub spacing_mm: [f64; 3],
+    /// Array axes are permuted by this before anything else.
+    pub transpose_forward: [usize; 3],
+    /// The inverse permutation.
+    pub transpose_backward: [usize; 3],
+    /// Strides of the five poolings.
+    pub strides: [[usize; 3]; 5],
+    /// Axes that test-time mirroring may flip.
+    pub mirror_axes: Vec<usize>,
+    /// Resampling of images.
+    pub resampling_data: Resampling,
+    /// Resampling of the network's output.
+    pub resampling_probabilities: Resampling,
+    /// v1 only: labels of which the largest component is kept, as its postprocessing.json says; usually empty.
+    #[serde(default)]
+    pub keep_largest: Vec<u16>,
+}

@@ -1,0 +1,94 @@
+//! Recycling allocator with byte accounting and a limit.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::buffer::Memory;
+use super::device::MemoryReport;
+use crate::error::{Error, Result};
+
+/// Freed memory is kept by size and handed out again, so that a second pass takes no page faults.
+#[derive(Default)]
+pub(super) struct Pool {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    free: BTreeMap<usize, Vec<Memory>>,
+    in_use: usize,
+    idle: usize,
+    peak: usize,
+    limit: Option<usize>,
+}
+
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is plain numbers and memory: a panic elsewhere leaves nothing half done in it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory of at least `bytes` bytes, initialised but with unspecified values.
+    pub(super) fn take(&self, bytes: usize) -> Result<Memory> {
+        let size = bytes.max(1).next_multiple_of(64);
+        let mut s = self.lock();
+        // A piece up to a quarter too large is good enough; anything larger would hide memory from other sizes.
+        let found = s.free.range(size..=size + size / 4).next().map(|(k, _)| *k);
+        if let Some(k) = found
+            && let Some(list) = s.free.get_mut(&k)
+            && let Some(m) = list.pop()
+        {
+            if list.is_empty() {
+                s.free.remove(&k);
+            }
+            s.idle -= k;
+            s.in_use += k;
+            s.peak = s.peak.max(s.in_use);
+            return Ok(m);
+        }
+        if let Some(limit) = s.limit
+            && s.in_use + size > limit
+        {
+            return Err(Error::OutOfMemory { what: "a tensor".into(), asked: size, in_use: s.in_use, limit });
+        }
+        // Idle pieces of other sizes must not push the process above its own peak.
+        if s.in_use + s.idle + size > s.limit.unwrap_or(usize::MAX).min(s.peak.max(s.in_use + size)) {
+            s.free.clear();
+            s.idle = 0;
+        }
+        let m = Memory::new(size)?;
+        s.in_use += m.bytes();
+        s.peak = s.peak.max(s.in_use);
+        Ok(m)
+    }
+
+    pub(super) fn give(&self, m: Memory) {
+        let mut s = self.lock();
+        let n = m.bytes();
+        s.in_use -= n;
+        s.idle += n;
+        s.free.entry(n).or_default().push(m);
+    }
+
+    pub(super) fn set_limit(&self, limit: Option<usize>) {
+        self.lock().limit = limit;
+    }
+
+    /// Gives idle memory back to the system.
+    pub(super) fn trim(&self) {
+        let mut s = self.lock();
+        s.free.clear();
+        s.idle = 0;
+    }
+
+    pub(super) fn report(&self) -> MemoryReport {
+        let s = self.lock();
+        MemoryReport { in_use: s.in_use, reserved: s.in_use + s.idle, peak: s.peak, limit: s.limit }
+    }
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.report().fmt(f)
+    }
+}
