@@ -26,7 +26,8 @@ impl Memory {
         if bytes < MAP_FROM {
             return Ok(Memory::Small(vec![Line([0.0; 16]); bytes.div_ceil(64)]));
         }
-        let map = MmapMut::map_anon(bytes).map_err(|e| Error::Device { what: format!("cannot map {bytes} bytes: {e}") })?;
+        let map =
+            MmapMut::map_anon(bytes).map_err(|e| Error::Device { what: format!("cannot map {bytes} bytes: {e}") })?;
         // First touch by 4 KiB pages costs up to half of a memory-bound pass. Advice only: a refusal is harmless.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);

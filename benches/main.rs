@@ -1,0 +1,3 @@
+//! Benchmarks, one file per subject: `cargo bench -- conv3d`.
+
+fn main() {}

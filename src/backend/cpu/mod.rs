@@ -1,0 +1,1 @@
+//! CPU kernels: scalar reference, AVX2 and AVX-512, chosen at run time.

@@ -1,0 +1,3 @@
+//! Floor 2: arithmetic on buffers. No gradients, no policy.
+
+pub(crate) mod cpu;

@@ -1,0 +1,1 @@
+//! Whole files or none: write to a temporary name, flush, sync, rename.

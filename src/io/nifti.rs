@@ -1,0 +1,1 @@
+//! NIfTI-1 files behind a guard around the `nifti` crate.

@@ -1,0 +1,18 @@
+//! STU-Net and nnU-Net from scratch: 3D medical image segmentation without Python or PyTorch.
+//!
+//! Research software. **Not a medical device**; not for diagnosis.
+
+pub mod autograd;
+pub(crate) mod backend;
+pub mod base;
+pub mod error;
+pub mod io;
+pub mod models;
+pub mod nn;
+pub mod nnunet;
+pub mod ops;
+pub mod phantom;
+pub mod tensor;
+
+pub use error::{Error, Result};
+pub use tensor::{Device, Isa};

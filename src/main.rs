@@ -1,0 +1,3 @@
+//! The command line. All logic is in the library.
+
+fn main() {}

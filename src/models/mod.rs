@@ -1,0 +1,1 @@
+//! Floor 6: the networks. Knows no files, plans or patches.

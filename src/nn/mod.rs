@@ -1,0 +1,1 @@
+//! Floor 5: parameters, modules, layers. Knows no concrete network.

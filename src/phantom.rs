@@ -1,0 +1,1 @@
+//! A synthetic torso CT with its truth.

@@ -1,0 +1,25 @@
+//! All tests in one binary, one file per subject: `cargo test --test all conv3d`.
+#![allow(missing_docs, unreachable_pub, reason = "test code")]
+
+mod common;
+
+mod add;
+mod bad_input;
+mod cli;
+mod conv3d;
+mod determinism;
+mod golden_networks;
+mod golden_predict;
+mod golden_preprocess;
+mod golden_v1;
+mod instance_norm;
+mod leaky_relu;
+mod model_folder;
+mod models;
+mod nifti;
+mod phantom;
+mod preprocess;
+mod pth;
+mod resample;
+mod tidy;
+mod upsample_nearest;
