@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{Device, Dims, Tensor};
 
 /// What a forward pass needs and no tensor knows: where it runs. `'m` is the borrow of the model whose parameters
 /// the pass reads, so that they need no reference counts and cannot change meanwhile.
@@ -50,5 +50,30 @@ impl Var {
     #[must_use]
     pub fn into_value(self) -> Tensor {
         self.value
+    }
+}
+
+/// A parameter of a model: its values, in the order its device computes with.
+#[derive(Debug)]
+pub struct Param {
+    value: Tensor,
+    dims: Dims,
+}
+
+impl Param {
+    /// `value` holds a parameter of logical size `dims`, packed for its device.
+    pub(crate) fn new(value: Tensor, dims: Dims) -> Self {
+        Self { value, dims }
+    }
+
+    /// Logical sizes: `[O, I, kD, kH, kW]` of a filter, `[C]` of a vector.
+    #[must_use]
+    pub fn dims(&self) -> &Dims {
+        &self.dims
+    }
+
+    /// The packed values.
+    pub(crate) fn value(&self) -> &Tensor {
+        &self.value
     }
 }

@@ -1,0 +1,84 @@
+//! Layers: parameters bound to an operation.
+
+use super::{Module, ParamSource, filter, vector};
+use crate::autograd::{Ctx, Param, Var};
+use crate::error::Result;
+use crate::ops::{self, Sources};
+use crate::tensor::Device;
+
+/// 3D convolution with bias. The padding keeps the size at stride 1 (half the kernel per axis).
+#[derive(Debug)]
+pub struct Conv3d {
+    weight: Param,
+    bias: Option<Param>,
+    how: ops::Conv3d,
+}
+
+impl Conv3d {
+    /// Loads `{name}.weight` of shape `[O, I, kD, kH, kW]` and, where the source has it, `{name}.bias` of shape `[O]`.
+    ///
+    /// # Errors
+    /// Whatever the source says; [`crate::Error::Model`] for a missing tensor or another shape.
+    pub fn load(
+        source: &dyn ParamSource,
+        name: &str,
+        dims: [usize; 5],
+        stride: [usize; 3],
+        device: &Device,
+    ) -> Result<Self> {
+        let bias = format!("{name}.bias");
+        Ok(Self {
+            weight: filter(source, &format!("{name}.weight"), dims, device)?,
+            bias: source.shape(&bias).map(|_| vector(source, &bias, dims[0], device)).transpose()?,
+            how: ops::Conv3d { stride, padding: [dims[2] / 2, dims[3] / 2, dims[4] / 2] },
+        })
+    }
+
+    /// Runs on one or two sources (two: as if concatenated along the channels).
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    pub fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Sources) -> Result<Var> {
+        ops::conv3d(cx, x, &self.weight, self.bias.as_ref(), self.how)
+    }
+}
+
+impl Module for Conv3d {
+    fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
+        self.run(cx, Sources::One(x))
+    }
+}
+
+/// Instance normalisation with affine parameters, eps 1e-5.
+#[derive(Debug)]
+pub struct InstanceNorm {
+    weight: Param,
+    bias: Param,
+}
+
+impl InstanceNorm {
+    /// Loads `{name}.weight` and `{name}.bias`, both of shape `[channels]`.
+    ///
+    /// # Errors
+    /// As [`Conv3d::load`].
+    pub fn load(source: &dyn ParamSource, name: &str, channels: usize, device: &Device) -> Result<Self> {
+        Ok(Self {
+            weight: vector(source, &format!("{name}.weight"), channels, device)?,
+            bias: vector(source, &format!("{name}.bias"), channels, device)?,
+        })
+    }
+
+    /// Normalises, then adds `residual`, then applies leaky ReLU of `slope`, each where given, in one pass.
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    pub fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, residual: Option<Var>, slope: Option<f32>) -> Result<Var> {
+        ops::instance_norm(cx, x, &self.weight, &self.bias, residual, ops::InstanceNorm { eps: 1e-5, slope })
+    }
+}
+
+impl Module for InstanceNorm {
+    fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
+        self.run(cx, x, None, None)
+    }
+}

@@ -1,0 +1,49 @@
+//! Where parameter values come from.
+
+use std::borrow::Cow;
+
+use crate::autograd::Param;
+use crate::error::{Error, Result};
+use crate::ops;
+use crate::tensor::Device;
+
+/// A named source of parameter values: a weight file, an initialiser, a test.
+pub trait ParamSource {
+    /// Sizes of the tensor `name`, or `None` when the source has no such tensor.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+
+    /// Values of the tensor `name` in row-major order (PyTorch's `[O, I, kD, kH, kW]` for a filter).
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the tensor is missing or damaged.
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>>;
+
+    /// The error for `name`, naming the file.
+    fn error(&self, name: &str, what: String) -> Error;
+}
+
+/// Reads a filter `[O, I, kD, kH, kW]` and packs it for the device.
+///
+/// # Errors
+/// Whatever the source says; [`Error::Model`] when the shape differs from `dims`.
+pub fn filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
+    let values = expect(source, name, &dims)?;
+    Ok(Param::new(ops::pack_filter(&values, dims, device)?, dims.into()))
+}
+
+/// Reads a vector `[C]`, padded with zeros to whole channel blocks.
+///
+/// # Errors
+/// As [`filter`].
+pub fn vector(source: &dyn ParamSource, name: &str, len: usize, device: &Device) -> Result<Param> {
+    let values = expect(source, name, &[len])?;
+    Ok(Param::new(ops::pack_vector(&values, device)?, [len].into()))
+}
+
+fn expect<'s>(source: &'s dyn ParamSource, name: &str, dims: &[usize]) -> Result<Cow<'s, [f32]>> {
+    match source.shape(name) {
+        Some(s) if s == dims => source.values(name),
+        Some(s) => Err(source.error(name, format!("shape {s:?}, expected {dims:?}"))),
+        None => Err(source.error(name, format!("missing, expected a tensor of shape {dims:?}"))),
+    }
+}
