@@ -1,6 +1,8 @@
 //! The sliding window: runs the network over an image from its first plane to its last and hands out finished planes
 //! of scores in rising order, so that at most one window's depth of scores (or the windows' features) exists at a time.
 
+use std::time::{Duration, Instant};
+
 use super::export::Planes;
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
@@ -154,6 +156,7 @@ pub(crate) struct Sweep<'a> {
     store: Store,
     rows_done: usize,
     passes_done: usize,
+    network: Duration,
     progress: &'a mut dyn Progress,
 }
 
@@ -192,8 +195,14 @@ impl<'a> Sweep<'a> {
             store,
             rows_done: 0,
             passes_done: 0,
+            network: Duration::ZERO,
             progress,
         })
+    }
+
+    /// Wall seconds spent running windows so far.
+    pub(crate) fn network_seconds(&self) -> f64 {
+        self.network.as_secs_f64()
     }
 
     /// Runs all windows that start at the `row`-th z start.
@@ -372,10 +381,12 @@ impl Planes for Sweep<'_> {
 
     fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
         let p = z + self.plan.pad()[0];
+        let clock = Instant::now();
         while self.rows_done < self.plan.starts[0].len() && self.plan.starts[0][self.rows_done] <= p {
             self.run_row(self.rows_done)?;
             self.rows_done += 1;
         }
+        self.network += clock.elapsed();
         if let Gather::Held(how) = self.plan.gather {
             let Store::Held(mut windows) = std::mem::replace(&mut self.store, Store::Held(Vec::new())) else {
                 return Err(Error::shape("sweep", "windows are not held"));
