@@ -214,19 +214,19 @@ impl ResBlock {
     fn load(
         source: &dyn ParamSource,
         name: &str,
-        inputs: &[usize],
+        inputs: usize,
         width: usize,
         stride: [usize; 3],
         shortcut: bool,
         device: &Device,
     ) -> Result<Self> {
-        let conv = |k: &str, inputs: &[usize], kernel, stride| {
+        let conv = |k: &str, inputs: usize, kernel, stride| {
             Conv3d::load(source, &format!("{name}.{k}"), width, inputs, kernel, stride, device)
         };
         Ok(Self {
             conv1: conv("conv1", inputs, K3, stride)?,
             norm1: InstanceNorm::load(source, &format!("{name}.norm1"), width, device)?,
-            conv2: conv("conv2", &[width], K3, ONE)?,
+            conv2: conv("conv2", width, K3, ONE)?,
             norm2: InstanceNorm::load(source, &format!("{name}.norm2"), width, device)?,
             conv3: if shortcut { Some(conv("conv3", inputs, K1, stride)?) } else { None },
         })
@@ -256,7 +256,7 @@ impl Stage {
         source: &dyn ParamSource,
         name: &str,
         blocks: usize,
-        inputs: &[usize],
+        inputs: usize,
         width: usize,
         stride: [usize; 3],
         device: &Device,
@@ -266,7 +266,7 @@ impl Stage {
             if b == 0 {
                 ResBlock::load(source, &name, inputs, width, stride, true, device)
             } else {
-                ResBlock::load(source, &name, &[width], width, ONE, false, device)
+                ResBlock::load(source, &name, width, width, ONE, false, device)
             }
         };
         (0..blocks).map(block).collect::<Result<_>>().map(Stage)
@@ -324,16 +324,16 @@ impl StuNet {
         for s in 0..6 {
             let name = format!("conv_blocks_context.{s}");
             let (input, stride) = if s == 0 { (c.in_channels, ONE) } else { (c.dims[s - 1], c.strides[s - 1]) };
-            net.encoder.push(Stage::load(source, &name, c.depth[s], &[input], c.dims[s], stride, device)?);
+            net.encoder.push(Stage::load(source, &name, c.depth[s], input, c.dims[s], stride, device)?);
         }
         for u in 0..5 {
             let (below, w) = (c.dims[5 - u], c.dims[4 - u]);
             let up = format!("upsample_layers.{u}.conv");
-            net.up.push(Conv3d::load(source, &up, w, &[below], K1, ONE, device)?);
+            net.up.push(Conv3d::load(source, &up, w, below, K1, ONE, device)?);
             let name = format!("conv_blocks_localization.{u}");
-            net.decoder.push(Stage::load(source, &name, c.decoder_depth[u], &[w, w], w, ONE, device)?);
+            net.decoder.push(Stage::load(source, &name, c.decoder_depth[u], 2 * w, w, ONE, device)?);
             let head = format!("seg_outputs.{u}");
-            net.heads.push(Conv3d::load(source, &head, c.classes, &[w], K1, ONE, device)?);
+            net.heads.push(Conv3d::load(source, &head, c.classes, w, K1, ONE, device)?);
         }
         Ok(net)
     }

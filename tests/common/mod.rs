@@ -1,5 +1,8 @@
 //! Helpers of the tests.
 
+pub mod bound;
+pub mod drive;
+
 use std::path::PathBuf;
 
 /// The folder of reference data beside the project, or `None`, said aloud, where it is absent: the project's own
