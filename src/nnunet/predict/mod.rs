@@ -1,1 +1,3 @@
 //! From image to segmentation.
+
+pub(crate) mod export;
