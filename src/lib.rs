@@ -5,6 +5,7 @@
 pub mod autograd;
 pub(crate) mod backend;
 pub mod base;
+pub mod demo;
 pub mod error;
 pub mod io;
 pub mod models;
