@@ -17,5 +17,10 @@ pub mod phantom;
 pub mod preview;
 pub mod tensor;
 
+pub use base::progress::{Event, Flow, Progress};
 pub use error::{Error, Result};
+pub use io::{Geometry, Image, Segmentation};
+pub use nnunet::model::{Folds, ModelOptions};
+pub use nnunet::plans::{Decision, InferencePlan};
+pub use nnunet::predict::{Mode, PredictOptions, Prediction, Predictor, Probabilities, Report};
 pub use tensor::{Device, Isa};

@@ -2,5 +2,6 @@
 
 pub mod model;
 pub mod plans;
+mod postprocess;
 pub mod predict;
 pub mod preprocess;

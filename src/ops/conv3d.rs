@@ -158,7 +158,7 @@ pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> R
 /// # Errors
 /// [`Error::Shape`] when the number of values is not the product of `dims`; [`Error::OutOfMemory`].
 pub fn pack_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Tensor> {
-    if values.len() != dims.iter().product() {
+    if values.len() != dims.iter().product::<usize>() {
         return Err(Error::shape("pack_filter", format!("{} values for a filter {dims:?}", values.len())));
     }
     let mut out = Tensor::empty(Dims::from([packed_len(dims)]), Layout::PLAIN, device)?;

@@ -5,7 +5,6 @@
 //! Linear interpolation commutes with the network's last layer, which is affine: where a plane source can give the
 //! layer's inputs, 16 features in place of 105 logits are interpolated and the layer is applied after it.
 
-use crate::backend::cpu::head_argmax::{LinearHead, Tap, Winner, blend, head_row, label_row, sample};
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::LabelData;
@@ -13,6 +12,7 @@ use crate::nnunet::plans::{Decision, InferencePlan, Resampling, Rules};
 use crate::nnunet::preprocess::Properties;
 use crate::nnunet::preprocess::resample::{View, axes, resample_labels, separate_axis, zeros};
 use crate::nnunet::preprocess::spline::Axis;
+use crate::ops::head::{LinearHead, Tap, Winner, blend, head_row, label_row, sample};
 use crate::tensor::Isa;
 
 /// Rows of a plane that one piece of parallel work makes.
@@ -45,13 +45,14 @@ pub(crate) enum Scores {
 
 /// Scores of every class or region.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Probabilities {
+#[non_exhaustive]
+pub struct Probabilities {
     /// (channel, z, y, x), x fastest.
-    pub(crate) values: Vec<f32>,
+    pub values: Vec<f32>,
     /// Number of channels.
-    pub(crate) channels: usize,
+    pub channels: usize,
     /// Voxels along (z, y, x), in the image's own order of axes.
-    pub(crate) shape: [usize; 3],
+    pub shape: [usize; 3],
 }
 
 /// How one image's prediction becomes labels.

@@ -9,16 +9,17 @@ use std::time::Instant;
 
 pub use export::Probabilities;
 
-use self::export::{Export, Planes};
+use self::export::{Export, Planes, Scores};
 use self::sweep::{Gather, Sweep, SweepPlan};
-use super::model::{ModelFolder, ModelOptions};
+use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
+use super::postprocess::keep_largest_component;
 use super::preprocess::{Preprocessed, preprocess};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{Image, Segmentation};
-use crate::models::{Head, StuNet};
-use crate::ops::head::Activation;
+use crate::models::StuNet;
+use crate::ops::head::{Activation, LinearHead};
 use crate::tensor::Device;
 
 /// How a v1 model's result is brought back to the image's grid (`--mode` of nnU-Net v1).
@@ -143,15 +144,10 @@ impl Predictor {
     /// As [`Predictor::open`].
     pub fn open_with(model: impl AsRef<Path>, device: &Device, options: &ModelOptions) -> Result<Self> {
         let folder = ModelFolder::open(model.as_ref(), options)?;
-        let config = folder.stunet_config()?;
-        let nets = folder.folds().iter().map(|f| config.build(f, device)).collect::<Result<Vec<_>>>()?;
-        let plan = folder.into_plan();
-        let div = config.divisor();
-        if let Some(a) = (0..3).find(|&a| plan.patch[a] == 0 || !plan.patch[a].is_multiple_of(div[a])) {
-            let what = format!("patch size {:?} is not a multiple of the network's {div:?} (axis {a})", plan.patch);
-            return Err(Error::model(model.as_ref(), "patch_size", what));
-        }
-        Ok(Self { plan, nets, device: device.clone(), options: PredictOptions::default() })
+        let config = folder.architecture.config(folder.plan.strides);
+        let build = |f: &FoldWeights| config.build(&f.weights, device);
+        let nets = device.install(|| folder.folds.iter().map(build).collect::<Result<Vec<_>>>())?;
+        Ok(Self { plan: folder.plan, nets, device: device.clone(), options: PredictOptions::default() })
     }
 
     /// Sets the options of the predictions that follow.
@@ -186,6 +182,35 @@ impl Predictor {
         this.device.install(|| this.run(image, progress))
     }
 
+    /// Class scores on the network's own grid, before resampling: probabilities of a v1 model, logits of a v2 one.
+    #[doc(hidden)]
+    pub fn network_scores(&mut self, image: &Image) -> Result<Probabilities> {
+        self.check_options()?;
+        let this = &*self;
+        this.device.install(|| {
+            let case = preprocess(image, &this.plan)?;
+            let plan = this.plan_sweep(&case)?;
+            let head = this.combined_head(&plan)?;
+            let (inputs, channels, voxels) = (plan.channels(), this.plan.heads, case.shape.iter().product::<usize>());
+            let mut nothing = ();
+            let mut sweep = Sweep::new(plan, &this.nets, &this.device, &case.data, &mut nothing)?;
+            let area = case.shape[1] * case.shape[2];
+            let (mut plane, mut scores) = (vec![0.0; area * inputs], vec![0.0; channels]);
+            let mut out = Probabilities { values: vec![0.0; channels * voxels], channels, shape: case.shape };
+            for z in 0..case.shape[0] {
+                sweep.plane(z, &mut plane)?;
+                for (i, v) in plane.chunks_exact(inputs).enumerate() {
+                    match &head {
+                        Some(h) => h.apply(v, &mut scores),
+                        None => scores.copy_from_slice(v),
+                    }
+                    (0..channels).for_each(|c| out.values[c * voxels + z * area + i] = scores[c]);
+                }
+            }
+            Ok(out)
+        })
+    }
+
     fn check_options(&self) -> Result<()> {
         let o = &self.options;
         if !(o.step_size > 0.0 && o.step_size <= 1.0) {
@@ -208,22 +233,32 @@ impl Predictor {
 
         let sweep = self.plan_sweep(&case)?;
         self.check_memory(&sweep, &case, image)?;
-        let (tiles, head) = (sweep.windows(), self.combined_head(&sweep));
+        let (tiles, head) = (sweep.windows(), self.combined_head(&sweep)?);
         tell(progress, Event::Stage("network"))?;
         let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
-        let export = Export { plan: &self.plan, case: &case, head: head.as_ref(), device: &self.device };
-        let (labels, probabilities) = match self.options.mode {
+        let export = Export {
+            plan: &self.plan,
+            properties: &case.properties,
+            scores: if self.plan.rules == Rules::NnunetV2 { Scores::Logits } else { Scores::Probabilities },
+            head: head.as_ref(),
+            isa: self.device.isa(),
+        };
+        let (mut labels, probabilities) = match self.options.mode {
             Mode::Normal if self.options.probabilities => {
-                let p = export.probabilities(&mut sweep)?;
-                (export.labels_of(&p)?, Some(p))
+                let (labels, p) = export.labels_and_probabilities(&mut sweep)?;
+                (labels, Some(p))
             }
             Mode::Normal => (export.labels(&mut sweep)?, None),
-            Mode::Fast => (export.labels_on_network_grid(&mut sweep, 1)?, None),
-            Mode::Fastest => (export.labels_on_network_grid(&mut sweep, 0)?, None),
+            Mode::Fast => (export.labels_fast(&mut sweep, 1)?, None),
+            Mode::Fastest => (export.labels_fast(&mut sweep, 0)?, None),
         };
+        for &label in &self.plan.keep_largest {
+            keep_largest_component(&mut labels, image.geometry.shape, label);
+        }
         let network = sweep.network_seconds();
         let total = clock.elapsed().as_secs_f64();
-        let seconds = [("preprocess", preprocessing), ("network", network), ("export", total - preprocessing - network)];
+        let seconds =
+            [("preprocess", preprocessing), ("network", network), ("export", total - preprocessing - network)];
         let report = Report {
             tiles,
             network_shape: case.shape,
@@ -249,23 +284,23 @@ impl Predictor {
     }
 
     /// The head for planes of features: all folds' heads side by side, averaged.
-    fn combined_head(&self, plan: &SweepPlan) -> Option<Head> {
+    fn combined_head(&self, plan: &SweepPlan) -> Result<Option<LinearHead>> {
         if plan.gather != Gather::Features {
-            return None;
+            return Ok(None);
         }
         let (k, n) = (plan.channels(), self.nets.len());
         let lanes = k / n;
         let classes = self.plan.heads;
-        let mut head = Head { weight: vec![0.0; classes * k], bias: vec![0.0; classes], features: k };
+        let (mut weight, mut bias) = (vec![0.0; classes * k], vec![0.0; classes]);
         for (fold, net) in self.nets.iter().enumerate() {
             let h = net.head();
             for c in 0..classes {
-                head.bias[c] += h.bias[c] / n as f32;
-                let row = &mut head.weight[c * k + fold * lanes..][..h.features];
+                bias[c] += h.bias[c] / n as f32;
+                let row = &mut weight[c * k + fold * lanes..][..h.features];
                 row.iter_mut().zip(&h.weight[c * h.features..]).for_each(|(o, w)| *o = w / n as f32);
             }
         }
-        Some(head)
+        LinearHead::new(&weight, &bias).map(Some)
     }
 
     /// Refuses before anything runs what would not fit.

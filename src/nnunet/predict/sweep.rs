@@ -140,7 +140,11 @@ struct Held {
 
 enum Store {
     /// The planes `[first, first + patch)` of weighted sums; plane p lies in slot `p % patch`.
-    Ring { sum: Tensor, weight: Tensor, end: usize },
+    Ring {
+        sum: Tensor,
+        weight: Tensor,
+        end: usize,
+    },
     Held(Vec<Held>),
 }
 
@@ -335,6 +339,7 @@ impl<'a> Sweep<'a> {
 
     /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
     fn held_plane(&self, windows: &[Held], how: Activation, p: usize, out: &mut [f32]) {
+        let (device, heads, importance) = (self.device, &self.heads, self.importance.as_deref());
         let ([pz, py, px], [_, ny, nx]) = (self.plan.patch, self.plan.shape);
         let (pad, classes, lanes) = (self.plan.pad(), self.plan.classes, self.plan.features);
         let scale = 1.0 / (self.plan.flips.len() * self.plan.folds) as f32;
@@ -353,12 +358,12 @@ impl<'a> Sweep<'a> {
                 let Some(plane) = &window.planes[p - sz] else { continue };
                 let view = FeatureView { values: plane.as_slice(), size: [1, py, px], lanes };
                 view.row(0, y - sy, [false, window.flip[1], window.flip[2]], &mut row);
-                if let Some(m) = self.importance.as_deref() {
+                if let Some(m) = importance {
                     let m = &m[((p - sz) * py + y - sy) * px..][..px];
                     g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
                 }
                 let into = &mut sum[sx * classes..][..px * classes];
-                head::accumulate(self.device, &self.heads[window.fold], how, &row, &g, into);
+                head::accumulate(device, &heads[window.fold], how, &row, &g, into);
                 weight[sx..sx + px].iter_mut().zip(&g).for_each(|(w, g)| *w += g);
             }
             for (x, out) in out.chunks_exact_mut(classes).enumerate() {
