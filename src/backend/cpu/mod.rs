@@ -9,6 +9,7 @@ pub(crate) mod conv3d;
 pub(crate) mod instance_norm;
 pub(crate) mod isa;
 pub(crate) mod leaky_relu;
+pub(crate) mod probe;
 pub(crate) mod relayout;
 pub(crate) mod upsample_nearest;
 
