@@ -14,5 +14,9 @@ pub mod ops;
 pub mod phantom;
 pub mod tensor;
 
+pub use base::progress::{Event, Flow, Progress};
 pub use error::{Error, Result};
+pub use io::{Image, Segmentation};
+pub use nnunet::model::{Folds, ModelOptions};
+pub use nnunet::predict::{Mode, PredictOptions, Prediction, Predictor, Report};
 pub use tensor::{Device, Isa};
