@@ -75,6 +75,12 @@ impl Image {
         }
         Ok(Self { channels, geometry })
     }
+
+    /// Voxels, over all channels, that are NaN or infinite.
+    #[must_use]
+    pub fn non_finite(&self) -> usize {
+        self.channels.iter().flatten().filter(|v| !v.is_finite()).count()
+    }
 }
 
 /// Label values in the smallest type that holds them.

@@ -8,4 +8,5 @@ pub(crate) mod pth;
 pub mod weights;
 
 pub use image::{Geometry, Image, LabelData, Segmentation};
-// pub use nifti::{read_nifti, read_nifti_header, read_segmentation, write_image, write_nifti};
+pub use nifti::{read_nifti, read_nifti_header, read_segmentation, write_image, write_nifti};
+pub use npz::write_npz;

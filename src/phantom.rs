@@ -1,1 +1,0 @@
-//! A synthetic torso CT with its truth.
