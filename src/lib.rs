@@ -12,6 +12,8 @@ pub mod nn;
 pub mod nnunet;
 pub mod ops;
 pub mod phantom;
+#[cfg(feature = "picture")]
+pub mod preview;
 pub mod tensor;
 
 pub use base::progress::{Event, Flow, Progress};
