@@ -234,9 +234,8 @@ fn dependencies_stay_in_their_rooms() {
                     broken.push(format!("{file}:{i}: {name}"));
                 }
             }
-            let nifti = line.contains("use nifti::") || line.match_indices("::nifti::").any(|(at, _)| {
-                !line[..at].ends_with(|c: char| c.is_alphanumeric())
-            });
+            let nifti = line.contains("use nifti::")
+                || line.match_indices("::nifti::").any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric()));
             if nifti && !file.starts_with("src/io/nifti") && file != "src/io/mod.rs" {
                 broken.push(format!("{file}:{i}: nifti"));
             }
@@ -310,10 +309,8 @@ fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
 #[test]
 fn no_path_of_one_machine() {
     let folders = ["work", "root", "home"].map(|f| format!("/{f}/"));
-    let mut all: Vec<(String, String)> = ["src", "tests", "benches", ".ci", "kernels", "ptx"]
-        .iter()
-        .flat_map(|f| files(f, ""))
-        .collect();
+    let mut all: Vec<(String, String)> =
+        ["src", "tests", "benches", ".ci", "kernels", "ptx"].iter().flat_map(|f| files(f, "")).collect();
     for name in ["README.md", "Cargo.toml"] {
         all.push((name.into(), std::fs::read_to_string(root().join(name)).unwrap()));
     }

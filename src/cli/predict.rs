@@ -9,7 +9,8 @@ use stunet::nnunet::cases::{self, Case};
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::{Folds, ModelOptions};
 use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
-use stunet::{Error, Mode, PredictOptions, Prediction, Predictor, Result, io};
+use stunet::preview::{self, PreviewOptions};
+use stunet::{Error, Image, Mode, PredictOptions, Prediction, Predictor, Result, io};
 
 use super::args::{DeviceArgs, bytes, step_size};
 use super::output::{self, say_error, say_warning};
@@ -33,7 +34,9 @@ Examples:
   stunet predict -m model -i t1.nii.gz flair.nii.gz -o seg.nii.gz --no-tta
   stunet predict -m model -i imagesTs -o results --continue --report run.json
   stunet predict -d 4 -c 3d_fullres -tr STUNetTrainer_base -f 0 -i in -o out
-                 (searches the folder that nnUNet_results names)")]
+                 (searches the folder that nnUNet_results names)
+
+Exit codes: see 'stunet --help'.")]
 pub(super) struct Args {
     /// Model folder or file
     #[arg(short, long, value_name = "MODEL", required_unless_present = "dataset", help_heading = MODEL,
@@ -159,6 +162,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         None
     };
     args.create_folders(&jobs)?;
+    if args.is_cohort() {
+        cases::copy_descriptions(&model, &args.output)?;
+    }
     let mut failed = Vec::new();
     for (i, job) in jobs.iter().enumerate() {
         let title = format!("{}/{} {}", i + 1, jobs.len(), job.case.name);
@@ -201,7 +207,10 @@ impl Args {
 
     fn model_path(&self) -> Result<PathBuf> {
         if let Some(model) = &self.model {
-            return Ok(model.clone());
+            return match std::fs::metadata(model) {
+                Ok(_) => Ok(model.clone()),
+                Err(e) => Err(Error::Model { path: model.clone(), field: "model".into(), what: e.to_string() }),
+            };
         }
         let usage = |what: &str| Error::Usage { what: what.into() };
         let results = std::env::var_os("nnUNet_results")
@@ -344,7 +353,7 @@ impl Args {
     }
 
     /// Writes a case's files, the segmentation last: where it is, the others are too.
-    fn write(&self, job: &Job, image: &io::Image, prediction: &Prediction) -> Result<Vec<PathBuf>> {
+    fn write(&self, job: &Job, image: &Image, prediction: &Prediction) -> Result<Vec<PathBuf>> {
         let mut written = vec![job.output.clone()];
         if let Some(p) = &prediction.probabilities {
             let path = job.output.with_file_name(format!("{}.npz", cases::stem(&job.output).unwrap_or_default()));
@@ -352,7 +361,11 @@ impl Args {
             io::write_npz(&path, |npz| npz.array("probabilities", &[p.channels, z, y, x], |a| a.push(&p.values)))?;
             written.push(path);
         }
-        if let Some(path) = &job.preview {}
+        if let Some(path) = &job.preview {
+            let how = PreviewOptions::default().with_title(&job.case.name);
+            preview::render(image, &prediction.segmentation, &how)?.write_png(path)?;
+            written.push(path.clone());
+        }
         io::write_nifti(&job.output, &prediction.segmentation)?;
         Ok(written)
     }

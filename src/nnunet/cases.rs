@@ -2,10 +2,12 @@
 //! digits number the channel (nnU-Net `create_lists_from_splitted_dataset_folder`).
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::plans::Channel;
 use crate::error::{Error, Result};
+use crate::io::atomic::write_atomically;
 use crate::io::{Geometry, Image, read_nifti, read_nifti_header, read_segmentation};
 
 /// File name endings of images that can be read, the longer first.
@@ -71,6 +73,24 @@ pub fn part(cases: Vec<Case>, num_parts: usize, part_id: usize) -> Result<Vec<Ca
         return Err(Error::usage(what));
     }
     Ok(cases.into_iter().skip(part_id).step_by(num_parts).collect())
+}
+
+/// Copies the descriptions that nnU-Net's later steps (post-processing, ensembling) look for beside predictions,
+/// `plans.json` and `dataset.json`, if the model is a folder that has both.
+///
+/// # Errors
+/// [`Error::Io`] when they cannot be read or written.
+pub fn copy_descriptions(model: &Path, output: &Path) -> Result<()> {
+    let names = ["plans.json", "dataset.json"];
+    if !names.iter().all(|n| model.join(n).is_file()) {
+        return Ok(());
+    }
+    for name in names {
+        let (from, to) = (model.join(name), output.join(name));
+        let bytes = std::fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
+        write_atomically(&to, |file| file.write_all(&bytes).map_err(|e| Error::io("write", &to, e)))?;
+    }
+    Ok(())
 }
 
 impl Case {
