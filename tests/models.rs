@@ -1,1 +1,144 @@
+//! STU-Net against PyTorch, and laws of the whole network.
 
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use stunet::autograd::Ctx;
+use stunet::models::StuNetConfig;
+use stunet::nn::{Module, ParamSource};
+use stunet::tensor::{Dims, Tensor};
+use stunet::{Device, Error, Isa, Result};
+
+use crate::common::shared;
+
+/// The tensors `before/NAME` of a reference file.
+struct Before {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Before {
+    fn open(path: &Path) -> Self {
+        Self { path: path.into(), bytes: std::fs::read(path).unwrap() }
+    }
+
+    fn tensor(&self, name: &str) -> Option<(Vec<usize>, Vec<f32>)> {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let t = file.tensor(name).ok()?;
+        let values = t.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        Some((t.shape().to_vec(), values))
+    }
+}
+
+impl ParamSource for Before {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensor(&format!("before/{name}")).map(|(s, _)| s)
+    }
+
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
+        Ok(Cow::Owned(self.tensor(&format!("before/{name}")).unwrap().1))
+    }
+
+    fn error(&self, name: &str, what: String) -> Error {
+        panic!("{}: {name}: {what}", self.path.display())
+    }
+}
+
+fn usizes(v: &serde_json::Value) -> Vec<usize> {
+    v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as usize).collect()
+}
+
+/// Every head of three STU-Nets on every instruction set: at most twice PyTorch's own float32 error against float64.
+#[test]
+fn golden_train_outputs() {
+    let Some(dir) = shared("golden/train") else { return };
+    for name in ["net_0_stunet", "net_1_stunet_deep", "net_2_stunet"] {
+        let meta: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.join(format!("{name}.json"))).unwrap()).unwrap();
+        let source = Before::open(&dir.join(format!("{name}.safetensors")));
+        let features = usizes(&meta["arch"]["features"]);
+        let depth = meta["arch"]["depth"].as_u64().unwrap() as usize;
+        let strides: Vec<[usize; 3]> =
+            meta["strides"].as_array().unwrap().iter().map(|s| usizes(s).try_into().unwrap()).collect();
+        let config = StuNetConfig {
+            in_channels: meta["input_channels"].as_u64().unwrap() as usize,
+            classes: meta["classes"].as_u64().unwrap() as usize,
+            depth: [depth; 6],
+            decoder_depth: [depth; 5],
+            dims: features.try_into().unwrap(),
+            strides: strides.try_into().unwrap(),
+        };
+        let (shape, input) = source.tensor("input").unwrap();
+        let dims = [shape[1], shape[2], shape[3], shape[4], shape[5]];
+        for &isa in Isa::available() {
+            let device = Device::cpu_with(None, isa).unwrap();
+            let net = config.build(&source, &device).unwrap();
+            let mut cx = Ctx::infer(&device);
+            let x = cx.leaf(Tensor::from_host(&input[..dims.iter().product()], Dims::from(dims), &device).unwrap());
+            let outs = net.forward_all(&mut cx, x).unwrap();
+            assert_eq!(outs.len(), 5);
+            for (i, out) in outs.iter().enumerate() {
+                let (_, truth) = source.tensor(&format!("output/{i}")).unwrap();
+                let (mut err, mut norm) = (0f64, 0f64);
+                for (a, b) in out.value().to_host().iter().zip(&truth) {
+                    err += (f64::from(*a) - f64::from(*b)).powi(2);
+                    norm += f64::from(*b).powi(2);
+                }
+                let error = (err / norm).sqrt();
+                let torch = meta["torch_f32"]["error"][format!("output/{i}")].as_f64().unwrap();
+                eprintln!("{name} {} output {i}: {error:.2e}, PyTorch {torch:.2e}", isa.name());
+                assert!(error <= 2.0 * torch, "{name} {isa:?} output {i}: {error:e} > 2 x {torch:e}");
+            }
+        }
+    }
+}
+
+fn run(device: &Device, config: &StuNetConfig, patch: [usize; 3]) -> Vec<u32> {
+    let net = config.build_random(device, 3).unwrap();
+    let n = config.in_channels * patch.iter().product::<usize>();
+    let values: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let mut cx = Ctx::infer(device);
+    let dims = Dims::from([1, config.in_channels, patch[0], patch[1], patch[2]]);
+    let x = cx.leaf(Tensor::from_host(&values, dims, device).unwrap());
+    let y = device.install(|| net.forward(&mut cx, x)).unwrap();
+    y.value().to_host().iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn forward_is_the_same_for_any_thread_count() {
+    let config = StuNetConfig { dims: [8, 16, 20, 24, 24, 24], ..StuNetConfig::small(2, 5) }
+        .with_strides([[1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 1, 1]]);
+    let bits = [1, 2, 7].map(|t| run(&Device::cpu_with_threads(t).unwrap(), &config, [8, 48, 32]));
+    assert_eq!(bits[0], bits[1]);
+    assert_eq!(bits[0], bits[2]);
+    assert!(bits[0].iter().all(|&b| f32::from_bits(b).is_finite()));
+}
+
+#[test]
+fn wrong_inputs_are_refused() {
+    let device = Device::cpu();
+    let config = StuNetConfig { dims: [4; 6], ..StuNetConfig::small(1, 2) };
+    let net = config.build_random(&device, 0).unwrap();
+    for dims in [[1, 2, 32, 32, 32], [1, 1, 32, 32, 40]] {
+        let x = Tensor::from_host(&vec![0.0; dims.iter().product()], Dims::from(dims), &device).unwrap();
+        let mut cx = Ctx::infer(&device);
+        let x = cx.leaf(x);
+        assert!(net.features(&mut cx, x).is_err());
+    }
+}
+
+/// The planned peak is never below what a pass really takes, and close to it.
+#[test]
+fn activation_bytes_bound_the_measured_peak() {
+    let config = StuNetConfig::small(1, 3);
+    let device = Device::cpu();
+    let net = config.build_random(&device, 0).unwrap();
+    let weights = device.memory().in_use;
+    let mut cx = Ctx::infer(&device);
+    let x = cx.leaf(Tensor::from_host(&vec![0.5; 32 * 32 * 64], Dims::from([1, 1, 32, 32, 64]), &device).unwrap());
+    drop(net.features(&mut cx, x).unwrap());
+    let (peak, plan) = (device.memory().peak - weights, config.activation_bytes([32, 32, 64]));
+    assert!(peak <= plan + plan / 20, "peak {peak} is above the plan {plan}");
+    assert!(peak * 2 > plan, "the plan {plan} is far above the peak {peak}");
+}

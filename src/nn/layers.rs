@@ -15,22 +15,28 @@ pub struct Conv3d {
 }
 
 impl Conv3d {
-    /// Loads `{name}.weight` of shape `[O, I, kD, kH, kW]` and, where the source has it, `{name}.bias` of shape `[O]`.
+    /// Loads `{name}.weight` of shape `[out, sum of inputs, kD, kH, kW]` and, where the source has it, `{name}.bias`
+    /// of shape `[out]`. `inputs` are the channels of each tensor it will read: one, or two that are read as if
+    /// concatenated.
     ///
     /// # Errors
     /// Whatever the source says; [`crate::Error::Model`] for a missing tensor or another shape.
     pub fn load(
         source: &dyn ParamSource,
         name: &str,
-        dims: [usize; 5],
+        out: usize,
+        inputs: &[usize],
+        kernel: [usize; 3],
         stride: [usize; 3],
         device: &Device,
     ) -> Result<Self> {
+        let [kd, kh, kw] = kernel;
+        let dims = [out, inputs.iter().sum(), kd, kh, kw];
         let bias = format!("{name}.bias");
         Ok(Self {
-            weight: filter(source, &format!("{name}.weight"), dims, device)?,
-            bias: source.shape(&bias).map(|_| vector(source, &bias, dims[0], device)).transpose()?,
-            how: ops::Conv3d { stride, padding: [dims[2] / 2, dims[3] / 2, dims[4] / 2] },
+            weight: filter(source, &format!("{name}.weight"), dims, inputs, device)?,
+            bias: source.shape(&bias).map(|_| vector(source, &bias, out, device)).transpose()?,
+            how: ops::Conv3d { stride, padding: kernel.map(|k| k / 2) },
         })
     }
 

@@ -22,6 +22,17 @@ pub enum Sources {
     Two(Var, Var),
 }
 
+impl Sources {
+    /// The same sources once more; no data is copied.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        match self {
+            Sources::One(a) => Sources::One(a.clone()),
+            Sources::Two(a, b) => Sources::Two(a.clone(), b.clone()),
+        }
+    }
+}
+
 /// See the owner of this file.
 pub fn conv3d<'m>(cx: &mut Ctx<'m>, x: Sources, w: &'m Param, b: Option<&'m Param>, how: Conv3d) -> Result<Var> {
     let _ = (cx.device(), w.value(), b, how, &x);
@@ -29,7 +40,7 @@ pub fn conv3d<'m>(cx: &mut Ctx<'m>, x: Sources, w: &'m Param, b: Option<&'m Para
 }
 
 /// Packs.
-pub fn pack_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Tensor> {
+pub fn pack_filter(values: &[f32], dims: [usize; 5], _inputs: &[usize], device: &Device) -> Result<Tensor> {
     Tensor::from_host(values, dims.into(), device)
 }
 

@@ -1,1 +1,2 @@
 //! CPU kernels: scalar reference, AVX2 and AVX-512, chosen at run time.
+pub(crate) mod head;

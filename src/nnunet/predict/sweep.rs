@@ -1,0 +1,445 @@
+//! The sliding window: runs the network over an image from its first plane to its last and hands out finished planes
+//! of scores in rising order, so that at most one window's depth of scores (or the windows' features) exists at a time.
+
+use super::export::Planes;
+use super::window::{gaussian, starts};
+use crate::autograd::Ctx;
+use crate::base::par;
+use crate::base::progress::{Event, Progress, tell};
+use crate::error::{Error, Result};
+use crate::models::StuNet;
+use crate::ops::head::{self, Activation, PackedHead};
+use crate::tensor::{BLOCK, Device, Dims, Layout, Tensor};
+
+/// What is aggregated over windows, and where.
+///
+/// Averaging commutes with a linear head, so logits need not exist: the features are averaged and the head comes
+/// last. A softmax does not commute; then either the class scores of one window's depth are summed, or the windows'
+/// features are held until a plane is finished, whichever takes less memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gather {
+    /// Weighted sums of features; the caller applies the head to the planes.
+    Features,
+    /// Weighted sums of the head's activated scores.
+    Scores(Activation),
+    /// Features held per window, scores made plane by plane.
+    Held(Activation),
+}
+
+/// Everything that says which windows run and how they count; makes the memory plan before anything runs.
+#[derive(Debug, Clone)]
+pub(crate) struct SweepPlan {
+    /// Voxels of the image on the network's grid.
+    pub(crate) shape: [usize; 3],
+    /// Window size.
+    pub(crate) patch: [usize; 3],
+    /// First voxels per axis, in the padded image.
+    pub(crate) starts: [Vec<usize>; 3],
+    /// Mirrored passes.
+    pub(crate) flips: Vec<[bool; 3]>,
+    /// Aggregation.
+    pub(crate) gather: Gather,
+    /// True when windows count by a Gaussian, false when all voxels count alike.
+    pub(crate) gaussian: bool,
+    folds: usize,
+    features: usize,
+    classes: usize,
+}
+
+impl SweepPlan {
+    /// Plans windows of `patch` over `shape` at `step`; `linear` says that logits are averaged, otherwise `activation`
+    /// is applied to each window first. `features` are those of one network, of which there are `folds`.
+    pub(crate) fn new(
+        shape: [usize; 3],
+        patch: [usize; 3],
+        step: f64,
+        flips: Vec<[bool; 3]>,
+        nets: &[StuNet],
+        activation: Activation,
+    ) -> Result<Self> {
+        let config = nets.first().map(StuNet::config).ok_or_else(|| Error::usage("a model without a fold"))?;
+        let padded = [0, 1, 2].map(|a| shape[a].max(patch[a]));
+        let starts = [0, 1, 2].map(|a| starts(padded[a], patch[a], step));
+        let mut plan = Self {
+            shape,
+            patch,
+            starts,
+            flips,
+            gather: Gather::Features,
+            gaussian: true,
+            folds: nets.len(),
+            features: config.dims[0].next_multiple_of(BLOCK),
+            classes: config.classes,
+        };
+        let choices = match activation {
+            Activation::Identity => [Gather::Features, Gather::Scores(activation)],
+            _ => [Gather::Held(activation), Gather::Scores(activation)],
+        };
+        let bytes = choices.map(|g| plan.bytes_of(g));
+        plan.gather = if bytes[0] <= bytes[1] { choices[0] } else { choices[1] };
+        Ok(plan)
+    }
+
+    /// Voxels of the padded image.
+    fn padded(&self) -> [usize; 3] {
+        [0, 1, 2].map(|a| self.shape[a].max(self.patch[a]))
+    }
+
+    /// Zeros before the image; an odd remainder goes to the end.
+    fn pad(&self) -> [usize; 3] {
+        [0, 1, 2].map(|a| (self.padded()[a] - self.shape[a]) / 2)
+    }
+
+    /// Windows of the image.
+    pub(crate) fn windows(&self) -> usize {
+        self.starts.iter().map(Vec::len).product()
+    }
+
+    /// Passes through a network.
+    pub(crate) fn passes(&self) -> usize {
+        self.windows() * self.flips.len() * self.folds
+    }
+
+    /// Channels of the planes that come out.
+    pub(crate) fn channels(&self) -> usize {
+        match self.gather {
+            Gather::Features => self.folds * self.features,
+            Gather::Scores(_) | Gather::Held(_) => self.classes,
+        }
+    }
+
+    /// Bytes that aggregation takes, beside the network's own.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes_of(self.gather)
+    }
+
+    fn bytes_of(&self, gather: Gather) -> usize {
+        let [_, h, w] = self.padded();
+        let ring = |k: usize| 4 * self.patch[0] * h * w * (k + 1);
+        match gather {
+            Gather::Features => ring(self.folds * self.features),
+            Gather::Scores(_) => ring(self.classes),
+            Gather::Held(_) => {
+                let window = 4 * self.features * self.patch.iter().product::<usize>();
+                let row = window * self.starts[1].len() * self.starts[2].len() * self.folds * self.flips.len();
+                if self.starts[0].len() > 1 { row + row / 2 } else { row }
+            }
+        }
+    }
+}
+
+/// One pass's features, one tensor `[1, features, 1, H, W]` per plane so that finished planes go at once.
+struct Held {
+    start: [usize; 3],
+    flip: [bool; 3],
+    fold: usize,
+    planes: Vec<Option<Tensor>>,
+}
+
+enum Store {
+    /// The planes `[first, first + patch)` of weighted sums; plane p lies in slot `p % patch`.
+    Ring { sum: Tensor, weight: Tensor, end: usize },
+    Held(Vec<Held>),
+}
+
+/// A sweep under way.
+pub(crate) struct Sweep<'a> {
+    plan: SweepPlan,
+    nets: &'a [StuNet],
+    heads: Vec<PackedHead>,
+    device: &'a Device,
+    data: &'a [f32],
+    channels: usize,
+    importance: Option<Vec<f32>>,
+    store: Store,
+    rows_done: usize,
+    passes_done: usize,
+    progress: &'a mut dyn Progress,
+}
+
+impl<'a> Sweep<'a> {
+    /// Starts a sweep over `data` `[channels, z, y, x]` of the plan's shape.
+    pub(crate) fn new(
+        plan: SweepPlan,
+        nets: &'a [StuNet],
+        device: &'a Device,
+        data: &'a [f32],
+        progress: &'a mut dyn Progress,
+    ) -> Result<Self> {
+        let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
+        let [_, h, w] = plan.padded();
+        let store = match plan.gather {
+            Gather::Held(_) => Store::Held(Vec::new()),
+            Gather::Features | Gather::Scores(_) => {
+                let ring = |k: usize| Tensor::empty(Dims::from([plan.patch[0], h, w, k]), Layout::PLAIN, device);
+                Store::Ring { sum: ring(plan.channels())?, weight: ring(1)?, end: 0 }
+            }
+        };
+        let heads = nets.iter().map(|n| {
+            let head = n.head();
+            PackedHead::new(&head.weight, &head.bias, head.features, plan.features)
+        });
+        let heads = heads.collect();
+        let importance = plan.gaussian.then(|| gaussian(plan.patch));
+        Ok(Self {
+            plan,
+            nets,
+            heads,
+            device,
+            data,
+            channels,
+            importance,
+            store,
+            rows_done: 0,
+            passes_done: 0,
+            progress,
+        })
+    }
+
+    /// Runs all windows that start at the `row`-th z start.
+    fn run_row(&mut self, row: usize) -> Result<()> {
+        let z = self.plan.starts[0][row];
+        if let Store::Ring { sum, weight, end } = &mut self.store {
+            let (patch, upto) = (self.plan.patch[0], z + self.plan.patch[0]);
+            for t in [sum, weight] {
+                let n = t.as_slice().len() / patch;
+                let (from, to) = (*end, upto);
+                par::chunks_mut(unshared(t)?, n, |slot, plane| {
+                    // The plane that this slot will hold, if it is one of the new ones.
+                    if (from..to).any(|p| p % patch == slot) {
+                        plane.fill(0.0);
+                    }
+                });
+            }
+            *end = upto;
+        }
+        for y in self.plan.starts[1].clone() {
+            for x in self.plan.starts[2].clone() {
+                self.run_window([z, y, x])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_window(&mut self, start: [usize; 3]) -> Result<()> {
+        for fold in 0..self.nets.len() {
+            for flip in self.plan.flips.clone() {
+                let nets = self.nets;
+                let mut cx = Ctx::infer(self.device);
+                let x = cx.leaf(self.patch_at(start, flip)?);
+                let features = nets[fold].features(&mut cx, x)?.into_value();
+                self.add(start, flip, fold, &features)?;
+                self.passes_done += 1;
+                tell(self.progress, Event::Tiles { done: self.passes_done, total: self.plan.passes() })?;
+            }
+        }
+        self.add_weight(start)
+    }
+
+    /// The window's input, flipped, zeros outside the image.
+    fn patch_at(&self, start: [usize; 3], flip: [bool; 3]) -> Result<Tensor> {
+        let ([pz, py, px], [nz, ny, nx], pad) = (self.plan.patch, self.plan.shape, self.plan.pad());
+        let mut values = vec![0f32; self.channels * pz * py * px];
+        // The image coordinate of patch index i along an axis, if inside.
+        let at = |axis: usize, i: usize, n: usize, size: usize| {
+            let i = if flip[axis] { n - 1 - i } else { i };
+            (start[axis] + i).checked_sub(pad[axis]).filter(|&v| v < size)
+        };
+        par::chunks_mut(&mut values, py * px, |cz, plane| {
+            let (c, z) = (cz / pz, cz % pz);
+            let Some(z) = at(0, z, pz, nz) else { return };
+            for (y, row) in plane.chunks_exact_mut(px).enumerate() {
+                let Some(y) = at(1, y, py, ny) else { continue };
+                let source = &self.data[((c * nz + z) * ny + y) * nx..][..nx];
+                for (x, v) in row.iter_mut().enumerate() {
+                    if let Some(x) = at(2, x, px, nx) {
+                        *v = source[x];
+                    }
+                }
+            }
+        });
+        Tensor::from_host(&values, Dims::from([1, self.channels, pz, py, px]), self.device)
+    }
+
+    fn add(&mut self, start: [usize; 3], flip: [bool; 3], fold: usize, features: &Tensor) -> Result<()> {
+        let (plan, device) = (&self.plan, self.device);
+        let ([pz, py, px], [_, h, w]) = (plan.patch, plan.padded());
+        let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
+        let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
+        let view = FeatureView { values: features.as_slice(), size: plan.patch, lanes };
+        match &mut self.store {
+            Store::Held(windows) => {
+                let plane = |z: usize| -> Result<Option<Tensor>> {
+                    let mut t = Tensor::empty(Dims::from([1, lanes, 1, py, px]), Layout::BLOCKED, device)?;
+                    view.copy_plane(if flip[0] { pz - 1 - z } else { z }, unshared(&mut t)?);
+                    Ok(Some(t))
+                };
+                let planes = (0..pz).map(plane).collect::<Result<_>>()?;
+                windows.push(Held { start, flip, fold, planes });
+            }
+            Store::Ring { sum, .. } => {
+                let (gather, packed) = (plan.gather, &self.heads[fold]);
+                par::chunks_mut(unshared(sum)?, h * w * channels, |slot, plane| {
+                    let z = (slot + pz - start[0] % pz) % pz;
+                    let mut row = vec![0f32; px * lanes];
+                    let mut g = vec![scale; px];
+                    for y in 0..py {
+                        view.row(z, y, flip, &mut row);
+                        if let Some(m) = importance {
+                            let m = &m[(z * py + y) * px..][..px];
+                            g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
+                        }
+                        let out = &mut plane[((start[1] + y) * w + start[2]) * channels..][..px * channels];
+                        match gather {
+                            Gather::Scores(how) => head::accumulate(device, packed, how, &row, &g, out),
+                            Gather::Features | Gather::Held(_) => {
+                                for ((out, f), g) in out.chunks_exact_mut(channels).zip(row.chunks_exact(lanes)).zip(&g)
+                                {
+                                    let out = &mut out[fold * lanes..][..lanes];
+                                    out.iter_mut().zip(f).for_each(|(o, f)| *o += g * f);
+                                }
+                            }
+                        }
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn add_weight(&mut self, start: [usize; 3]) -> Result<()> {
+        let Store::Ring { weight, .. } = &mut self.store else { return Ok(()) };
+        let ([pz, py, px], [_, h, w]) = (self.plan.patch, self.plan.padded());
+        let importance = self.importance.as_deref();
+        par::chunks_mut(unshared(weight)?, h * w, |slot, plane| {
+            let z = (slot + pz - start[0] % pz) % pz;
+            for y in 0..py {
+                let out = &mut plane[(start[1] + y) * w + start[2]..][..px];
+                match importance {
+                    Some(m) => out.iter_mut().zip(&m[(z * py + y) * px..]).for_each(|(o, m)| *o += m),
+                    None => out.iter_mut().for_each(|o| *o += 1.0),
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
+    fn held_plane(&self, windows: &[Held], how: Activation, p: usize, out: &mut [f32]) {
+        let ([pz, py, px], [_, ny, nx]) = (self.plan.patch, self.plan.shape);
+        let (pad, classes, lanes) = (self.plan.pad(), self.plan.classes, self.plan.features);
+        let scale = 1.0 / (self.plan.flips.len() * self.plan.folds) as f32;
+        let [_, _, w] = self.plan.padded();
+        par::chunks_mut(out, nx * classes, |y, out| {
+            debug_assert!(y < ny);
+            let y = y + pad[1];
+            // The padded row: windows may reach past the image.
+            let (mut sum, mut weight) = (vec![0f32; w * classes], vec![0f32; w]);
+            let (mut row, mut g) = (vec![0f32; px * lanes], vec![scale; px]);
+            for window in windows {
+                let [sz, sy, sx] = window.start;
+                if !(sz..sz + pz).contains(&p) || !(sy..sy + py).contains(&y) {
+                    continue;
+                }
+                let Some(plane) = &window.planes[p - sz] else { continue };
+                let view = FeatureView { values: plane.as_slice(), size: [1, py, px], lanes };
+                view.row(0, y - sy, [false, window.flip[1], window.flip[2]], &mut row);
+                if let Some(m) = self.importance.as_deref() {
+                    let m = &m[((p - sz) * py + y - sy) * px..][..px];
+                    g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
+                }
+                let into = &mut sum[sx * classes..][..px * classes];
+                head::accumulate(self.device, &self.heads[window.fold], how, &row, &g, into);
+                weight[sx..sx + px].iter_mut().zip(&g).for_each(|(w, g)| *w += g);
+            }
+            for (x, out) in out.chunks_exact_mut(classes).enumerate() {
+                let inverse = 1.0 / weight[x + pad[2]];
+                let s = &sum[(x + pad[2]) * classes..][..classes];
+                out.iter_mut().zip(s).for_each(|(o, s)| *o = s * inverse);
+            }
+        });
+    }
+}
+
+impl Planes for Sweep<'_> {
+    fn channels(&self) -> usize {
+        self.plan.channels()
+    }
+
+    fn shape(&self) -> [usize; 3] {
+        self.plan.shape
+    }
+
+    fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
+        let p = z + self.plan.pad()[0];
+        while self.rows_done < self.plan.starts[0].len() && self.plan.starts[0][self.rows_done] <= p {
+            self.run_row(self.rows_done)?;
+            self.rows_done += 1;
+        }
+        if let Gather::Held(how) = self.plan.gather {
+            let Store::Held(mut windows) = std::mem::replace(&mut self.store, Store::Held(Vec::new())) else {
+                return Err(Error::shape("sweep", "windows are not held"));
+            };
+            self.held_plane(&windows, how, p, out);
+            // Planes up to this one are never asked for again.
+            for w in &mut windows {
+                let done = (p + 1).saturating_sub(w.start[0]).min(w.planes.len());
+                w.planes[..done].fill_with(|| None);
+            }
+            windows.retain(|w| w.planes.iter().any(Option::is_some));
+            self.store = Store::Held(windows);
+            return Ok(());
+        }
+        let Store::Ring { sum, weight, .. } = &self.store else {
+            return Err(Error::shape("sweep", "no sums"));
+        };
+        let ([_, h, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
+        let (pad, k, slot) = (self.plan.pad(), self.plan.channels(), p % self.plan.patch[0]);
+        let (sum, weight) = (&sum.as_slice()[slot * h * w * k..], &weight.as_slice()[slot * h * w..]);
+        par::chunks_mut(out, nx * k, |y, out| {
+            let at = (y + pad[1]) * w + pad[2];
+            for (x, out) in out.chunks_exact_mut(k).enumerate() {
+                let inverse = 1.0 / weight[at + x];
+                out.iter_mut().zip(&sum[(at + x) * k..]).for_each(|(o, s)| *o = s * inverse);
+            }
+        });
+        Ok(())
+    }
+}
+
+fn unshared(t: &mut Tensor) -> Result<&mut [f32]> {
+    t.as_mut_slice().ok_or_else(|| Error::shape("sweep", "a running sum is shared"))
+}
+
+/// Features in the blocked layout, read as rows of voxels with all channels together.
+#[derive(Clone, Copy)]
+struct FeatureView<'a> {
+    values: &'a [f32],
+    size: [usize; 3],
+    lanes: usize,
+}
+
+impl FeatureView<'_> {
+    /// The row that lands at window position (z, y) when the window was flipped by `flip`: `[x][lanes]`.
+    fn row(&self, z: usize, y: usize, flip: [bool; 3], out: &mut [f32]) {
+        let [nz, ny, nx] = self.size;
+        let z = if flip[0] { nz - 1 - z } else { z };
+        let y = if flip[1] { ny - 1 - y } else { y };
+        for b in 0..self.lanes / BLOCK {
+            let source = &self.values[((b * nz + z) * ny + y) * nx * BLOCK..][..nx * BLOCK];
+            for (x, v) in source.chunks_exact(BLOCK).enumerate() {
+                let x = if flip[2] { nx - 1 - x } else { x };
+                out[x * self.lanes + b * BLOCK..][..BLOCK].copy_from_slice(v);
+            }
+        }
+    }
+
+    /// Plane `z` in the blocked layout of a tensor of depth 1.
+    fn copy_plane(&self, z: usize, out: &mut [f32]) {
+        let [nz, ny, nx] = self.size;
+        let n = ny * nx * BLOCK;
+        for (b, out) in out.chunks_exact_mut(n).enumerate() {
+            out.copy_from_slice(&self.values[(b * nz + z) * n..][..n]);
+        }
+    }
+}

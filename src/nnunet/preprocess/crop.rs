@@ -1,0 +1,284 @@
+//! The nonzero region of an image (nnU-Net `crop_to_nonzero`).
+
+use std::collections::VecDeque;
+
+use super::resample::View;
+use crate::base::par;
+
+/// What one pass over the channels found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Scan {
+    /// Smallest box that holds every voxel that is not 0 in all channels, half-open along (z, y, x) of the view.
+    /// `None` where all voxels are 0.
+    pub(crate) bbox: Option<[[usize; 2]; 3]>,
+    /// Voxels of each channel that are not a number.
+    pub(crate) nan: Vec<usize>,
+    /// Voxels of each channel that are infinite.
+    pub(crate) infinite: Vec<usize>,
+}
+
+/// Looks at every voxel of all `channels` through `view`. NaN counts as nonzero, as it does in numpy.
+pub(crate) fn scan(channels: &[Vec<f32>], view: &View) -> Scan {
+    let [nz, ny, nx] = view.shape;
+    let planes = par::map(nz, |z| {
+        let mut row = vec![0f32; nx];
+        // Per channel: NaN, infinite.
+        let mut odd = vec![(0, 0); channels.len()];
+        let (mut y_range, mut x_range) = ([ny, 0], [nx, 0]);
+        for y in 0..ny {
+            for (array, odd) in channels.iter().zip(&mut odd) {
+                view.read(array, z, y, &mut row);
+                if !row.iter().fold(true, |all, v| all & v.is_finite()) {
+                    odd.0 += row.iter().filter(|v| v.is_nan()).count();
+                    odd.1 += row.iter().filter(|v| v.is_infinite()).count();
+                }
+                if let Some(first) = row.iter().position(|&v| v != 0.0) {
+                    let last = row.iter().rposition(|&v| v != 0.0).unwrap_or(first);
+                    x_range = [x_range[0].min(first), x_range[1].max(last + 1)];
+                    y_range = [y_range[0].min(y), y_range[1].max(y + 1)];
+                }
+            }
+        }
+        (odd, y_range, x_range)
+    });
+    let mut bbox = [[nz, 0], [ny, 0], [nx, 0]];
+    let (mut nan, mut infinite) = (vec![0; channels.len()], vec![0; channels.len()]);
+    for (z, (odd, y_range, x_range)) in planes.into_iter().enumerate() {
+        for (c, (n, i)) in odd.into_iter().enumerate() {
+            nan[c] += n;
+            infinite[c] += i;
+        }
+        if y_range[0] < y_range[1] {
+            for (b, r) in bbox.iter_mut().zip([[z, z + 1], y_range, x_range]) {
+                *b = [b[0].min(r[0]), b[1].max(r[1])];
+            }
+        }
+    }
+    Scan { bbox: (bbox[0][0] < bbox[0][1]).then_some(bbox), nan, infinite }
+}
+
+/// One bit per voxel, rows padded to whole words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mask {
+    shape: [usize; 3],
+    words: usize,
+    bits: Vec<u64>,
+}
+
+impl Mask {
+    /// Voxels that `inside` says, which fills a row (z, y).
+    pub(crate) fn new(shape: [usize; 3], inside: impl Fn(usize, usize, &mut [bool]) + Sync + Send) -> Self {
+        let words = shape[2].div_ceil(64);
+        let mut bits = vec![0u64; shape[0] * shape[1] * words];
+        par::chunks_mut(&mut bits, shape[1] * words, |z, plane| {
+            let mut row = vec![false; shape[2]];
+            for (y, packed) in plane.chunks_mut(words).enumerate() {
+                inside(z, y, &mut row);
+                for (word, voxels) in packed.iter_mut().zip(row.chunks(64)) {
+                    *word = voxels.iter().rev().fold(0, |w, &v| w << 1 | u64::from(v));
+                }
+            }
+        });
+        Self { shape, words, bits }
+    }
+
+    /// Voxels that are nonzero in any channel, holes filled.
+    ///
+    /// `view` must be the crop to the nonzero box: all that lies outside of it is background, so filling inside of it
+    /// is the same as filling the whole array.
+    pub(crate) fn nonzero(channels: &[Vec<f32>], view: &View) -> Self {
+        let mut mask = Self::new(view.shape, |z, y, inside| {
+            let mut row = vec![0f32; inside.len()];
+            inside.fill(false);
+            for array in channels {
+                view.read(array, z, y, &mut row);
+                inside.iter_mut().zip(&row).for_each(|(i, &v)| *i |= v != 0.0);
+            }
+        });
+        mask.fill_holes();
+        mask
+    }
+
+    /// Calls `f(x, inside)` along a row.
+    pub(crate) fn row(&self, z: usize, y: usize, mut f: impl FnMut(usize, bool)) {
+        let row = &self.bits[(z * self.shape[1] + y) * self.words..][..self.words];
+        for x in 0..self.shape[2] {
+            f(x, row[x / 64] >> (x % 64) & 1 == 1);
+        }
+    }
+
+    /// Voxels along (z, y, x).
+    pub(crate) fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    /// Fills every background region that does not reach the border through voxel faces (scipy `binary_fill_holes`).
+    ///
+    /// Rows are worked on whole, as bits: a row takes over what its four neighbours hold and spreads it along
+    /// itself; a row that grew wakes its neighbours. Every waking adds a run of voxels, so even a maze ends soon.
+    pub(crate) fn fill_holes(&mut self) {
+        let ([nz, ny, nx], words) = (self.shape, self.words);
+        let tail = if nx % 64 == 0 { u64::MAX } else { (1 << (nx % 64)) - 1 };
+        let free = |row: &[u64], w: usize| !row[w] & if w + 1 == words { tail } else { u64::MAX };
+        let mut outside = vec![0u64; self.bits.len()];
+        let mut waiting = vec![true; nz * ny];
+        let mut queue: VecDeque<usize> = (0..nz * ny).collect();
+        let mut grown = vec![0u64; words];
+        while let Some(row) = queue.pop_front() {
+            waiting[row] = false;
+            let (z, y) = (row / ny, row % ny);
+            let neighbours = [
+                (z > 0).then(|| row - ny),
+                (z + 1 < nz).then(|| row + ny),
+                (y > 0).then(|| row - 1),
+                (y + 1 < ny).then(|| row + 1),
+            ];
+            let solid = &self.bits[row * words..][..words];
+            let at_border = neighbours.iter().any(Option::is_none);
+            for w in 0..words {
+                let mut seed = outside[row * words + w] | if at_border { u64::MAX } else { 0 };
+                for n in neighbours.iter().flatten() {
+                    seed |= outside[n * words + w];
+                }
+                seed |= u64::from(w == 0) | if w + 1 == words { 1 << ((nx - 1) % 64) } else { 0 };
+                grown[w] = seed & free(solid, w);
+            }
+            spread(&mut grown, |w| free(solid, w));
+            let before = &mut outside[row * words..][..words];
+            if *before != grown[..] {
+                before.copy_from_slice(&grown);
+                for &n in neighbours.iter().flatten() {
+                    if !waiting[n] {
+                        waiting[n] = true;
+                        queue.push_back(n);
+                    }
+                }
+            }
+        }
+        for (row, solid) in self.bits.chunks_mut(words).enumerate() {
+            for w in 0..words {
+                let last = if w + 1 == words { tail } else { u64::MAX };
+                solid[w] = !outside[row * words + w] & last;
+            }
+        }
+    }
+}
+
+/// Spreads the set bits of a row through the `free` ones, both ways.
+fn spread(row: &mut [u64], free: impl Fn(usize) -> u64) {
+    let mut carry = 0;
+    for (w, word) in row.iter_mut().enumerate() {
+        *word = spread_up(*word | carry, free(w));
+        carry = *word >> 63;
+    }
+    carry = 0;
+    for (w, word) in row.iter_mut().enumerate().rev() {
+        *word = spread_up(word.reverse_bits() | carry, free(w).reverse_bits()).reverse_bits();
+        carry = *word & 1;
+    }
+}
+
+/// The free bits that a seed reaches upwards without leaving the free ones, by doubling steps (Kogge-Stone).
+fn spread_up(seed: u64, free: u64) -> u64 {
+    let (mut reached, mut through) = (seed & free, free);
+    for step in [1, 2, 4, 8, 16, 32] {
+        reached |= through & (reached << step);
+        through &= through << step;
+    }
+    reached
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::rng::Rng;
+
+    /// The definition: background that cannot be reached from outside through faces.
+    fn filled(shape: [usize; 3], solid: &[bool]) -> Vec<bool> {
+        let [nz, ny, nx] = shape;
+        let mut outside = vec![false; solid.len()];
+        let mut stack: Vec<[usize; 3]> = Vec::new();
+        let edge = |k: usize, n: usize| k == 0 || k + 1 == n;
+        for (i, &s) in solid.iter().enumerate() {
+            let at = [i / (ny * nx), i / nx % ny, i % nx];
+            if !s && (edge(at[0], nz) || edge(at[1], ny) || edge(at[2], nx)) {
+                stack.push(at);
+            }
+        }
+        while let Some(at) = stack.pop() {
+            let i = (at[0] * ny + at[1]) * nx + at[2];
+            if solid[i] || std::mem::replace(&mut outside[i], true) {
+                continue;
+            }
+            for k in 0..3 {
+                for to in [at[k].wrapping_sub(1), at[k] + 1] {
+                    if to < shape[k] {
+                        let mut next = at;
+                        next[k] = to;
+                        stack.push(next);
+                    }
+                }
+            }
+        }
+        outside.iter().map(|o| !o).collect()
+    }
+
+    fn unpack(mask: &Mask) -> Vec<bool> {
+        let mut out = Vec::new();
+        for z in 0..mask.shape[0] {
+            for y in 0..mask.shape[1] {
+                mask.row(z, y, |_, v| out.push(v));
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn fill_holes_is_the_flood_from_the_border() {
+        let mut rng = Rng::new(5, 0);
+        for round in 0..60 {
+            let shape: [usize; 3] = std::array::from_fn(|k| rng.uniform(1.0, [9.0, 12.0, 150.0][k]) as usize);
+            let density = 0.2 + 0.5 * f64::from(round) / 60.0;
+            let solid: Vec<bool> = (0..shape.iter().product()).map(|_| rng.unit() < density).collect();
+            let mut mask = Mask::new(shape, |z, y, row| {
+                let at = (z * shape[1] + y) * shape[2];
+                row.copy_from_slice(&solid[at..at + shape[2]]);
+            });
+            assert_eq!(unpack(&mask), solid, "{shape:?}");
+            mask.fill_holes();
+            assert_eq!(unpack(&mask), filled(shape, &solid), "{shape:?} {density}");
+        }
+    }
+
+    #[test]
+    fn a_maze_is_walked_to_its_end() {
+        // Serpentine walls: the outside enters at one corner and winds through every corridor.
+        let shape = [3, 40, 70];
+        let wall = |z: usize, y: usize, x: usize| {
+            z != 1 || x == 0 || x == 69 || y == 0 || y == 39 || (y % 2 == 0 && if y % 4 == 0 { x > 1 } else { x < 68 })
+        };
+        let mut mask = Mask::new(shape, |z, y, row| {
+            row.iter_mut().enumerate().for_each(|(x, r)| *r = wall(z, y, x) && (z, y, x) != (0, 1, 1));
+        });
+        let solid = unpack(&mask);
+        mask.fill_holes();
+        assert_eq!(unpack(&mask), filled(shape, &solid));
+        assert!(!unpack(&mask)[(40 + 37) * 70 + 5], "the far corridor is outside");
+    }
+
+    #[test]
+    fn scan_finds_the_box_and_the_odd_values() {
+        let mut a = vec![0f32; 4 * 5 * 6];
+        let mut b = a.clone();
+        a[(5 + 2) * 6 + 3] = 1.0;
+        b[(2 * 5 + 4) * 6 + 1] = f32::NAN;
+        b[(2 * 5 + 4) * 6 + 2] = f32::NEG_INFINITY;
+        let view = View::whole([4, 5, 6]);
+        let found = scan(&[a.clone(), b.clone()], &view);
+        assert_eq!(found.bbox, Some([[1, 3], [2, 5], [1, 4]]));
+        assert_eq!((found.nan, found.infinite), (vec![0, 1], vec![0, 1]));
+        let turned = scan(&[a, b], &view.transposed([2, 0, 1]));
+        assert_eq!(turned.bbox, Some([[1, 4], [1, 3], [2, 5]]));
+        assert_eq!(scan(&[vec![0.0; 120]], &view).bbox, None);
+    }
+}

@@ -1,0 +1,359 @@
+//! Resampling of volumes and label maps (nnU-Net `resample_data_or_seg_to_shape`), including the rule that treats a
+//! coarse axis apart.
+
+use super::spline::{Axis, LANES, Lane};
+use crate::base::par;
+use crate::error::{Error, Result};
+use crate::nnunet::plans::Resampling;
+
+/// Above this ratio of the largest to the smallest spacing the coarse axis is treated apart.
+const ANISOTROPY: f64 = 3.0;
+
+/// More voxels than this in one channel are taken for a wrong spacing, not for an image.
+const MAX_VOXELS: usize = 1 << 33;
+
+/// A volume that is read row by row, so that crops, transposes and intensity maps need no copy.
+pub(crate) trait Rows: Sync {
+    /// Voxels along (z, y, x).
+    fn shape(&self) -> [usize; 3];
+    /// Writes the row at (z, y) to `out`, x rising.
+    fn row(&self, z: usize, y: usize, out: &mut [f32]);
+}
+
+/// Some axes of an array, in any order: an array seen through a transpose and a crop.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View {
+    /// Voxels along (z, y, x) of the view.
+    pub(crate) shape: [usize; 3],
+    /// Steps in the array for one step along (z, y, x) of the view.
+    pub(crate) strides: [usize; 3],
+    /// Position of the view's first voxel.
+    pub(crate) base: usize,
+}
+
+impl View {
+    /// A whole array in its own order.
+    pub(crate) fn whole(shape: [usize; 3]) -> Self {
+        Self { shape, strides: [shape[1] * shape[2], shape[2], 1], base: 0 }
+    }
+
+    /// Axis k of the new view is axis `axes[k]` of this one, as in `numpy.transpose`.
+    pub(crate) fn transposed(self, axes: [usize; 3]) -> Self {
+        Self { shape: axes.map(|a| self.shape[a]), strides: axes.map(|a| self.strides[a]), base: self.base }
+    }
+
+    /// The part inside `bbox`, given half-open per axis.
+    pub(crate) fn cropped(self, bbox: [[usize; 2]; 3]) -> Self {
+        let base = self.base + (0..3).map(|k| bbox[k][0] * self.strides[k]).sum::<usize>();
+        Self { shape: bbox.map(|[lo, hi]| hi - lo), strides: self.strides, base }
+    }
+
+    /// Copies the row at (z, y) of `array` to `out`.
+    pub(crate) fn read<T: Copy>(&self, array: &[T], z: usize, y: usize, out: &mut [T]) {
+        let at = self.base + z * self.strides[0] + y * self.strides[1];
+        if self.strides[2] == 1 {
+            out.copy_from_slice(&array[at..at + self.shape[2]]);
+        } else {
+            for (o, v) in out.iter_mut().zip(array[at..].iter().step_by(self.strides[2])) {
+                *o = *v;
+            }
+        }
+    }
+}
+
+/// An array in memory, seen through a view.
+pub(crate) struct Held<'a> {
+    /// The values.
+    pub(crate) array: &'a [f32],
+    /// Which of them, in which order.
+    pub(crate) view: View,
+}
+
+impl Rows for Held<'_> {
+    fn shape(&self) -> [usize; 3] {
+        self.view.shape
+    }
+
+    fn row(&self, z: usize, y: usize, out: &mut [f32]) {
+        self.view.read(self.array, z, y, out);
+    }
+}
+
+/// Copies all rows of `source` to `out`.
+pub(crate) fn copy_rows<R: Rows + ?Sized>(source: &R, out: &mut [f32]) {
+    let [_, ny, nx] = source.shape();
+    par::chunks_mut(out, ny * nx, |z, plane| {
+        plane.chunks_mut(nx).enumerate().for_each(|(y, row)| source.row(z, y, row));
+    });
+}
+
+/// Memory for `n` values, or an error where the system has none: sizes come from image headers.
+pub(crate) fn zeros<T: Clone + Default>(n: usize, what: &str) -> Result<Vec<T>> {
+    let mut v = Vec::new();
+    v.try_reserve_exact(n).map_err(|_| Error::OutOfMemory {
+        what: what.into(),
+        asked: n.saturating_mul(size_of::<T>()),
+        in_use: 0,
+        limit: isize::MAX as usize,
+    })?;
+    v.resize(n, T::default());
+    Ok(v)
+}
+
+/// Shape of a volume after resampling from spacing `old` to `new` (mm): `round(old / new * shape)`, halves to even
+/// (nnU-Net `compute_new_shape`).
+///
+/// # Errors
+/// [`Error::Usage`] for spacings that are not positive, and when an axis would vanish or the volume explode.
+pub(crate) fn new_shape(shape: [usize; 3], old: [f64; 3], new: [f64; 3]) -> Result<[usize; 3]> {
+    if let Some(s) = old.iter().chain(&new).find(|s| !(s.is_finite() && **s > 0.0)) {
+        return Err(Error::usage(format!("a voxel spacing of {s} mm was found, a positive number is expected")));
+    }
+    let mut out = [0; 3];
+    for k in 0..3 {
+        let n = (old[k] / new[k] * shape[k] as f64).round_ties_even();
+        if n < 1.0 {
+            return Err(Error::usage(format!(
+                "the image is too thin: {} voxels of {} mm along an axis are none at the model's {} mm",
+                shape[k], old[k], new[k]
+            )));
+        }
+        out[k] = n.min(MAX_VOXELS as f64) as usize;
+    }
+    match out.iter().try_fold(1usize, |n, &s| n.checked_mul(s)) {
+        Some(n) if n <= MAX_VOXELS => Ok(out),
+        _ => Err(Error::usage(format!(
+            "the image would have {out:?} voxels at the model's spacing of {new:?} mm; its own spacing, {old:?} mm, \
+             must be wrong"
+        ))),
+    }
+}
+
+/// The axis that is resampled apart, if any (nnU-Net `determine_do_sep_z_and_axis`): the one coarsest axis of
+/// `current` where it is more than three times the finest, or else of `new`.
+pub(crate) fn separate_axis(rule: &Resampling, current: [f64; 3], new: [f64; 3]) -> Option<usize> {
+    let max = |s: [f64; 3]| s.into_iter().fold(f64::MIN, f64::max);
+    let anisotropic = |s: [f64; 3]| max(s) / s.into_iter().fold(f64::MAX, f64::min) > ANISOTROPY;
+    let spacing = match rule.force_separate_z {
+        Some(false) => return None,
+        Some(true) => current,
+        None if anisotropic(current) => current,
+        None if anisotropic(new) => new,
+        None => return None,
+    };
+    let mut coarse = (0..3).filter(|&k| max(spacing) / spacing[k] == 1.0);
+    // Two or three equally coarse axes: nothing stands apart.
+    match (coarse.next(), coarse.next()) {
+        (Some(axis), None) => Some(axis),
+        _ => None,
+    }
+}
+
+/// How the three axes go from `from` to `to` voxels.
+pub(crate) fn axes(from: [usize; 3], to: [usize; 3], rule: &Resampling, apart: Option<usize>) -> Result<[Axis; 3]> {
+    let axis = |k: usize| {
+        if apart == Some(k) && rule.order_z > 1 && from[k] != to[k] {
+            return Err(Error::unsupported(format!("resampling of order {} along the coarse axis", rule.order_z)));
+        }
+        Axis::new(from[k], to[k], if apart == Some(k) { rule.order_z } else { rule.order })
+    };
+    Ok([axis(0)?, axis(1)?, axis(2)?])
+}
+
+/// Resamples `source` into `out`, (z, y, x) with `to` voxels. Like skimage's `resize` it clips to the range of the
+/// input: of the whole volume, or of each slice where an axis is treated `apart`.
+pub(crate) fn resample<R: Rows + ?Sized>(
+    source: &R,
+    to: [usize; 3],
+    rule: &Resampling,
+    apart: Option<usize>,
+    out: &mut [f32],
+) -> Result<()> {
+    let [az, ay, ax] = axes(source.shape(), to, rule, apart)?;
+    match apart {
+        None => volume(source, [&az, &ay, &ax], false, out),
+        Some(0) => volume(source, [&az, &ay, &ax], true, out),
+        // The core treats its first axis apart: bring the coarse axis there, and its result back.
+        Some(axis) => {
+            let (order, back) = if axis == 1 { ([1, 0, 2], [1, 0, 2]) } else { ([2, 0, 1], [1, 2, 0]) };
+            let (from, all) = (source.shape(), [az, ay, ax]);
+            let mut held = zeros(from.iter().product(), "resampling")?;
+            copy_rows(source, &mut held);
+            let turned = Held { array: &held, view: View::whole(from).transposed(order) };
+            let mut result = zeros(out.len(), "resampling")?;
+            volume(&turned, order.map(|k| &all[k]), true, &mut result)?;
+            copy_rows(&Held { array: &result, view: View::whole(order.map(|k| to[k])).transposed(back) }, out);
+            Ok(())
+        }
+    }
+}
+
+/// Slices along the first axis, then along the first axis.
+fn volume<R: Rows + ?Sized>(source: &R, [az, ay, ax]: [&Axis; 3], apart: bool, out: &mut [f32]) -> Result<()> {
+    let (plane, slices) = (ay.output() * ax.output(), az.input());
+    if az.is_same() {
+        let ranges = in_plane(source, ay, ax, apart, out);
+        if !apart && !(ay.is_same() && ax.is_same()) {
+            let (lo, hi) = join(&ranges);
+            par::chunks_mut(out, plane, |_, p| p.iter_mut().for_each(|v| *v = v.clamp(lo, hi)));
+        }
+        return Ok(());
+    }
+    // The planes in between are kept in f32: one rounding, 6e-8 of the value.
+    let mut between = zeros(slices * plane, "resampling")?;
+    let ranges = in_plane(source, ay, ax, apart, &mut between);
+    let clip = if apart { (f32::MIN, f32::MAX) } else { join(&ranges) };
+    through_planes(&between, az, plane, clip, out);
+    Ok(())
+}
+
+/// Smallest and largest of several ranges.
+fn join(ranges: &[(f32, f32)]) -> (f32, f32) {
+    ranges.iter().fold((f32::MAX, f32::MIN), |(lo, hi), &(l, h)| (lo.min(l), hi.max(h)))
+}
+
+/// Resamples every slice of `source` in its plane into `out`; `clip`: to the slice's own range. Returns the range of
+/// every slice's input.
+fn in_plane<R: Rows + ?Sized>(source: &R, ay: &Axis, ax: &Axis, clip: bool, out: &mut [f32]) -> Vec<(f32, f32)> {
+    let [slices, ny, nx] = source.shape();
+    let (my, mx) = (ay.output(), ax.output());
+    let mut planes: Vec<(&mut [f32], (f32, f32))> =
+        out.chunks_mut((my * mx).max(1)).map(|p| (p, (f32::MAX, f32::MIN))).collect();
+    debug_assert_eq!(planes.len(), slices);
+    par::chunks_mut(&mut planes, 1, |z, work| {
+        let (plane, range) = &mut work[0];
+        let mut rows = vec![0f32; nx * LANES];
+        // After the x axis: f64, x fastest.
+        let mut half = vec![0f64; ny * mx];
+        let (mut panel, pad) = ax.panel();
+        for y0 in (0..ny).step_by(LANES) {
+            let lanes = LANES.min(ny - y0);
+            for l in 0..lanes {
+                let row = &mut rows[l * nx..][..nx];
+                source.row(z, y0 + l, row);
+                *range = row.iter().fold(*range, |(lo, hi), &v| (lo.min(v), hi.max(v)));
+            }
+            if ax.is_same() {
+                for (h, v) in half[y0 * mx..].iter_mut().zip(&rows[..lanes * nx]) {
+                    *h = f64::from(*v);
+                }
+                continue;
+            }
+            for x in 0..nx {
+                for l in 0..lanes {
+                    panel[pad + x][l] = f64::from(rows[l * nx + x]);
+                }
+            }
+            ax.run(&mut panel, |o, v: &Lane| {
+                for l in 0..lanes {
+                    half[(y0 + l) * mx + o] = v[l];
+                }
+            });
+        }
+        let (lo, hi) = if clip && !(ay.is_same() && ax.is_same()) { *range } else { (f32::MIN, f32::MAX) };
+        let keep = |v: f64| (v as f32).clamp(lo, hi);
+        if ay.is_same() {
+            plane.iter_mut().zip(&half).for_each(|(p, v)| *p = keep(*v));
+            return;
+        }
+        let (mut panel, pad) = ay.panel();
+        for x0 in (0..mx).step_by(LANES) {
+            let lanes = LANES.min(mx - x0);
+            for y in 0..ny {
+                panel[pad + y][..lanes].copy_from_slice(&half[y * mx + x0..][..lanes]);
+            }
+            ay.run(&mut panel, |o, v| {
+                for (p, v) in plane[o * mx + x0..][..lanes].iter_mut().zip(v) {
+                    *p = keep(*v);
+                }
+            });
+        }
+    });
+    planes.into_iter().map(|(_, range)| range).collect()
+}
+
+/// Resamples along the first axis: `between` is (slices, plane).
+fn through_planes(between: &[f32], az: &Axis, plane: usize, (lo, hi): (f32, f32), out: &mut [f32]) {
+    // Columns of the result are not contiguous: each piece of columns is made apart and then laid in place.
+    const PIECE: usize = 8 * LANES;
+    let m = az.output();
+    let mut rows: Vec<Vec<&mut [f32]>> = (0..plane.div_ceil(PIECE)).map(|_| Vec::with_capacity(m)).collect();
+    for slice in out.chunks_mut(plane.max(1)) {
+        slice.chunks_mut(PIECE).zip(&mut rows).for_each(|(part, row)| row.push(part));
+    }
+    par::chunks_mut(&mut rows, 1, |piece, work| {
+        let parts = &mut work[0];
+        let columns = PIECE.min(plane - piece * PIECE);
+        let (mut panel, pad) = az.panel();
+        for c in (0..columns).step_by(LANES) {
+            let lanes = LANES.min(columns - c);
+            for z in 0..az.input() {
+                let from = &between[z * plane + piece * PIECE + c..][..lanes];
+                panel[pad + z].iter_mut().zip(from).for_each(|(p, v)| *p = f64::from(*v));
+            }
+            az.run(&mut panel, |o, v| {
+                for (p, v) in parts[o][c..c + lanes].iter_mut().zip(v) {
+                    *p = (*v as f32).clamp(lo, hi);
+                }
+            });
+        }
+    });
+}
+
+/// Resamples a label map as nnU-Net v1 does: the indicator of every label is interpolated, and the highest label whose
+/// indicator reaches 1/2 is taken, 0 where none does.
+///
+/// `labels` is (z, y, x) with `from` voxels, the result has `to`.
+///
+/// # Errors
+/// [`Error::Unsupported`] for orders other than 0 and 1.
+pub(crate) fn resample_labels<T: Copy + Default + Ord + Send + Sync>(
+    labels: &[T],
+    from: [usize; 3],
+    to: [usize; 3],
+    rule: &Resampling,
+    apart: Option<usize>,
+) -> Result<Vec<T>> {
+    let table = |axis: &Axis| -> Result<Vec<(usize, usize, f64)>> {
+        let what = || Error::unsupported(format!("resampling of label maps with spline order {}", rule.order));
+        (0..axis.output()).map(|o| axis.pair(o).ok_or_else(what)).collect()
+    };
+    let [az, ay, ax] = axes(from, to, rule, apart)?;
+    let [tz, ty, tx] = [table(&az)?, table(&ay)?, table(&ax)?];
+    let mut out: Vec<T> = zeros(to.iter().product(), "resampling of labels")?;
+    par::chunks_mut(&mut out, to[1] * to[2], |z, plane| {
+        let (z0, z1, wz) = tz[z];
+        for (row, &(y0, y1, wy)) in plane.chunks_mut(to[2]).zip(&ty) {
+            let at = |z: usize, y: usize| &labels[(z * from[1] + y) * from[2]..][..from[2]];
+            let lines = [at(z0, y0), at(z0, y1), at(z1, y0), at(z1, y1)];
+            let weights = [(1.0 - wz) * (1.0 - wy), (1.0 - wz) * wy, wz * (1.0 - wy), wz * wy];
+            for (o, &(x0, x1, wx)) in row.iter_mut().zip(&tx) {
+                *o = vote(&lines, &weights, x0, x1, wx);
+            }
+        }
+    });
+    Ok(out)
+}
+
+/// The highest label that holds at least half of the weight of eight neighbours.
+fn vote<T: Copy + Default + Ord>(lines: &[&[T]; 4], weights: &[f64; 4], x0: usize, x1: usize, wx: f64) -> T {
+    let first = lines[0][x0];
+    if lines.iter().all(|l| l[x0] == first && l[x1] == first) {
+        return first;
+    }
+    let (mut best, mut found) = (T::default(), false);
+    for candidate in lines.iter().flat_map(|l| [l[x0], l[x1]]) {
+        if found && candidate <= best {
+            continue;
+        }
+        let mut share = 0.0;
+        for (l, w) in lines.iter().zip(weights) {
+            share += if l[x0] == candidate { w * (1.0 - wx) } else { 0.0 };
+            share += if l[x1] == candidate { w * wx } else { 0.0 };
+        }
+        if share >= 0.5 {
+            (best, found) = (candidate, true);
+        }
+    }
+    best
+}
