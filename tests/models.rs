@@ -107,8 +107,13 @@ fn run(device: &Device, config: &StuNetConfig, patch: [usize; 3]) -> Vec<u32> {
 
 #[test]
 fn forward_is_the_same_for_any_thread_count() {
-    let config = StuNetConfig { dims: [8, 16, 20, 24, 24, 24], ..StuNetConfig::small(2, 5) }
-        .with_strides([[1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 1, 1]]);
+    let config = StuNetConfig { dims: [8, 16, 20, 24, 24, 24], ..StuNetConfig::small(2, 5) }.with_strides([
+        [1, 2, 2],
+        [2, 2, 2],
+        [2, 2, 2],
+        [1, 2, 2],
+        [1, 1, 1],
+    ]);
     let bits = [1, 2, 7].map(|t| run(&Device::cpu_with_threads(t).unwrap(), &config, [8, 48, 32]));
     assert_eq!(bits[0], bits[1]);
     assert_eq!(bits[0], bits[2]);

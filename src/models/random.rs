@@ -38,7 +38,8 @@ impl ParamSource for RandomParams {
         let fan_in: usize = shape[1..].iter().product();
         let std = (2.0 / (1.0 + 0.01f64 * 0.01) / fan_in as f64).sqrt();
         // FNV-1a of the name separates the streams of different parameters.
-        let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let stream =
+            name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         let mut rng = Rng::new(self.seed, stream);
         Ok(Cow::Owned((0..n).map(|_| (rng.normal() * std) as f32).collect()))
     }

@@ -27,7 +27,13 @@ pub trait ParamSource {
 ///
 /// # Errors
 /// Whatever the source says; [`Error::Model`] when the shape differs from `dims`.
-pub fn filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], inputs: &[usize], device: &Device) -> Result<Param> {
+pub fn filter(
+    source: &dyn ParamSource,
+    name: &str,
+    dims: [usize; 5],
+    inputs: &[usize],
+    device: &Device,
+) -> Result<Param> {
     let values = expect(source, name, &dims)?;
     Ok(Param::new(ops::pack_filter(&values, dims, inputs, device)?, dims.into()))
 }
