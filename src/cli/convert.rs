@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use stunet::Result;
-use stunet::nnunet::model;
+use stunet::nnunet::model::{self, ModelOptions};
 
 use super::output;
 
@@ -25,6 +25,6 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     output::show_library_warnings();
-    model::convert(&args.source, &args.target)?;
+    model::convert(&args.source, &args.target, &ModelOptions::new())?;
     output::path(&args.target)
 }

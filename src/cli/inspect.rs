@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use stunet::Result;
-use stunet::nnunet::model;
+use stunet::nnunet::model::{self, ModelOptions};
 
 use super::output;
 
@@ -22,7 +22,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     output::show_library_warnings();
-    let found = model::inspect(&args.model)?;
+    let found = model::inspect(&args.model, &ModelOptions::new())?;
     let value = serde_json::to_value(&found)
         .map_err(|e| stunet::Error::Unsupported { what: format!("showing this model as JSON: {e}") })?;
     if args.json { output::line(format!("{value:#}")) } else { output::table(&value) }

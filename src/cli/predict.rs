@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 use stunet::nnunet::cases::{self, Case};
 use stunet::nnunet::lookup::ModelName;
-use stunet::nnunet::model::{Folds, ModelOptions};
+use stunet::nnunet::model::{Folds, ModelFolder, ModelOptions};
 use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
 use stunet::preview::{self, PreviewOptions};
 use stunet::{Error, Image, Mode, PredictOptions, Prediction, Predictor, Result, io};
@@ -156,7 +156,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut predictor = Predictor::open_with(&model, &device, &args.model_options())?.options(options.clone());
 
     let mut report = if args.report.is_some() || args.json {
-        let files = stunet::nnunet::model::files(&model, &args.model_options())?;
+        let files = ModelFolder::open(&model, &args.model_options())?.sources;
         Some(RunReport::new(ModelRecord::of(&model, &files, predictor.plan())?, &device, &options))
     } else {
         None
@@ -225,12 +225,14 @@ impl Args {
     }
 
     fn model_options(&self) -> ModelOptions {
-        let mut o = ModelOptions::default();
+        let mut options = ModelOptions::new();
         if !self.folds.is_empty() {
-            o.folds = Folds::Names(self.folds.clone());
+            options = options.folds(Folds::Named(self.folds.clone()));
         }
-        o.checkpoint = self.checkpoint.clone();
-        o
+        match &self.checkpoint {
+            Some(name) => options.checkpoint(name),
+            None => options,
+        }
     }
 
     fn predict_options(&self) -> PredictOptions {

@@ -1,7 +1,11 @@
 //! What a trained model needs to be used: the part of nnU-Net's plans that inference reads, typed and closed, the
 //! same for a v1 `plans.pkl`, a v2 `plans.json` and the project's own model folder.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
 
 /// Whose rules of preprocessing, aggregation and export hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,4 +128,82 @@ pub struct InferencePlan {
     /// v1 only: labels of which the largest component is kept, as its postprocessing.json says; usually empty.
     #[serde(default)]
     pub keep_largest: Vec<u16>,
+}
+
+/// Larger than any patch that fits a machine; keeps products of sizes far from overflow.
+const MAX_PATCH: usize = 4096;
+
+impl InferencePlan {
+    /// Checks that the parts fit each other, whatever file they came from.
+    pub(crate) fn validate(&self, file: &Path) -> Result<()> {
+        let bad = |field: &str, what: String| Err(Error::model(file, field, what));
+        if self.channels.is_empty() {
+            return bad("channels", "none, expected at least one input channel".into());
+        }
+        for c in &self.channels {
+            let Some(i) = c.intensity else {
+                if c.normalization == Normalization::Ct {
+                    return bad("intensity", format!("missing for channel {:?}, needed by CT normalisation", c.name));
+                }
+                continue;
+            };
+            if ![i.mean, i.std, i.percentile_00_5, i.percentile_99_5].iter().all(|v| v.is_finite())
+                || i.std < 0.0
+                || i.percentile_00_5 > i.percentile_99_5
+            {
+                return bad("intensity", format!("{i:?} of channel {:?} is no set of statistics", c.name));
+            }
+        }
+        let mut axes = self.transpose_forward;
+        axes.sort_unstable();
+        if axes != [0, 1, 2] {
+            return bad(
+                "transpose_forward",
+                format!("{:?}, expected a permutation of 0, 1, 2", self.transpose_forward),
+            );
+        }
+        if (0..3).any(|i| self.transpose_backward.get(self.transpose_forward[i]) != Some(&i)) {
+            let (f, b) = (self.transpose_forward, self.transpose_backward);
+            return bad("transpose_backward", format!("{b:?}, expected the inverse of transpose_forward {f:?}"));
+        }
+        if self.spacing_mm.iter().any(|s| !(s.is_finite() && (1e-4..=1e4).contains(s))) {
+            return bad("spacing", format!("{:?}, expected three positive lengths in mm", self.spacing_mm));
+        }
+        if self.strides.iter().flatten().any(|s| !matches!(s, 1 | 2)) {
+            return Err(Error::unsupported(format!("strides {:?} of {}: only 1 and 2", self.strides, file.display())));
+        }
+        for (axis, &p) in self.patch.iter().enumerate() {
+            let pooled: usize = self.strides.iter().map(|s| s[axis]).product();
+            if p == 0 || p > MAX_PATCH || p % pooled != 0 {
+                let what =
+                    format!("{:?}, expected multiples of the strides' product {pooled} up to {MAX_PATCH}", self.patch);
+                return bad("patch_size", what);
+            }
+        }
+        if self.mirror_axes.iter().enumerate().any(|(i, a)| *a > 2 || self.mirror_axes[..i].contains(a)) {
+            return bad("mirror_axes", format!("{:?}, expected different axes of 0, 1, 2", self.mirror_axes));
+        }
+        for r in [self.resampling_data, self.resampling_probabilities] {
+            if !matches!(r.order, 0 | 1 | 3) || !matches!(r.order_z, 0 | 1) {
+                let (o, z) = (r.order, r.order_z);
+                let what =
+                    format!("resampling of order {o} and order_z {z} in {}: 0, 1, 3 and 0, 1 are", file.display());
+                return Err(Error::unsupported(what));
+            }
+        }
+        let heads = match &self.decision {
+            Decision::Argmax => self.labels.len() + 1,
+            Decision::Regions { paint } => paint.len(),
+        };
+        if heads != self.heads || !(1..=usize::from(u16::MAX)).contains(&heads) {
+            return bad("heads", format!("{} output channels for {heads} classes", self.heads));
+        }
+        if self.decision == Decision::Argmax && self.labels.iter().enumerate().any(|(i, l)| usize::from(l.0) != i + 1) {
+            return bad("labels", "values expected to be 1, 2, 3 ... without gaps".into());
+        }
+        if let Some(l) = self.keep_largest.iter().find(|l| !self.labels.iter().any(|(v, _)| v == *l)) {
+            return bad("keep_largest", format!("label {l} is not among the labels"));
+        }
+        Ok(())
+    }
 }

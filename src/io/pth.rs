@@ -1,1 +1,0 @@
-//! PyTorch files, read without executing anything.

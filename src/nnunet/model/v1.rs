@@ -1,0 +1,188 @@
+//! Models of nnU-Net v1, as STU-Net's authors published theirs: `NAME.model` with `NAME.model.pkl` beside it.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::cut_strides;
+use super::json::{self, Field};
+use crate::error::{Error, Result};
+use crate::io::pth::{self, Pickle};
+use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
+
+/// Plans of the largest data sets hold some ten thousand values; shared references cannot make them explode.
+const MAX_VALUES: usize = 1 << 20;
+
+/// Class names of the published STU-Net weights, which were trained with labels in alphabetical order.
+const STUNET_LABELS: &str = include_str!("../data/stunet_labels.json");
+const STUNET_HEADS: usize = 105;
+
+/// Reads the plan of `NAME.model.pkl`. `folder` is the trainer's folder, for names and its post-processing.
+pub(super) fn plan(pkl: &Path, folder: Option<&Path>) -> Result<(InferencePlan, Pickle)> {
+    let pickle = pth::read_pickle(pkl)?;
+    let Some(info) = pickle.root().to_json(MAX_VALUES) else {
+        return Err(Error::model(pkl, "top level", "nested too deeply or too large for plans of nnU-Net"));
+    };
+    let plan = from_json(&Field::root(pkl, &info), pkl, folder)?;
+    plan.validate(pkl)?;
+    Ok((plan, pickle))
+}
+
+fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<InferencePlan> {
+    let trainer = info.need("name")?.str()?.to_string();
+    if trainer.contains("Cascade") {
+        return Err(Error::unsupported(format!("trainer {trainer}: a cascade, which needs its previous stage")));
+    }
+    let plans = info.need("plans")?;
+    let stage = stage(info, &plans, &trainer)?;
+
+    let heads = plans.need("num_classes")?.usize(usize::from(u16::MAX) - 1)? + 1;
+    let dataset = folder.unwrap_or(pkl).components().rev().find_map(|c| {
+        let c = c.as_os_str().to_str()?;
+        (c.starts_with("Task") && c[4..].starts_with(|d: char| d.is_ascii_digit())).then(|| c.to_string())
+    });
+    let dataset = dataset.unwrap_or_default();
+    let published = heads == STUNET_HEADS && (trainer.starts_with("STUNet") || dataset.contains("TotalSegmentator"));
+    let labels = if published { stunet_labels()? } else { numbered_labels(heads) };
+
+    let pools = stage.need("pool_op_kernel_sizes")?;
+    let strides = cut_strides(pools.items()?.iter().map(|s| s.three(|v| v.usize(64))))?;
+    let patch = stage.need("patch_size")?;
+    if patch.items()?.len() == 2 {
+        return Err(Error::unsupported(format!("trainer {trainer}: a 2D network; 3D networks are")));
+    }
+    let axis = |f: &Field<'_>| f.usize(2);
+    let transpose = |key: &str| plans.get(key).map_or(Ok([0, 1, 2]), |t| t.three(axis));
+    Ok(InferencePlan {
+        rules: Rules::NnunetV1,
+        dataset,
+        trainer,
+        configuration: "3d_fullres".into(),
+        channels: channels(&plans)?,
+        labels,
+        decision: Decision::Argmax,
+        heads,
+        patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
+        spacing_mm: stage.need("current_spacing")?.three(Field::f64)?,
+        transpose_forward: transpose("transpose_forward")?,
+        transpose_backward: transpose("transpose_backward")?,
+        strides,
+        // nnU-Net v1 keeps no list; its trainers mirror all axes of 3D images.
+        mirror_axes: vec![0, 1, 2],
+        resampling_data: Resampling { order: 3, order_z: 0, force_separate_z: None },
+        resampling_probabilities: Resampling { order: 1, order_z: 0, force_separate_z: None },
+        keep_largest: keep_largest(folder, heads)?,
+    })
+}
+
+/// The plans of the stage that the network was trained for, which must be the one of full resolution.
+fn stage<'a>(info: &Field<'a>, plans: &Field<'a>, trainer: &str) -> Result<Field<'a>> {
+    let stages = plans.need("plans_per_stage")?;
+    let mut all: Vec<(usize, Field<'a>)> = Vec::new();
+    for (key, value) in stages.entries()? {
+        let number = key.parse().map_err(|_| value.error("the key is no stage number"))?;
+        all.push((number, value));
+    }
+    all.sort_by_key(|(n, _)| *n);
+    let Some((last, stage)) = all.pop() else { return Err(stages.error("empty, expected at least one stage")) };
+    // The sixth argument of the trainer is the stage; the shortest known list has six.
+    let init = info.get("init").map(|i| i.items()).transpose()?.unwrap_or_default();
+    if let Some(wanted) = init.get(5).filter(|s| !s.value.is_null()) {
+        let wanted = wanted.usize(16)?;
+        if wanted != last {
+            let what = format!("stage {wanted} of {} (3d_lowres) of trainer {trainer}; 3d_fullres is", all.len() + 1);
+            return Err(Error::unsupported(what));
+        }
+    }
+    Ok(stage)
+}
+
+fn channels(plans: &Field<'_>) -> Result<Vec<Channel>> {
+    let n = plans.need("num_modalities")?.usize(1024)?;
+    let schemes = plans.need("normalization_schemes")?;
+    let masks = plans.need("use_mask_for_norm")?;
+    (0..n)
+        .map(|c| {
+            let key = c.to_string();
+            let scheme = schemes.need(&key)?;
+            let normalization = match scheme.str()? {
+                "CT" => Normalization::Ct,
+                "nonCT" => Normalization::ZScore,
+                "noNorm" => Normalization::None,
+                other => return Err(Error::unsupported(format!("normalisation scheme {other:?} of nnU-Net v1"))),
+            };
+            let intensity = if normalization == Normalization::Ct {
+                let s = plans.need("dataset_properties")?.need("intensityproperties")?.need(&key)?;
+                Some(Intensity {
+                    mean: s.need("mean")?.f64()?,
+                    std: s.need("sd")?.f64()?,
+                    percentile_00_5: s.need("percentile_00_5")?.f64()?,
+                    percentile_99_5: s.need("percentile_99_5")?.f64()?,
+                })
+            } else {
+                None
+            };
+            let name = plans.get("modalities").and_then(|m| m.get(&key));
+            let name = name.map(|m| m.str()).transpose()?.map_or_else(|| format!("channel_{c}"), str::to_string);
+            Ok(Channel { name, normalization, use_mask: masks.need(&key)?.bool()?, intensity })
+        })
+        .collect()
+}
+
+fn numbered_labels(heads: usize) -> Vec<(u16, String)> {
+    (1..heads).map(|i| (i as u16, format!("label_{i}"))).collect()
+}
+
+fn stunet_labels() -> Result<Vec<(u16, String)>> {
+    let file = Path::new("stunet_labels.json");
+    let value: Value = serde_json::from_str(STUNET_LABELS).map_err(|e| Error::model(file, "JSON", e.to_string()))?;
+    let mut out = Vec::new();
+    for (key, name) in Field::root(file, &value).entries()? {
+        let label: u16 = key.parse().map_err(|_| name.error("the key is no label"))?;
+        if label != 0 {
+            out.push((label, name.str()?.to_string()));
+        }
+    }
+    out.sort();
+    Ok(out)
+}
+
+/// Labels of which only the largest component is kept, as `postprocessing.json` of the trainer's folder says.
+fn keep_largest(folder: Option<&Path>, heads: usize) -> Result<Vec<u16>> {
+    let Some(path) = folder.map(|f| f.join("postprocessing.json")).filter(|p| p.is_file()) else {
+        return Ok(Vec::new());
+    };
+    let value = json::read(&path)?;
+    let root = Field::root(&path, &value);
+    if let Some(sizes) = root.get("min_valid_object_sizes") {
+        // A Python dictionary, written as text.
+        if !matches!(sizes.str()?, "None" | "{}") {
+            return Err(Error::unsupported(format!("{}: min_valid_object_sizes", path.display())));
+        }
+    }
+    let classes = root.need("for_which_classes")?;
+    if classes.value.is_null() {
+        return Ok((1..heads).map(|l| l as u16).collect());
+    }
+    let mut out = Vec::new();
+    for class in classes.items()? {
+        if class.value.is_array() {
+            let what = format!("{}: for_which_classes with groups of labels; single labels are", path.display());
+            return Err(Error::unsupported(what));
+        }
+        out.push(class.usize(heads - 1)? as u16);
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn published_labels_are_complete() {
+        let labels = super::stunet_labels().unwrap();
+        assert_eq!(labels.len(), 104);
+        assert!(labels.iter().enumerate().all(|(i, (v, _))| usize::from(*v) == i + 1));
+        assert_eq!(labels[39], (40, "liver".to_string()));
+        assert_eq!(labels[103].1, "vertebrae_T9");
+    }
+}

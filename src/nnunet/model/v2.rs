@@ -1,0 +1,270 @@
+//! Model folders of nnU-Net v2: `plans.json`, `dataset.json`, `fold_k/checkpoint_final.pth`.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::json::Field;
+use super::{cut_strides, json};
+use crate::error::{Error, Result};
+use crate::io::pth::Pickle;
+use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
+
+/// What a checkpoint says beside its weights.
+#[derive(Debug, PartialEq)]
+pub(super) struct CheckpointInfo {
+    configuration: String,
+    trainer: String,
+    mirror_axes: Vec<usize>,
+}
+
+impl CheckpointInfo {
+    /// True when two folds can vote together.
+    pub(super) fn same_model(&self, other: &Self) -> bool {
+        self.configuration == other.configuration && self.mirror_axes == other.mirror_axes
+    }
+
+    /// Reads `init_args.configuration`, `trainer_name` and `inference_allowed_mirroring_axes`.
+    pub(super) fn read(path: &Path, checkpoint: Option<&Pickle>) -> Result<Self> {
+        let Some(root) = checkpoint.map(Pickle::root) else {
+            return Err(Error::model(path, "container", "expected a checkpoint of nnU-Net v2 (.pth)"));
+        };
+        let configuration = root.get("init_args").and_then(|a| a.get("configuration")).and_then(|c| c.str());
+        let Some(configuration) = configuration else {
+            return Err(Error::model(path, "init_args.configuration", "missing, expected the configuration's name"));
+        };
+        let axes = root.get("inference_allowed_mirroring_axes").and_then(|a| a.to_json(8)).unwrap_or(Value::Null);
+        let mirror_axes = if axes.is_null() {
+            Vec::new()
+        } else {
+            let axes = Field::at(path, "inference_allowed_mirroring_axes", &axes);
+            axes.items()?.iter().map(|a| a.usize(2)).collect::<Result<_>>()?
+        };
+        let trainer = root.get("trainer_name").and_then(|t| t.str()).unwrap_or_default().to_string();
+        Ok(Self { configuration: configuration.to_string(), trainer, mirror_axes })
+    }
+}
+
+/// The plan of a model folder for the configuration that its checkpoint was trained with.
+pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan> {
+    let plans_path = folder.join("plans.json");
+    let dataset_path = folder.join("dataset.json");
+    let (plans, dataset) = (json::read(&plans_path)?, json::read(&dataset_path)?);
+    let (plans, dataset) = (Field::root(&plans_path, &plans), Field::root(&dataset_path, &dataset));
+
+    let name = &info.configuration;
+    let resolved = Value::Object(resolve(&plans.need("configurations")?, name)?);
+    let at = format!("configurations.{name}");
+    let conf = Field::at(&plans_path, &at, &resolved);
+    if conf.get("previous_stage").is_some() {
+        return Err(Error::unsupported(format!("configuration {name:?}: a cascade, which needs its previous stage")));
+    }
+    let patch = conf.need("patch_size")?;
+    if patch.items()?.len() == 2 {
+        return Err(Error::unsupported(format!("configuration {name:?}: a 2D network; 3D configurations are")));
+    }
+    if let Some(p) = conf.get("preprocessor_name") {
+        if p.str()? != "DefaultPreprocessor" {
+            return Err(Error::unsupported(format!("preprocessor {:?} of configuration {name:?}", p.str()?)));
+        }
+    }
+    if let Some(m) = plans.get("label_manager") {
+        if m.str()? != "LabelManager" {
+            return Err(Error::unsupported(format!("label manager {:?}", m.str()?)));
+        }
+    }
+    let (labels, decision, heads) = labels(&dataset)?;
+    let axis = |f: &Field<'_>| f.usize(2);
+    let plan = InferencePlan {
+        rules: Rules::NnunetV2,
+        dataset: plans.get("dataset_name").map(|d| d.str()).transpose()?.unwrap_or_default().to_string(),
+        trainer: info.trainer.clone(),
+        configuration: name.clone(),
+        channels: channels(&plans, &conf, &dataset)?,
+        labels,
+        decision,
+        heads,
+        patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
+        spacing_mm: conf.need("spacing")?.three(Field::f64)?,
+        transpose_forward: plans.need("transpose_forward")?.three(axis)?,
+        transpose_backward: plans.need("transpose_backward")?.three(axis)?,
+        strides: strides(&conf)?,
+        mirror_axes: info.mirror_axes.clone(),
+        resampling_data: resampling(&conf, "resampling_fn_data")?,
+        resampling_probabilities: resampling(&conf, "resampling_fn_probabilities")?,
+        keep_largest: Vec::new(),
+    };
+    plan.validate(&plans_path)?;
+    Ok(plan)
+}
+
+/// A configuration with everything it inherits; its own keys win.
+fn resolve(configurations: &Field<'_>, name: &str) -> Result<Map<String, Value>> {
+    let mut chain: Vec<(String, Map<String, Value>)> = Vec::new();
+    let mut next = Some(name.to_string());
+    while let Some(name) = next {
+        if chain.iter().any(|(n, _)| *n == name) {
+            return Err(configurations.error(format!("{name:?} inherits from itself")));
+        }
+        let Some(conf) = configurations.get(&name) else {
+            let known: Vec<&str> = configurations.entries()?.iter().map(|(k, _)| *k).collect();
+            return Err(configurations.error(format!("no configuration {name:?}, there are {known:?}")));
+        };
+        conf.entries()?;
+        next = conf.get("inherits_from").map(|p| p.str().map(str::to_string)).transpose()?;
+        chain.push((name, conf.value.as_object().cloned().unwrap_or_default()));
+    }
+    let mut out = Map::new();
+    for (_, conf) in chain.into_iter().rev() {
+        out.extend(conf);
+    }
+    Ok(out)
+}
+
+/// Strides of the poolings: the plan's list without the first stage, which never pools.
+fn strides(conf: &Field<'_>) -> Result<[[usize; 3]; 5]> {
+    let list = match conf.get("architecture") {
+        Some(a) => a.need("arch_kwargs")?.need("strides")?,
+        // nnU-Net 2.2 and before
+        None => conf.need("pool_op_kernel_sizes")?,
+    };
+    let all = list.items()?;
+    let pools = all.get(1..).ok_or_else(|| list.error("empty, expected one stride per stage"))?;
+    cut_strides(pools.iter().map(|s| s.three(|v| v.usize(64))))
+}
+
+/// nnU-Net's `LabelManager`: label names, what the output channels mean, and how many there are.
+fn labels(dataset: &Field<'_>) -> Result<(Vec<(u16, String)>, Decision, usize)> {
+    let field = dataset.need("labels")?;
+    let max = usize::from(u16::MAX);
+    // (name, values)
+    let mut all: Vec<(String, Vec<usize>)> = Vec::new();
+    let mut ignore = None;
+    for (name, value) in field.entries()? {
+        if name == "ignore" {
+            ignore = Some((value.usize(max)?, value));
+            continue;
+        }
+        let values = match value.value {
+            Value::Array(_) => value.items()?.iter().map(|v| v.usize(max)).collect::<Result<_>>()?,
+            _ => vec![value.usize(max)?],
+        };
+        if values.is_empty() {
+            return Err(value.error("an empty list, expected at least one label value"));
+        }
+        if name == "background" && values != [0] {
+            return Err(value.error("expected 0"));
+        }
+        all.push((name.to_string(), values));
+    }
+    if !all.iter().any(|(name, _)| name == "background") {
+        return Err(field.error("no \"background\", expected it as label 0"));
+    }
+    if let Some((value, f)) = ignore {
+        let highest = all.iter().flat_map(|(_, v)| v).max().copied().unwrap_or(0);
+        if value != highest + 1 {
+            return Err(f.error(format!("{value}, expected {}, one above the highest label", highest + 1)));
+        }
+    }
+    let is_background = |values: &[usize]| values.iter().all(|&v| v == 0);
+    if all.iter().any(|(_, v)| v.len() > 1) {
+        let order = dataset.need("regions_class_order")?;
+        let paint: Vec<u16> = order.items()?.iter().map(|v| v.usize(max).map(|v| v as u16)).collect::<Result<_>>()?;
+        let regions: Vec<String> = all.into_iter().filter(|(_, v)| !is_background(v)).map(|(n, _)| n).collect();
+        if regions.len() != paint.len() {
+            return Err(order.error(format!("{} values for {} regions", paint.len(), regions.len())));
+        }
+        let names = paint.iter().copied().zip(regions).collect();
+        let heads = paint.len();
+        return Ok((names, Decision::Regions { paint }, heads));
+    }
+    let mut names: Vec<(u16, String)> = Vec::new();
+    for (name, values) in all {
+        let value = values[0] as u16;
+        if value != 0 && !names.iter().any(|(v, _)| *v == value) {
+            names.push((value, name));
+        }
+    }
+    names.sort_by_key(|(v, _)| *v);
+    if let Some(i) = names.iter().enumerate().position(|(i, (v, _))| usize::from(*v) != i + 1) {
+        return Err(field.error(format!("no label of value {}, expected values without gaps", i + 1)));
+    }
+    let heads = names.len() + 1;
+    Ok((names, Decision::Argmax, heads))
+}
+
+fn channels(plans: &Field<'_>, conf: &Field<'_>, dataset: &Field<'_>) -> Result<Vec<Channel>> {
+    // "modality" is what nnU-Net 1 wrote, still accepted by 2 and preferred when both are there.
+    let names = match dataset.get("modality") {
+        Some(m) => m,
+        None => dataset.need("channel_names")?,
+    };
+    let mut named: Vec<(usize, String)> = Vec::new();
+    for (key, value) in names.entries()? {
+        let index = key.parse().map_err(|_| value.error("the key is no channel number"))?;
+        named.push((index, value.str()?.to_string()));
+    }
+    named.sort();
+    if let Some(i) = named.iter().enumerate().position(|(i, (k, _))| *k != i) {
+        return Err(names.error(format!("no channel {i}, expected channels numbered from 0 without gaps")));
+    }
+    let schemes = conf.need("normalization_schemes")?;
+    let masks = conf.need("use_mask_for_norm")?;
+    let (schemes_, masks_) = (schemes.items()?, masks.items()?);
+    if schemes_.len() != named.len() {
+        return Err(schemes.error(format!("{} entries, dataset.json has {} channels", schemes_.len(), named.len())));
+    }
+    if masks_.len() != named.len() {
+        return Err(masks.error(format!("{} entries, dataset.json has {} channels", masks_.len(), named.len())));
+    }
+    let statistics = ["foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality"]
+        .iter()
+        .find_map(|key| plans.get(key));
+    named
+        .into_iter()
+        .zip(schemes_.iter().zip(&masks_))
+        .map(|((index, name), (scheme, mask))| {
+            let normalization = normalization(scheme)?;
+            let found = statistics.as_ref().and_then(|s| s.get(&index.to_string()));
+            let intensity = match (normalization, found) {
+                (Normalization::Ct, Some(s)) => Some(Intensity {
+                    mean: s.need("mean")?.f64()?,
+                    std: s.need("std")?.f64()?,
+                    percentile_00_5: s.need("percentile_00_5")?.f64()?,
+                    percentile_99_5: s.need("percentile_99_5")?.f64()?,
+                }),
+                (Normalization::Ct, None) => {
+                    let key = format!("foreground_intensity_properties_per_channel.{index}");
+                    return Err(plans.error(format!("{key} is missing, needed by CTNormalization")));
+                }
+                _ => None,
+            };
+            Ok(Channel { name, normalization, use_mask: mask.bool()?, intensity })
+        })
+        .collect()
+}
+
+fn normalization(scheme: &Field<'_>) -> Result<Normalization> {
+    Ok(match scheme.str()? {
+        "CTNormalization" => Normalization::Ct,
+        "ZScoreNormalization" => Normalization::ZScore,
+        "NoNormalization" => Normalization::None,
+        "RescaleTo01Normalization" => Normalization::RescaleTo01,
+        "RGBTo01Normalization" => Normalization::RgbTo01,
+        other => return Err(Error::unsupported(format!("normalisation scheme {other:?}"))),
+    })
+}
+
+fn resampling(conf: &Field<'_>, key: &str) -> Result<Resampling> {
+    let function = conf.need(key)?.str()?;
+    if function != "resample_data_or_seg_to_shape" {
+        let what = format!("{key} {function:?}; resample_data_or_seg_to_shape is");
+        return Err(Error::unsupported(what));
+    }
+    let kwargs = conf.need(&format!("{key}_kwargs"))?;
+    Ok(Resampling {
+        order: kwargs.need("order")?.usize(5)? as u8,
+        order_z: kwargs.get("order_z").map_or(Ok(0), |o| o.usize(5))? as u8,
+        force_separate_z: kwargs.get("force_separate_z").map(|f| f.bool()).transpose()?,
+    })
+}
