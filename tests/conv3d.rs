@@ -1,1 +1,308 @@
+//! conv3d: every implementation against the definition in f64, and laws.
 
+use proptest::prelude::*;
+use stunet::autograd::{Ctx, Param};
+use stunet::ops::{self, Conv3d, Sources, testing};
+use stunet::tensor::Device;
+
+use crate::common::bound::{Bounded, check, gamma};
+use crate::common::drive::{activation, bits, devices, result, soil, threaded_devices, values};
+
+#[derive(Debug, Clone)]
+struct Problem {
+    batch: usize,
+    /// Channels of the first source and, where there is one, the second.
+    channels: (usize, Option<usize>),
+    out_channels: usize,
+    space: [usize; 3],
+    kernel: [usize; 3],
+    how: Conv3d,
+    bias: bool,
+    /// The input is blocked.
+    blocked: bool,
+    seed: u64,
+}
+
+impl Problem {
+    fn in_channels(&self) -> usize {
+        self.channels.0 + self.channels.1.unwrap_or(0)
+    }
+
+    fn input_dims(&self) -> [usize; 5] {
+        let [d, h, w] = self.space;
+        [self.batch, self.in_channels(), d, h, w]
+    }
+
+    fn filter_dims(&self) -> [usize; 5] {
+        let [d, h, w] = self.kernel;
+        [self.out_channels, self.in_channels(), d, h, w]
+    }
+
+    fn output(&self) -> [usize; 3] {
+        [0, 1, 2].map(|a| (self.space[a] + 2 * self.how.padding[a] - self.kernel[a]) / self.how.stride[a] + 1)
+    }
+
+    fn x(&self) -> Vec<f32> {
+        values(self.input_dims().iter().product(), self.seed)
+    }
+
+    fn w(&self) -> Vec<f32> {
+        values(self.filter_dims().iter().product(), self.seed + 1)
+    }
+
+    fn b(&self) -> Option<Vec<f32>> {
+        self.bias.then(|| values(self.out_channels, self.seed + 2))
+    }
+
+    /// The definition in f64; the error bound is gamma times the sum of absolute products.
+    fn reference(&self, x: &[f32]) -> Vec<Bounded> {
+        let (w, b, [od, oh, ow]) = (self.w(), self.b(), self.output());
+        let ([d, h, width], [kd, kh, kw], channels) = (self.space, self.kernel, self.in_channels());
+        let terms = channels * kd * kh * kw;
+        let mut out = Vec::new();
+        for n in 0..self.batch {
+            for o in 0..self.out_channels {
+                for v in 0..od * oh * ow {
+                    let at = [v / (oh * ow), v / ow % oh, v % ow];
+                    let bias = b.as_ref().map_or(0.0, |b| f64::from(b[o]));
+                    let (mut value, mut absolute) = (bias, bias.abs());
+                    for t in 0..terms {
+                        let (c, k) = (t / (kd * kh * kw), [t / (kh * kw) % kd, t / kw % kh, t % kw]);
+                        let p =
+                            [0, 1, 2].map(|a| (at[a] * self.how.stride[a] + k[a]).wrapping_sub(self.how.padding[a]));
+                        if p[0] < d && p[1] < h && p[2] < width {
+                            let x = x[(((n * channels + c) * d + p[0]) * h + p[1]) * width + p[2]];
+                            let product = f64::from(x) * f64::from(w[o * terms + t]);
+                            value += product;
+                            absolute += product.abs();
+                        }
+                    }
+                    // One rounding per product, per addition and for the bias.
+                    out.push(Bounded { value, error: gamma(terms + 2) * absolute });
+                }
+            }
+        }
+        out
+    }
+
+    fn params(&self, device: &Device) -> (Param, Option<Param>) {
+        let w = testing::filter(&self.w(), self.filter_dims(), device).unwrap();
+        (w, self.b().map(|b| testing::vector(&b, device).unwrap()))
+    }
+
+    fn sources(&self, cx: &mut Ctx<'_>, x: &[f32]) -> Sources {
+        let [n, _, d, h, w] = self.input_dims();
+        let Some(second) = self.channels.1 else {
+            return Sources::One(activation(cx, x, self.input_dims(), self.blocked));
+        };
+        let (first, space) = (self.channels.0, d * h * w);
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for sample in x.chunks_exact((first + second) * space) {
+            a.extend_from_slice(&sample[..first * space]);
+            b.extend_from_slice(&sample[first * space..]);
+        }
+        let a = activation(cx, &a, [n, first, d, h, w], self.blocked);
+        // Sources of different layouts are allowed, too.
+        Sources::Two(a, activation(cx, &b, [n, second, d, h, w], true))
+    }
+
+    /// Runs the named implementation, or the one the operation picks.
+    fn run(&self, device: &Device, x: &[f32], name: Option<&str>) -> Vec<f32> {
+        let (w, b) = self.params(device);
+        let mut cx = Ctx::infer(device);
+        let [d, h, width] = self.output();
+        let sources = self.sources(&mut cx, x);
+        soil(device, [self.batch, self.out_channels, d, h, width]);
+        result(
+            match name {
+                None => ops::conv3d(&mut cx, sources, &w, b.as_ref(), self.how),
+                Some(name) => testing::conv3d(name, &mut cx, sources, &w, b.as_ref(), self.how),
+            }
+            .unwrap(),
+        )
+    }
+
+    /// Every implementation of every instruction set within the bound.
+    fn check(&self) {
+        let x = self.x();
+        let expected = self.reference(&x);
+        for device in devices() {
+            let names = testing::conv3d_implementations(&device, self.input_dims(), &self.params(&device).0, self.how);
+            assert!(names.contains(&"reference"));
+            for name in names {
+                check(&format!("{name} {self:?}"), &self.run(&device, &x, Some(name)), &expected);
+            }
+        }
+    }
+}
+
+fn axis() -> impl Strategy<Value = (usize, usize, usize, usize)> {
+    (prop_oneof![Just(1_usize), Just(3)], 1..=2_usize).prop_flat_map(|(kernel, stride)| {
+        let padding = 0..=kernel / 2;
+        (Just(kernel), Just(stride), padding).prop_flat_map(|(kernel, stride, padding)| {
+            (Just(kernel), Just(stride), Just(padding), kernel - 2 * padding..=7)
+        })
+    })
+}
+
+prop_compose! {
+    fn problem()(
+        batch in 1..=2_usize,
+        first in 1..=36_usize,
+        second in proptest::option::of(1..=20_usize),
+        out_channels in 1..=50_usize,
+        (z, y, x) in (axis(), axis(), axis()),
+        wide in 0..=30_usize,
+        (bias, blocked) in any::<(bool, bool)>(),
+        seed in 0..1_000_000_u64,
+    ) -> Problem {
+        Problem {
+            batch,
+            channels: (first, second),
+            out_channels,
+            space: [z.3, y.3, x.3 + wide],
+            kernel: [z.0, y.0, x.0],
+            how: Conv3d { stride: [z.1, y.1, x.1], padding: [z.2, y.2, x.2] },
+            bias,
+            blocked,
+            seed,
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_problem(p in problem()) {
+        p.check();
+    }
+}
+
+fn cube(channels: (usize, Option<usize>), out_channels: usize, space: [usize; 3], stride: usize) -> Problem {
+    Problem {
+        batch: 1,
+        channels,
+        out_channels,
+        space,
+        kernel: [3; 3],
+        how: Conv3d { stride: [stride; 3], padding: [1; 3] },
+        bias: true,
+        blocked: true,
+        seed: 7,
+    }
+}
+
+/// The shapes of real networks: every tile width, several output groups, rows longer than a work item's segment.
+#[test]
+fn shapes_of_networks() {
+    cube((16, None), 32, [3, 4, 49], 1).check();
+    cube((32, Some(32)), 32, [3, 3, 32], 1).check();
+    cube((20, Some(12)), 24, [4, 4, 13], 2).check();
+    cube((48, None), 80, [4, 4, 4], 1).check();
+    Problem { blocked: false, ..cube((1, None), 16, [4, 5, 35], 1) }.check();
+    Problem { blocked: false, ..cube((4, None), 32, [5, 4, 33], 2) }.check();
+    // The head: pointwise, many classes, more voxels than one segment.
+    let pointwise = Conv3d { stride: [1; 3], padding: [0; 3] };
+    Problem { kernel: [1; 3], how: pointwise, ..cube((16, None), 105, [7, 9, 17], 1) }.check();
+    // 2D.
+    let flat = Conv3d { stride: [1; 3], padding: [0, 1, 1] };
+    Problem { kernel: [1, 3, 3], how: flat, batch: 2, ..cube((20, None), 33, [1, 6, 500], 1) }.check();
+}
+
+/// A filter that fills caches, walked group by group.
+#[test]
+fn large_filter() {
+    cube((96, Some(64)), 64, [2, 3, 9], 1).check();
+}
+
+#[test]
+fn bytes_do_not_depend_on_threads() {
+    for p in [cube((24, Some(20)), 40, [9, 17, 33], 1), cube((96, None), 96, [5, 6, 8], 2)] {
+        let x = p.x();
+        for devices in threaded_devices() {
+            let all = devices.map(|d| bits(&p.run(&d, &x, None)));
+            assert!(all[0] == all[1] && all[0] == all[2], "{p:?}");
+        }
+    }
+}
+
+/// Splitting the input into sources changes nothing, not even the rounding, where blocks are summed in one order.
+#[test]
+fn two_sources_are_one_concatenated() {
+    for first in [1, 4, 12, 16, 20, 32] {
+        let one = cube((44, None), 24, [3, 5, 14], 1);
+        let two = Problem { channels: (first, Some(44 - first)), ..one.clone() };
+        for device in devices() {
+            let x = one.x();
+            assert_eq!(bits(&one.run(&device, &x, None)), bits(&two.run(&device, &x, None)), "{first}");
+        }
+    }
+}
+
+/// conv(a x + y) = a conv(x) + conv(y) without bias, within the bounds of the three.
+#[test]
+fn is_linear() {
+    let p = Problem { bias: false, ..cube((20, None), 24, [4, 5, 13], 1) };
+    let (x, y) = (p.x(), values(p.x().len(), 99));
+    // A power of two, so that forming the combination of small integers rounds nothing.
+    let (x, y): (Vec<f32>, Vec<f32>) =
+        (x.iter().map(|v| (v * 64.0).round()).collect(), y.iter().map(|v| (v * 64.0).round()).collect());
+    let mix: Vec<f32> = x.iter().zip(&y).map(|(x, y)| 2.0 * x + y).collect();
+    for device in devices() {
+        let [fx, fy, fm] = [&x, &y, &mix].map(|v| p.run(&device, v, None));
+        let [ex, ey, em] = [&x, &y, &mix].map(|v| p.reference(v));
+        for i in 0..fm.len() {
+            let error = (f64::from(fm[i]) - 2.0 * f64::from(fx[i]) - f64::from(fy[i])).abs();
+            assert!(error <= em[i].error + 2.0 * ex[i].error + ey[i].error, "{i}: {error}");
+        }
+    }
+}
+
+/// Shifting the input shifts the output, away from the border, to the last bit: every tile sums in one order.
+#[test]
+fn shift_in_shift_out() {
+    let p = cube((8, None), 16, [3, 3, 50], 1);
+    let x = p.x();
+    let mut shifted = x.clone();
+    for row in shifted.chunks_exact_mut(50) {
+        row.rotate_right(1);
+    }
+    for device in devices() {
+        let (a, b) = (p.run(&device, &x, None), p.run(&device, &shifted, None));
+        for (a, b) in a.chunks_exact(50).zip(b.chunks_exact(50)) {
+            assert_eq!(bits(&a[1..48]), bits(&b[2..49]));
+        }
+    }
+}
+
+#[test]
+fn misfits_are_errors() {
+    let device = Device::cpu();
+    let w = testing::filter(&values(8 * 4 * 27, 1), [8, 4, 3, 3, 3], &device).unwrap();
+    let b = testing::vector(&values(7, 1), &device).unwrap();
+    let ok = Conv3d { stride: [1; 3], padding: [1; 3] };
+    let run = |dims: [usize; 5], b: Option<&Param>, how: Conv3d| {
+        let mut cx = Ctx::infer(&device);
+        let x = activation(&mut cx, &vec![0.0; dims.iter().product()], dims, false);
+        ops::conv3d(&mut cx, Sources::One(x), &w, b, how).map(|_| ()).unwrap_err().to_string()
+    };
+    for (dims, how) in [
+        ([1, 5, 4, 4, 4], ok),
+        ([1, 4, 4, 0, 4], ok),
+        ([1, 4, 2, 4, 4], Conv3d { padding: [0; 3], ..ok }),
+        ([1, 4, 4, 4, 4], Conv3d { stride: [3, 1, 1], ..ok }),
+        ([1, 4, 4, 4, 4], Conv3d { padding: [1, 2, 1], ..ok }),
+    ] {
+        let e = run(dims, None, how);
+        assert!(e.starts_with("conv3d: ") && !e.contains('\n'), "{e}");
+    }
+    assert!(run([1, 4, 4, 4, 4], Some(&b), ok).contains("bias"));
+    assert!(ops::pack_filter(&[0.0; 5], [1, 1, 3, 3, 3], &device).is_err());
+    let mut cx = Ctx::infer(&device);
+    let (a, c) = (
+        activation(&mut cx, &[0.0; 16], [1, 2, 2, 2, 2], false),
+        activation(&mut cx, &[0.0; 16], [1, 2, 2, 4, 1], false),
+    );
+    assert!(ops::conv3d(&mut cx, Sources::Two(a, c), &w, None, ok).is_err());
+}

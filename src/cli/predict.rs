@@ -236,13 +236,12 @@ impl Args {
     }
 
     fn predict_options(&self) -> PredictOptions {
-        let mut o = PredictOptions::default();
-        o.step_size = self.step_size;
-        o.mirroring = !self.no_tta;
-        o.mode = self.mode.into();
-        o.probabilities = self.save_probabilities;
-        o.memory_limit = self.memory_limit;
-        o
+        PredictOptions::default()
+            .step_size(self.step_size)
+            .mirroring(!self.no_tta)
+            .mode(self.mode.into())
+            .probabilities(self.save_probabilities)
+            .memory_limit(self.memory_limit)
     }
 
     /// What there is to do, checked before anything is loaded.

@@ -13,7 +13,7 @@ const BUFFER: usize = 256 << 10;
 /// Writes the file `path` through `write`, so that afterwards it is either complete and on the disk, or as it was
 /// before: the bytes go to a temporary name in the same folder, are flushed and synced, and the name is exchanged last.
 ///
-/// An existing regular file of that name is replaced; the name is used exactly as given.
+/// An existing regular file or symbolic link of that name is replaced; the name is used exactly as given.
 ///
 /// # Errors
 /// [`Error::Usage`] when `path` names no regular file (a folder, a device), [`Error::Io`] naming `path` when the system
@@ -135,7 +135,7 @@ mod tests {
     /// A file smaller than the buffer meets the full disk only in the last flush.
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_is_an_error_even_for_a_small_file() {
+    fn defect_2_a_full_disk_is_an_error_even_for_a_small_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.nii");
         let e = write_atomically(&path, |w| {

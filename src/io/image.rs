@@ -15,8 +15,8 @@ pub struct Geometry {
     pub spacing_mm: [f64; 3],
     /// Voxel index (x, y, z, 1) to patient position in mm, RAS+, three rows.
     pub affine: [[f64; 4]; 3],
-    /// The NIfTI header (348 bytes) the geometry came from, if any; results are written with its geometry fields bit
-    /// for bit.
+    /// The NIfTI-1 header (348 bytes, its numbers in little-endian order whatever the file's) the geometry came from,
+    /// if any; results are written with its geometry fields bit for bit, as long as the fields above still agree with it.
     pub header: Option<Vec<u8>>,
 }
 

@@ -15,9 +15,8 @@ pub struct Conv3d {
 }
 
 impl Conv3d {
-    /// Loads `{name}.weight` of shape `[out, sum of inputs, kD, kH, kW]` and, where the source has it, `{name}.bias`
-    /// of shape `[out]`. `inputs` are the channels of each tensor it will read: one, or two that are read as if
-    /// concatenated.
+    /// Loads `{name}.weight` of shape `[out, inputs, kD, kH, kW]` and, where the source has it, `{name}.bias` of shape
+    /// `[out]`.
     ///
     /// # Errors
     /// Whatever the source says; [`crate::Error::Model`] for a missing tensor or another shape.
@@ -25,16 +24,16 @@ impl Conv3d {
         source: &dyn ParamSource,
         name: &str,
         out: usize,
-        inputs: &[usize],
+        inputs: usize,
         kernel: [usize; 3],
         stride: [usize; 3],
         device: &Device,
     ) -> Result<Self> {
         let [kd, kh, kw] = kernel;
-        let dims = [out, inputs.iter().sum(), kd, kh, kw];
+        let dims = [out, inputs, kd, kh, kw];
         let bias = format!("{name}.bias");
         Ok(Self {
-            weight: filter(source, &format!("{name}.weight"), dims, inputs, device)?,
+            weight: filter(source, &format!("{name}.weight"), dims, device)?,
             bias: source.shape(&bias).map(|_| vector(source, &bias, out, device)).transpose()?,
             how: ops::Conv3d { stride, padding: kernel.map(|k| k / 2) },
         })

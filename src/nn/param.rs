@@ -22,20 +22,13 @@ pub trait ParamSource {
     fn error(&self, name: &str, what: String) -> Error;
 }
 
-/// Reads a filter `[O, I, kD, kH, kW]` and packs it for the device. `inputs` are the channels of each tensor it will
-/// be applied to; they add up to I.
+/// Reads a filter `[O, I, kD, kH, kW]` and packs it for the device.
 ///
 /// # Errors
 /// Whatever the source says; [`Error::Model`] when the shape differs from `dims`.
-pub fn filter(
-    source: &dyn ParamSource,
-    name: &str,
-    dims: [usize; 5],
-    inputs: &[usize],
-    device: &Device,
-) -> Result<Param> {
+pub fn filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
     let values = expect(source, name, &dims)?;
-    Ok(Param::new(ops::pack_filter(&values, dims, inputs, device)?, dims.into()))
+    Ok(Param::new(ops::pack_filter(&values, dims, device)?, dims.into()))
 }
 
 /// Reads a vector `[C]`, padded with zeros to whole channel blocks.

@@ -2,6 +2,7 @@
 //! `[classes, D, H, W]` tensor may exist.
 
 pub(crate) use crate::backend::cpu::head::{Activation, PackedHead};
+pub(crate) use crate::backend::cpu::head_argmax::{LinearHead, Tap, Winner, blend, head_row, label_row, sample};
 
 use crate::tensor::Device;
 

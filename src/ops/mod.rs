@@ -1,17 +1,48 @@
 //! Floor 4: one file per operation: documentation, shape rule, forward.
+//!
+//! Every operation takes its inputs by value. The last owner of a tensor gives its memory to the result where the
+//! operation can work in place; a clone kept elsewhere is never changed.
 
+mod add;
 mod conv3d;
 pub(crate) mod head;
 mod instance_norm;
+mod leaky_relu;
+#[doc(hidden)]
+pub mod testing;
+mod upsample_nearest;
 
+pub use add::add;
 pub use conv3d::{Conv3d, Sources, conv3d, pack_filter, pack_vector};
 pub use instance_norm::{InstanceNorm, instance_norm};
+pub use leaky_relu::leaky_relu;
+pub use upsample_nearest::upsample_nearest;
 
-/// skeleton
-pub fn upsample_nearest(
-    _cx: &mut crate::autograd::Ctx<'_>,
-    x: crate::autograd::Var,
-    _f: [usize; 3],
-) -> crate::Result<crate::autograd::Var> {
-    Ok(x)
+use crate::backend::dispatch;
+use crate::error::{Error, Result};
+use crate::tensor::{Dims, Layout, Tensor};
+
+/// The sizes of an activation, none of them zero.
+fn activation(op: &'static str, dims: &Dims) -> Result<[usize; 5]> {
+    if dims.as_slice().len() != 5 || dims.is_empty() {
+        return Err(Error::shape(op, format!("input {dims:?}, expected [N, C, D, H, W] without zeros")));
+    }
+    Ok(dims.five())
+}
+
+/// `x` in the layout that the device computes with; only the network's input arrives in another.
+fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
+    if x.layout() == Layout::BLOCKED {
+        return Ok(x);
+    }
+    let [_, c, d, h, w] = activation(op, x.dims())?;
+    let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, x.device())?;
+    let to = memory(op, &mut out)?;
+    dispatch!(x.device(), relayout::to_blocked(c, d * h * w, x.as_slice(), to));
+    Ok(out)
+}
+
+/// The memory of a tensor that has just been made or found unshared.
+fn memory<'t>(op: &'static str, x: &'t mut Tensor) -> Result<&'t mut [f32]> {
+    x.as_mut_slice().ok_or_else(|| Error::shape(op, "the output's memory is shared"))
 }

@@ -15,6 +15,7 @@ mod canvas;
 mod font;
 mod view;
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -113,7 +114,7 @@ mod size {
     /// Height of a legend's line.
     pub(super) const LINE: usize = 24;
     /// Lines of the legend.
-    pub(super) const LINES: usize = 8;
+    pub(super) const LINES: usize = 10;
     /// Enlargement of the font for headings and text.
     pub(super) const TITLE: usize = 3;
     pub(super) const TEXT: usize = 2;
@@ -164,14 +165,16 @@ pub fn render(image: &Image, seg: &Segmentation, options: &PreviewOptions) -> Re
     let colours = Colours::new(seg, &census);
     let panels = layout(seg, &census);
     let drawn: Vec<_> = panels.iter().map(|p| draw_panel(p, image, seg, &colours, window, options.opacity)).collect();
-    let visible: std::collections::BTreeSet<u16> = drawn.iter().flat_map(|d| &d.labels).copied().collect();
-    let legend: Vec<(Rgb, String)> = visible.into_iter().map(|l| (colours.of(l), entry(seg, &census, l))).collect();
-    Ok(compose(&panels, &drawn, &legend, options, geometry.shape))
+    let mut visible = BTreeMap::<u16, usize>::new();
+    for (&label, &pixels) in drawn.iter().flat_map(|d| &d.labels) {
+        *visible.entry(label).or_default() += pixels;
+    }
+    let legend: Vec<Entry> = visible.into_iter().map(|v| Entry::new(v, seg, &census, &colours)).collect();
+    Ok(compose(&panels, &drawn, legend, options, geometry.shape))
 }
 
 /// Black and white for an image whose kind is not known.
 fn automatic_window(voxels: &[f32]) -> [f32; 2] {
-    // Every CT shows some air; no other usual modality has values that low.
     let mut sorted: Vec<f32> = voxels.iter().copied().filter(|v| v.is_finite()).collect();
     let at = |sorted: &mut Vec<f32>, share: f64| {
         let i = (share * (sorted.len() - 1) as f64).round() as usize;
@@ -181,6 +184,7 @@ fn automatic_window(voxels: &[f32]) -> [f32; 2] {
         return [0.0, 1.0];
     }
     let (lowest, low, high) = (at(&mut sorted, 0.0), at(&mut sorted, 0.01), at(&mut sorted, 0.99));
+    // Every CT shows some air; no other usual modality has values that low.
     if lowest <= -500.0 {
         [-160.0, 240.0]
     } else if low < high {
@@ -190,13 +194,29 @@ fn automatic_window(voxels: &[f32]) -> [f32; 2] {
     }
 }
 
-/// A label's line in the legend: name and volume.
-fn entry(seg: &Segmentation, census: &Census, label: u16) -> String {
-    let name = seg.names.iter().find(|(l, _)| *l == label).map_or(format!("label {label}"), |(_, n)| n.clone());
-    let voxels = census.voxels.get(&label).copied().unwrap_or(0);
-    let ml = voxels as f64 * seg.geometry.voxel_mm3() / 1000.0;
-    let volume = if ml >= 9.95 { format!("{ml:.0}") } else { format!("{ml:.1}") };
-    format!("{} {volume} ml", shorten(&name, 24))
+/// A label's place in the legend.
+struct Entry {
+    colour: Rgb,
+    name: String,
+    /// Volume in the whole segmentation, with its unit.
+    volume: String,
+    /// Pixels of the label in the picture.
+    pixels: usize,
+}
+
+impl Entry {
+    fn new((label, pixels): (u16, usize), seg: &Segmentation, census: &Census, colours: &Colours) -> Self {
+        let name = seg.names.iter().find(|(l, _)| *l == label).map_or(format!("label {label}"), |(_, n)| n.clone());
+        let voxels = census.voxels.get(&label).copied().unwrap_or(0);
+        let ml = voxels as f64 * seg.geometry.voxel_mm3() / 1000.0;
+        let volume = if ml >= 9.95 { format!("{ml:.0} ml") } else { format!("{ml:.1} ml") };
+        Self { colour: colours.of(label), name: shorten(&name, 24), volume, pixels }
+    }
+
+    /// Pixels across, colour field included.
+    fn width(&self) -> usize {
+        size::SWATCH + 8 + text_width(&format!("{} {}", self.name, self.volume), size::TEXT)
+    }
 }
 
 /// At most `limit` characters, the end replaced where it does not fit.
@@ -241,10 +261,11 @@ fn layout(seg: &Segmentation, census: &Census) -> [Panel; 3] {
     })
 }
 
-/// A panel's pixels and the labels in it.
+/// A drawn panel.
 struct Drawn {
     pixels: Vec<Rgb>,
-    labels: Vec<u16>,
+    /// Each visible label with its pixels.
+    labels: BTreeMap<u16, usize>,
 }
 
 /// The two voxels around a pixel along one axis, and the weight of the second.
@@ -331,9 +352,10 @@ fn draw_panel(
             *pixel = colour.map(|c| (f64::from(c) * share + f64::from(grey) * (1.0 - share)).round() as u8);
         }
     });
-    let mut labels: Vec<u16> = samples.into_iter().map(|s| s.1).filter(|&l| l != 0).collect();
-    labels.sort_unstable();
-    labels.dedup();
+    let mut labels = BTreeMap::new();
+    for (_, label) in samples.into_iter().filter(|s| s.1 != 0) {
+        *labels.entry(label).or_default() += 1;
+    }
     Drawn { pixels, labels }
 }
 
@@ -341,7 +363,7 @@ fn draw_panel(
 fn compose(
     panels: &[Panel; 3],
     drawn: &[Drawn],
-    legend: &[(Rgb, String)],
+    mut legend: Vec<Entry>,
     options: &PreviewOptions,
     shape: [usize; 3],
 ) -> Picture {
@@ -351,12 +373,22 @@ fn compose(
     let inner = panels_width.max(notice_width).max(480);
     let width = inner + 2 * size::GAP;
 
-    let cell = legend.iter().map(|e| text_width(&e.1, size::TEXT)).max().unwrap_or(0) + size::SWATCH + 8 + size::GAP;
+    let cell = legend.iter().map(Entry::width).max().unwrap_or(0) + size::GAP;
     let columns = (inner / cell).max(1);
     let room = columns * size::LINES;
-    // The last place is given to the count of those that do not fit.
-    let shown = if legend.len() > room { room - 1 } else { legend.len() };
-    let lines = (shown + usize::from(shown < legend.len())).div_ceil(columns);
+    // When not all fit, the largest in the picture stay, and the last place tells how many do not.
+    let left_out = if legend.len() > room { legend.len() - (room - 1) } else { 0 };
+    if left_out > 0 {
+        let mut sizes: Vec<usize> = legend.iter().map(|e| e.pixels).collect();
+        sizes.sort_unstable();
+        let mut ties = sizes[..left_out].iter().filter(|&&p| p == sizes[left_out - 1]).count();
+        legend.retain(|e| {
+            let tie = e.pixels == sizes[left_out - 1] && ties > 0;
+            ties -= usize::from(tie);
+            e.pixels >= sizes[left_out - 1] && !tie
+        });
+    }
+    let lines = (legend.len() + usize::from(left_out > 0)).div_ceil(columns);
 
     let heading = if options.title.is_empty() { 0 } else { text_height(size::TITLE) + size::GAP };
     let caption = text_height(size::TEXT) + 8;
@@ -381,12 +413,18 @@ fn compose(
         page.text(left, y + panel.height + 8, size::TEXT, ink::FAINT, &caption);
         left += panel.width + size::GAP;
     }
-    let more = (ink::PAGE, format!("+{} more", legend.len() - shown));
-    let rest = (shown < legend.len()).then_some(&more);
-    for (i, (colour, text)) in legend[..shown].iter().chain(rest).enumerate() {
-        let (x, y) = (size::GAP + i % columns * cell, legend_top + i / columns * size::LINE);
-        page.fill(x, y, size::SWATCH, size::SWATCH, *colour);
-        page.text(x + size::SWATCH + 8, y, size::TEXT, ink::TEXT, text);
+    let place = |i: usize| (size::GAP + i % columns * cell, legend_top + i / columns * size::LINE);
+    for (i, entry) in legend.iter().enumerate() {
+        let (x, y) = place(i);
+        page.fill(x, y, size::SWATCH, size::SWATCH, entry.colour);
+        let x = x + size::SWATCH + 8;
+        page.text(x, y, size::TEXT, ink::TEXT, &entry.name);
+        let x = x + text_width(&format!("{} ", entry.name), size::TEXT) + size::TEXT;
+        page.text(x, y, size::TEXT, ink::FAINT, &entry.volume);
+    }
+    if left_out > 0 {
+        let (x, y) = place(legend.len());
+        page.text(x + size::SWATCH + 8, y, size::TEXT, ink::FAINT, &format!("+{left_out} more"));
     }
     page.text(size::GAP, notice_top, size::TEXT, ink::FAINT, NOTICE);
     Picture { width: width as u32, height: height as u32, rgb: page.pixels.into_flattened() }
@@ -411,5 +449,119 @@ fn draw_letters(page: &mut Canvas, panel: &Panel, left: usize, top: usize) {
             page.text(x + dx - 1, y + dy - 1, size::TEXT, [0; 3], &letter.to_string());
         }
         page.text(x, y, size::TEXT, ink::LETTER, &letter.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::image::{Geometry, LabelData};
+
+    /// A patient of 8 x 6 x 4 voxels with one bright voxel and label at the right front top, on a given grid order.
+    fn patient(mirrored: bool) -> (Image, Segmentation) {
+        let mut g = Geometry::new([4, 6, 8], [30.0, 30.0, 30.0]);
+        let mut at = [3, 5, 7];
+        if mirrored {
+            // The file stores x from right to left and y from front to back.
+            g.affine[0] = [-30.0, 0.0, 0.0, 210.0];
+            g.affine[1] = [0.0, -30.0, 0.0, 150.0];
+            at = [3, 0, 0];
+        }
+        let i = (at[0] * 6 + at[1]) * 8 + at[2];
+        let (mut voxels, mut labels) = (vec![0.0; g.len()], vec![0u8; g.len()]);
+        (voxels[i], labels[i]) = (1.0, 3);
+        let image = Image::new(vec![voxels], g.clone()).unwrap();
+        (image, Segmentation::new(LabelData::U8(labels), g, vec![(3, "spot".into())]).unwrap())
+    }
+
+    fn pixels(picture: &Picture) -> Vec<Rgb> {
+        picture.rgb.chunks_exact(3).map(|p| [p[0], p[1], p[2]]).collect()
+    }
+
+    #[test]
+    fn the_patient_lies_the_same_way_whatever_the_order_of_the_voxels() {
+        let options = PreviewOptions::default().with_window(0.0, 1.0);
+        let [a, b] = [false, true].map(|m| {
+            let (image, seg) = patient(m);
+            let census = Census::new(&seg);
+            let panels = layout(&seg, &census);
+            let colours = Colours::new(&seg, &census);
+            panels.map(|p| (p.width, p.height, draw_panel(&p, &image, &seg, &colours, [0.0, 1.0], 0.4).pixels))
+        });
+        assert!(a == b, "mirrored voxels changed the picture");
+        let [axial, coronal, sagittal] = a;
+        for ((width, height, pixels), name) in
+            [axial, coronal, sagittal].into_iter().zip(["axial", "coronal", "sagittal"])
+        {
+            // Right, front, top: always the upper left corner.
+            assert!(pixels[0][0] < pixels[0][2], "{name}: the spot is blue");
+            assert_eq!(pixels[width - 1], [0; 3], "{name}");
+            assert_eq!(pixels[width * (height - 1)], [0; 3], "{name}");
+        }
+        let (image, seg) = patient(false);
+        assert!(pixels(&render(&image, &seg, &options).unwrap()).contains(&colour(0)));
+    }
+
+    #[test]
+    fn voxels_keep_their_proportions() {
+        let mut g = Geometry::new([10, 100, 100], [10.0, 1.0, 1.0]);
+        g.spacing_mm = [10.0, 1.0, 1.0];
+        let seg = Segmentation::new(LabelData::zeros(g.len(), 1), g, vec![]).unwrap();
+        for panel in layout(&seg, &Census::new(&seg)) {
+            assert_eq!(panel.width, panel.height);
+        }
+    }
+
+    #[test]
+    fn a_long_legend_keeps_the_largest_labels_and_counts_the_rest() {
+        let g = Geometry::new([1, 200, 200], [1.0; 3]);
+        let labels: Vec<u16> = (0..g.len()).map(|i| (i / 200) as u16 + 1).collect();
+        let names = (1..=200).map(|l| (l, format!("a rather long name of label {l}"))).collect();
+        let image = Image::new(vec![vec![0.0; g.len()]], g.clone()).unwrap();
+        let seg = Segmentation::new(LabelData::U16(labels), g, names).unwrap();
+        let picture = render(&image, &seg, &PreviewOptions::default().with_title("x".repeat(500))).unwrap();
+        assert!(picture.height < 1300 && picture.width < 1500, "{} x {}", picture.width, picture.height);
+        assert_eq!(picture.rgb.len(), 3 * picture.width as usize * picture.height as usize);
+    }
+
+    #[test]
+    fn odd_images_give_a_picture_or_an_error_but_no_panic() {
+        for (shape, value) in [([1, 1, 1], f32::NAN), ([1, 1, 300], 5.0), ([300, 1, 2], f32::INFINITY)] {
+            let g = Geometry::new(shape, [1.0, 0.5, 2.0]);
+            let image = Image::new(vec![vec![value; g.len()]], g.clone()).unwrap();
+            let seg = Segmentation::new(LabelData::zeros(g.len(), 1), g, vec![]).unwrap();
+            assert!(render(&image, &seg, &PreviewOptions::default()).is_ok(), "{shape:?}");
+            let empty_window = PreviewOptions::default().with_window(1.0, 1.0);
+            assert!(matches!(render(&image, &seg, &empty_window), Err(Error::Usage { .. })));
+        }
+        let (image, _) = patient(false);
+        let g = Geometry::new([4, 6, 9], [1.0; 3]);
+        let seg = Segmentation::new(LabelData::zeros(g.len(), 1), g, vec![]).unwrap();
+        assert!(matches!(render(&image, &seg, &PreviewOptions::default()), Err(Error::Shape { .. })));
+    }
+
+    #[test]
+    fn the_window_is_that_of_soft_tissue_for_ct_only() {
+        assert_eq!(automatic_window(&[-1000.0, 0.0, 50.0]), [-160.0, 240.0]);
+        let mr: Vec<f32> = (0..=1000).map(|i| i as f32).collect();
+        assert_eq!(automatic_window(&mr), [10.0, 990.0]);
+        assert_eq!(automatic_window(&[7.0; 9]), [7.0, 14.0]);
+    }
+
+    #[test]
+    fn a_written_picture_reads_back() {
+        let (image, seg) = patient(false);
+        let picture = render(&image, &seg, &PreviewOptions::default()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.png");
+        picture.write_png(&path).unwrap();
+        let file = std::io::BufReader::new(std::fs::File::open(&path).unwrap());
+        let mut reader = png::Decoder::new(file).read_info().unwrap();
+        let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
+        let info = reader.next_frame(&mut rgb).unwrap();
+        assert_eq!((info.width, info.height), (picture.width, picture.height));
+        assert_eq!(rgb, picture.rgb);
+        let nowhere = folder.path().join("missing/p.png");
+        assert!(matches!(picture.write_png(&nowhere), Err(Error::Io { .. })));
     }
 }

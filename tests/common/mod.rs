@@ -1,6 +1,8 @@
 //! Helpers of the tests.
 
 pub mod binary;
+pub mod bound;
+pub mod drive;
 pub mod files;
 pub mod torch;
 

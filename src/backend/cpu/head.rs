@@ -43,11 +43,6 @@ impl PackedHead {
         bias.iter().enumerate().for_each(|(c, &v)| b[c / L][c % L] = v);
         Self { weight: packed, bias: b, features: stride, classes }
     }
-
-    /// Output channels.
-    pub(crate) fn classes(&self) -> usize {
-        self.classes
-    }
 }
 
 /// For each voxel i of a row: `sum[i] += scale[i] * activation(W x[i] + b)`.

@@ -1,2 +1,38 @@
 //! CPU kernels: scalar reference, AVX2 and AVX-512, chosen at run time.
+//!
+//! Work is cut by the problem's shape, never by the number of threads, and every output value is computed by one
+//! thread in one fixed order, so the bytes are the same for any number of threads.
+#![allow(unsafe_code)]
+
+pub(crate) mod add;
+pub(crate) mod conv3d;
 pub(crate) mod head;
+pub(crate) mod head_argmax;
+pub(crate) mod instance_norm;
+pub(crate) mod isa;
+pub(crate) mod leaky_relu;
+pub(crate) mod relayout;
+pub(crate) mod upsample_nearest;
+
+/// Floats per piece of a memory-bound parallel loop: 256 KiB, large against the cost of handing out a piece, small
+/// against a level-2 cache.
+pub(crate) const PIECE: usize = 1 << 16;
+
+/// The start of an output that several threads write at places of their own.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(*mut f32);
+
+// SAFETY: only an address; whoever writes through it promises that no two threads touch the same element.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(crate) fn new(out: &mut [f32]) -> Self {
+        Self(out.as_mut_ptr())
+    }
+
+    pub(crate) fn ptr(self) -> *mut f32 {
+        self.0
+    }
+}

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::io::weights::Weights;
+use crate::models::StuNetConfig;
 use crate::nnunet::plans::InferencePlan;
 use crate::tensor::DType;
 
@@ -31,13 +32,6 @@ pub enum Architecture {
 }
 
 impl Architecture {
-    /// STU-Net S, B, L or H by its base width and blocks per stage.
-    #[must_use]
-    pub fn stunet(base: usize, blocks: usize, in_channels: usize, classes: usize) -> Self {
-        let dims = [1, 2, 4, 8, 16, 16].map(|m| m * base);
-        Architecture::StuNet { dims, depth: [blocks; 6], decoder_depth: [blocks; 5], in_channels, classes }
-    }
-
     /// Tells the network from its tensors and checks that every tensor of it is there, with the right shape and a
     /// floating-point type, and no other.
     ///
@@ -114,58 +108,14 @@ impl Architecture {
     /// Name and shape of every tensor, in PyTorch's order of registration.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let Architecture::StuNet { dims, depth, decoder_depth, in_channels, classes } = self;
-        let mut out = Vec::new();
-        for s in 0..6 {
-            let input = if s == 0 { *in_channels } else { dims[s - 1] };
-            stage(&mut out, ENCODER, s, input, dims[s], depth[s]);
-        }
-        for u in 0..5 {
-            push(&mut out, &format!("upsample_layers.{u}.conv"), &[dims[4 - u], dims[5 - u], 1, 1, 1]);
-        }
-        for u in 0..5 {
-            stage(&mut out, DECODER, u, dims[4 - u].saturating_mul(2), dims[4 - u], decoder_depth[u]);
-        }
-        for u in 0..5 {
-            push(&mut out, &format!("seg_outputs.{u}"), &[*classes, dims[4 - u], 1, 1, 1]);
-        }
-        out
+        self.config([[1; 3]; 5]).parameters()
     }
 
-    /// Number of parameters.
+    /// The network with the given strides, ready to be built.
     #[must_use]
-    pub fn parameter_count(&self) -> u64 {
-        self.tensors().iter().map(|(_, s)| s.iter().map(|&d| d as u64).product::<u64>()).sum()
-    }
-
-    /// Multiply-accumulate operations of the convolutions for one patch (the four outputs of deep supervision, which
-    /// inference leaves out, not counted).
-    #[must_use]
-    pub fn macs(&self, patch: [usize; 3], strides: &[[usize; 3]; 5]) -> u64 {
-        let Architecture::StuNet { dims, depth, decoder_depth, in_channels, classes } = self;
-        let mut size = patch;
-        let mut voxels = [0u64; 6];
-        for (s, v) in voxels.iter_mut().enumerate() {
-            if s > 0 {
-                // Padding of half a kernel: a stride rounds up.
-                size = std::array::from_fn(|a| size[a].div_ceil(strides[s - 1][a].max(1)));
-            }
-            *v = size.iter().map(|&d| d as u64).product();
-        }
-        let block = |input: usize, out: usize, blocks: usize| {
-            let (i, o, b) = (input as u64, out as u64, blocks as u64);
-            27 * i * o + 27 * o * o + i * o + (b - 1) * 54 * o * o
-        };
-        let mut total = 0;
-        for s in 0..6 {
-            let input = if s == 0 { *in_channels } else { dims[s - 1] };
-            total += voxels[s] * block(input, dims[s], depth[s]);
-        }
-        for u in 0..5 {
-            let (d, v) = (dims[4 - u], voxels[4 - u]);
-            total += v * ((dims[5 - u] * d) as u64 + block(2 * d, d, decoder_depth[u]));
-        }
-        total + voxels[0] * (dims[0] * classes) as u64
+    pub fn config(&self, strides: [[usize; 3]; 5]) -> StuNetConfig {
+        let Architecture::StuNet { dims, depth, decoder_depth, in_channels, classes } = *self;
+        StuNetConfig { in_channels, classes, depth, decoder_depth, dims, strides }
     }
 }
 
@@ -175,25 +125,6 @@ fn conv(part: &str, stage: usize, block: usize, layer: &str) -> String {
 
 fn missing(weights: &Weights, name: &str) -> Error {
     Error::model(weights.path(), name, "missing: not a complete STU-Net")
-}
-
-fn push(out: &mut Vec<(String, Vec<usize>)>, name: &str, weight: &[usize]) {
-    out.push((format!("{name}.weight"), weight.to_vec()));
-    out.push((format!("{name}.bias"), weight[..1].to_vec()));
-}
-
-fn stage(out: &mut Vec<(String, Vec<usize>)>, part: &str, s: usize, input: usize, c: usize, blocks: usize) {
-    for b in 0..blocks {
-        let i = if b == 0 { input } else { c };
-        let at = format!("{part}.{s}.{b}");
-        push(out, &format!("{at}.conv1"), &[c, i, 3, 3, 3]);
-        push(out, &format!("{at}.norm1"), &[c]);
-        push(out, &format!("{at}.conv2"), &[c, c, 3, 3, 3]);
-        push(out, &format!("{at}.norm2"), &[c]);
-        if b == 0 {
-            push(out, &format!("{at}.conv3"), &[c, i, 1, 1, 1]);
-        }
-    }
 }
 
 /// Names the network that the tensors belong to, as far as it is known.
@@ -211,29 +142,4 @@ fn other_network(weights: &Weights) -> Error {
         return Error::unsupported(format!("{what} ...; this version runs STU-Net only"));
     };
     Error::unsupported(format!("{}: {what}; this version runs STU-Net only", weights.path().display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parameter_counts_of_the_paper() {
-        let counts = [(16, 1), (32, 1), (64, 2), (96, 3)].map(|(base, blocks)| {
-            let net = Architecture::stunet(base, blocks, 1, 105);
-            (net.parameter_count(), net.tensors().len())
-        });
-        assert_eq!(counts, [(14_596_941, 130), (58_262_669, 130), (440_302_605, 218), (1_457_326_221, 306)]);
-    }
-
-    #[test]
-    fn flops_of_the_paper() {
-        // STU-Net's README: 0.13, 0.51, 3.81, 12.60 TFLOPs at 128^3, counting a multiply-accumulate as one and giving
-        // what a hook-based counter gives, which leaves the strides of the plan open.
-        let strides = [[2, 2, 2]; 5];
-        for (base, blocks, tera) in [(16, 1, 0.13), (32, 1, 0.51), (64, 2, 3.81), (96, 3, 12.60)] {
-            let macs = Architecture::stunet(base, blocks, 1, 105).macs([128; 3], &strides) as f64 / 1e12;
-            assert!((macs / tera - 1.0).abs() < 0.06, "{base}: {macs} against {tera}");
-        }
-    }
 }

@@ -1,7 +1,6 @@
 //! Any model folder to the project's own.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};

@@ -79,7 +79,7 @@ pub struct Inspection {
     pub folds: Vec<String>,
     /// Bytes of one fold's weights as f32.
     pub weight_bytes: u64,
-    /// Estimate of the activations alive at once for one patch: three tensors of the finest stage as f32.
+    /// Tensors alive at once at the peak of one patch, as f32.
     pub activation_bytes: u64,
     /// The files.
     pub files: Vec<FileReport>,
@@ -99,7 +99,6 @@ impl ModelFolder {
     /// # Errors
     /// [`crate::Error::Io`] when a file has gone.
     pub fn inspect(&self) -> Result<Inspection> {
-        let Architecture::StuNet { dims, .. } = &self.architecture;
         let plan = &self.plan;
         let mut dtypes = BTreeMap::new();
         let mut tensors = 0;
@@ -111,9 +110,9 @@ impl ModelFolder {
             }
         }
         let files = self.sources.iter().map(|path| self.file(path)).collect::<Result<_>>()?;
-        let macs = self.architecture.macs(plan.patch, &plan.strides);
-        let parameters = self.architecture.parameter_count();
-        let voxels: u64 = plan.patch.iter().map(|&d| d as u64).product();
+        let config = self.architecture.config(plan.strides);
+        let macs = config.macs(plan.patch);
+        let parameters = config.parameter_count();
         Ok(Inspection {
             kind: self.kind,
             rules: plan.rules,
@@ -139,7 +138,7 @@ impl ModelFolder {
             mirror_axes: plan.mirror_axes.clone(),
             folds: self.folds.iter().map(|f| f.name.clone()).collect(),
             weight_bytes: 4 * parameters,
-            activation_bytes: 3 * 4 * dims[0] as u64 * voxels,
+            activation_bytes: config.activation_bytes(plan.patch) as u64,
             files,
         })
     }

@@ -1,40 +1,53 @@
-//! From image to segmentation.
+//! From image to segmentation: preprocess, slide windows, aggregate, resample back, decide.
+
+mod export;
+mod sweep;
+mod window;
 
 use std::path::Path;
+use std::time::Instant;
 
-use super::model::ModelOptions;
-use super::plans::InferencePlan;
-use crate::base::progress::Progress;
-use crate::error::Result;
+pub use export::Probabilities;
+
+use self::export::{Export, Planes, Scores};
+use self::sweep::{Gather, Sweep, SweepPlan};
+use super::model::{FoldWeights, ModelFolder, ModelOptions};
+use super::plans::{Decision, InferencePlan, Rules};
+use super::postprocess::keep_largest_component;
+use super::preprocess::{Preprocessed, preprocess};
+use crate::base::progress::{Event, Progress, tell};
+use crate::error::{Error, Result};
 use crate::io::{Image, Segmentation};
+use crate::models::StuNet;
+use crate::ops::head::{Activation, LinearHead};
 use crate::tensor::Device;
 
-/// Speed.
+/// How a v1 model's result is brought back to the image's grid (`--mode` of nnU-Net v1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Mode {
-    /// Normal.
+    /// Resample probabilities, then decide. The only mode of v2 models.
     #[default]
     Normal,
-    /// Fast.
+    /// v1: decide on the network's grid, then resample the label map linearly per label.
     Fast,
-    /// Fastest.
+    /// v1: decide on the network's grid, then take the nearest label.
     Fastest,
 }
 
-/// Options.
+/// Options of a prediction.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct PredictOptions {
-    /// Step.
+    /// Distance of neighbouring windows as a fraction of the patch, in (0, 1].
     pub step_size: f64,
-    /// Mirroring.
+    /// Average over mirrored copies, along the axes the model was trained to mirror.
     pub mirroring: bool,
-    /// Mode.
+    /// Export of v1 models.
     pub mode: Mode,
-    /// Probabilities.
+    /// Also return class probabilities; takes classes x volume of memory.
     pub probabilities: bool,
-    /// Limit.
+    /// Refuse to start when more bytes than this would be needed.
     pub memory_limit: Option<usize>,
 }
 
@@ -44,102 +57,264 @@ impl Default for PredictOptions {
     }
 }
 
-/// Predictor.
-#[derive(Debug)]
-pub struct Predictor {
-    plan: InferencePlan,
+impl PredictOptions {
+    /// Sets [`PredictOptions::step_size`].
+    #[must_use]
+    pub fn step_size(mut self, step: f64) -> Self {
+        self.step_size = step;
+        self
+    }
+
+    /// Sets [`PredictOptions::mirroring`].
+    #[must_use]
+    pub fn mirroring(mut self, on: bool) -> Self {
+        self.mirroring = on;
+        self
+    }
+
+    /// Sets [`PredictOptions::mode`].
+    #[must_use]
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// Sets [`PredictOptions::probabilities`].
+    #[must_use]
+    pub fn probabilities(mut self, on: bool) -> Self {
+        self.probabilities = on;
+        self
+    }
+
+    /// Sets [`PredictOptions::memory_limit`].
+    #[must_use]
+    pub fn memory_limit(mut self, bytes: Option<usize>) -> Self {
+        self.memory_limit = bytes;
+        self
+    }
 }
 
-/// Probabilities.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Probabilities {
-    /// (c, z, y, x).
-    pub values: Vec<f32>,
-    /// Channels.
-    pub channels: usize,
-    /// Shape.
-    pub shape: [usize; 3],
-}
-
-/// Report.
+/// What a prediction took.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
-    /// Tiles.
+    /// Windows of the image.
     pub tiles: usize,
-    /// Shape.
+    /// Voxels (z, y, x) of the image on the network's grid.
     pub network_shape: [usize; 3],
-    /// Seconds.
+    /// Wall seconds of each stage: "preprocess", "network", "export".
     pub seconds: Vec<(String, f64)>,
-    /// Peak.
+    /// Largest total of the device's tensors in bytes, the model's weights included.
     pub peak_tensor_bytes: usize,
 }
 
-/// Prediction.
-#[derive(Debug, Clone, PartialEq)]
+/// A segmentation and what came with it.
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Prediction {
-    /// Segmentation.
+    /// The label map on the image's grid.
     pub segmentation: Segmentation,
-    /// Probabilities.
+    /// Class probabilities, if they were asked for.
     pub probabilities: Option<Probabilities>,
-    /// Report.
+    /// Time and memory.
     pub report: Report,
 }
 
+/// A model in memory, ready for any number of images.
+#[derive(Debug)]
+pub struct Predictor {
+    plan: InferencePlan,
+    nets: Vec<StuNet>,
+    device: Device,
+    options: PredictOptions,
+}
+
 impl Predictor {
-    /// Open.
+    /// Opens a model folder of nnU-Net v1, nnU-Net v2 or the project's own kind, all folds of it.
     ///
     /// # Errors
-    /// Those of the model.
+    /// [`Error::Io`], [`Error::Model`] or [`Error::Unsupported`], naming file and field.
     pub fn open(model: impl AsRef<Path>, device: &Device) -> Result<Self> {
         Self::open_with(model, device, &ModelOptions::default())
     }
 
-    /// Open.
+    /// Opens chosen folds or checkpoints of a model folder.
     ///
     /// # Errors
-    /// Those of the model.
-    pub fn open_with(model: impl AsRef<Path>, _: &Device, options: &ModelOptions) -> Result<Self> {
-        let m = super::model::ModelFolder::open(model, options)?;
-        for f in &m.folds {
-            for n in f.weights.names() {
-                f.weights.values(n)?;
-            }
-        }
-        Ok(Self { plan: m.plan })
+    /// As [`Predictor::open`].
+    pub fn open_with(model: impl AsRef<Path>, device: &Device, options: &ModelOptions) -> Result<Self> {
+        let folder = ModelFolder::open(model.as_ref(), options)?;
+        let config = folder.architecture.config(folder.plan.strides);
+        let build = |f: &FoldWeights| config.build(&f.weights, device);
+        let nets = device.install(|| folder.folds.iter().map(build).collect::<Result<Vec<_>>>())?;
+        Ok(Self { plan: folder.plan, nets, device: device.clone(), options: PredictOptions::default() })
     }
 
-    /// Options.
+    /// Sets the options of the predictions that follow.
     #[must_use]
-    pub fn options(self, _: PredictOptions) -> Self {
+    pub fn options(mut self, options: PredictOptions) -> Self {
+        self.options = options;
         self
     }
 
-    /// Plan.
+    /// What the model expects and gives.
     #[must_use]
     pub fn plan(&self) -> &InferencePlan {
         &self.plan
     }
 
-    /// Predict.
+    /// Segments an image.
     ///
     /// # Errors
-    /// Never.
+    /// [`Error::Usage`] when the image's channels do not fit the model, an option is out of range or the image holds
+    /// values that no model can use; [`Error::OutOfMemory`].
     pub fn predict(&mut self, image: &Image) -> Result<Segmentation> {
         Ok(self.predict_with(image, &mut ())?.segmentation)
     }
 
-    /// Predict.
+    /// Segments an image with progress, and says what it took. The callback can cancel.
     ///
     /// # Errors
-    /// Never.
-    pub fn predict_with(&mut self, image: &Image, _: &mut dyn Progress) -> Result<Prediction> {
-        let labels = crate::io::LabelData::zeros(image.geometry.len(), 2);
+    /// As [`Predictor::predict`], and [`Error::Cancelled`].
+    pub fn predict_with(&mut self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
+        self.check_options()?;
+        let this = &*self;
+        this.device.install(|| this.run(image, progress))
+    }
+
+    /// Class scores on the network's own grid, before resampling: probabilities of a v1 model, logits of a v2 one.
+    #[doc(hidden)]
+    pub fn network_scores(&mut self, image: &Image) -> Result<Probabilities> {
+        self.check_options()?;
+        let this = &*self;
+        this.device.install(|| {
+            let case = preprocess(image, &this.plan)?;
+            let plan = this.plan_sweep(&case)?;
+            let head = this.combined_head(&plan)?;
+            let (inputs, channels, voxels) = (plan.channels(), this.plan.heads, case.shape.iter().product::<usize>());
+            let mut nothing = ();
+            let mut sweep = Sweep::new(plan, &this.nets, &this.device, &case.data, &mut nothing)?;
+            let area = case.shape[1] * case.shape[2];
+            let (mut plane, mut scores) = (vec![0.0; area * inputs], vec![0.0; channels]);
+            let mut out = Probabilities { values: vec![0.0; channels * voxels], channels, shape: case.shape };
+            for z in 0..case.shape[0] {
+                sweep.plane(z, &mut plane)?;
+                for (i, v) in plane.chunks_exact(inputs).enumerate() {
+                    match &head {
+                        Some(h) => h.apply(v, &mut scores),
+                        None => scores.copy_from_slice(v),
+                    }
+                    (0..channels).for_each(|c| out.values[c * voxels + z * area + i] = scores[c]);
+                }
+            }
+            Ok(out)
+        })
+    }
+
+    fn check_options(&self) -> Result<()> {
+        let o = &self.options;
+        if !(o.step_size > 0.0 && o.step_size <= 1.0) {
+            return Err(Error::usage(format!("step size {} is out of range, expected 0 < step <= 1", o.step_size)));
+        }
+        if o.mode != Mode::Normal && self.plan.rules != Rules::NnunetV1 {
+            return Err(Error::usage("mode fast and fastest exist for nnU-Net v1 models only, this is a v2 model"));
+        }
+        if o.mode != Mode::Normal && o.probabilities {
+            return Err(Error::usage("probabilities need mode normal"));
+        }
+        Ok(())
+    }
+
+    fn run(&self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
+        let clock = Instant::now();
+        tell(progress, Event::Stage("preprocess"))?;
+        let case = preprocess(image, &self.plan)?;
+        let preprocessing = clock.elapsed().as_secs_f64();
+
+        let sweep = self.plan_sweep(&case)?;
+        self.check_memory(&sweep, &case, image)?;
+        let (tiles, head) = (sweep.windows(), self.combined_head(&sweep)?);
+        tell(progress, Event::Stage("network"))?;
+        let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
+        let export = Export {
+            plan: &self.plan,
+            properties: &case.properties,
+            scores: if self.plan.rules == Rules::NnunetV2 { Scores::Logits } else { Scores::Probabilities },
+            head: head.as_ref(),
+            isa: self.device.isa(),
+        };
+        let (mut labels, probabilities) = match self.options.mode {
+            Mode::Normal if self.options.probabilities => {
+                let (labels, p) = export.labels_and_probabilities(&mut sweep)?;
+                (labels, Some(p))
+            }
+            Mode::Normal => (export.labels(&mut sweep)?, None),
+            Mode::Fast => (export.labels_fast(&mut sweep, 1)?, None),
+            Mode::Fastest => (export.labels_fast(&mut sweep, 0)?, None),
+        };
+        for &label in &self.plan.keep_largest {
+            keep_largest_component(&mut labels, image.geometry.shape, label);
+        }
+        let network = sweep.network_seconds();
+        let total = clock.elapsed().as_secs_f64();
+        let seconds =
+            [("preprocess", preprocessing), ("network", network), ("export", total - preprocessing - network)];
+        let report = Report {
+            tiles,
+            network_shape: case.shape,
+            seconds: seconds.map(|(n, s)| (n.to_string(), s)).to_vec(),
+            peak_tensor_bytes: self.device.memory().peak,
+        };
         let segmentation = Segmentation::new(labels, image.geometry.clone(), self.plan.labels.clone())?;
-        let report =
-            Report { tiles: 1, network_shape: image.geometry.shape, seconds: Vec::new(), peak_tensor_bytes: 0 };
-        Ok(Prediction { segmentation, probabilities: None, report })
+        Ok(Prediction { segmentation, probabilities, report })
+    }
+
+    fn plan_sweep(&self, case: &Preprocessed) -> Result<SweepPlan> {
+        let (p, o) = (&self.plan, &self.options);
+        let activation = match (p.rules, &p.decision) {
+            (Rules::NnunetV2, _) => Activation::Identity,
+            (Rules::NnunetV1, Decision::Argmax) => Activation::Softmax,
+            (Rules::NnunetV1, Decision::Regions { .. }) => Activation::Sigmoid,
+        };
+        let flips = window::mirrors(if o.mirroring { &p.mirror_axes } else { &[] });
+        let mut plan = SweepPlan::new(case.shape, p.patch, o.step_size, flips, &self.nets, activation)?;
+        // v1 counts a lone window's voxels alike (`_internal_predict_3D_3Dconv_tiled`); v2 always weights.
+        plan.gaussian = p.rules == Rules::NnunetV2 || plan.windows() > 1;
+        Ok(plan)
+    }
+
+    /// The head for planes of features: all folds' heads side by side, averaged.
+    fn combined_head(&self, plan: &SweepPlan) -> Result<Option<LinearHead>> {
+        if plan.gather != Gather::Features {
+            return Ok(None);
+        }
+        let (k, n) = (plan.channels(), self.nets.len());
+        let lanes = k / n;
+        let classes = self.plan.heads;
+        let (mut weight, mut bias) = (vec![0.0; classes * k], vec![0.0; classes]);
+        for (fold, net) in self.nets.iter().enumerate() {
+            let h = net.head();
+            for c in 0..classes {
+                bias[c] += h.bias[c] / n as f32;
+                let row = &mut weight[c * k + fold * lanes..][..h.features];
+                row.iter_mut().zip(&h.weight[c * h.features..]).for_each(|(o, w)| *o = w / n as f32);
+            }
+        }
+        LinearHead::new(&weight, &bias).map(Some)
+    }
+
+    /// Refuses before anything runs what would not fit.
+    fn check_memory(&self, sweep: &SweepPlan, case: &Preprocessed, image: &Image) -> Result<()> {
+        let Some(limit) = self.options.memory_limit else { return Ok(()) };
+        let activations = self.nets.iter().map(|n| n.config().activation_bytes(self.plan.patch)).max().unwrap_or(0);
+        let voxels = image.geometry.len();
+        let host = 4 * (image.channels.len() * voxels + case.data.len()) + 2 * voxels;
+        let classes = self.plan.heads * voxels * 4;
+        let asked = activations + sweep.bytes() + host + if self.options.probabilities { classes } else { 0 };
+        let in_use = self.device.memory().in_use;
+        if in_use + asked > limit {
+            return Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use, limit });
+        }
+        Ok(())
     }
 }

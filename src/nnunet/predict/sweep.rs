@@ -1,6 +1,8 @@
 //! The sliding window: runs the network over an image from its first plane to its last and hands out finished planes
 //! of scores in rising order, so that at most one window's depth of scores (or the windows' features) exists at a time.
 
+use std::time::{Duration, Instant};
+
 use super::export::Planes;
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
@@ -138,7 +140,11 @@ struct Held {
 
 enum Store {
     /// The planes `[first, first + patch)` of weighted sums; plane p lies in slot `p % patch`.
-    Ring { sum: Tensor, weight: Tensor, end: usize },
+    Ring {
+        sum: Tensor,
+        weight: Tensor,
+        end: usize,
+    },
     Held(Vec<Held>),
 }
 
@@ -154,6 +160,7 @@ pub(crate) struct Sweep<'a> {
     store: Store,
     rows_done: usize,
     passes_done: usize,
+    network: Duration,
     progress: &'a mut dyn Progress,
 }
 
@@ -192,8 +199,14 @@ impl<'a> Sweep<'a> {
             store,
             rows_done: 0,
             passes_done: 0,
+            network: Duration::ZERO,
             progress,
         })
+    }
+
+    /// Wall seconds spent running windows so far.
+    pub(crate) fn network_seconds(&self) -> f64 {
+        self.network.as_secs_f64()
     }
 
     /// Runs all windows that start at the `row`-th z start.
@@ -326,6 +339,7 @@ impl<'a> Sweep<'a> {
 
     /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
     fn held_plane(&self, windows: &[Held], how: Activation, p: usize, out: &mut [f32]) {
+        let (device, heads, importance) = (self.device, &self.heads, self.importance.as_deref());
         let ([pz, py, px], [_, ny, nx]) = (self.plan.patch, self.plan.shape);
         let (pad, classes, lanes) = (self.plan.pad(), self.plan.classes, self.plan.features);
         let scale = 1.0 / (self.plan.flips.len() * self.plan.folds) as f32;
@@ -344,12 +358,12 @@ impl<'a> Sweep<'a> {
                 let Some(plane) = &window.planes[p - sz] else { continue };
                 let view = FeatureView { values: plane.as_slice(), size: [1, py, px], lanes };
                 view.row(0, y - sy, [false, window.flip[1], window.flip[2]], &mut row);
-                if let Some(m) = self.importance.as_deref() {
+                if let Some(m) = importance {
                     let m = &m[((p - sz) * py + y - sy) * px..][..px];
                     g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
                 }
                 let into = &mut sum[sx * classes..][..px * classes];
-                head::accumulate(self.device, &self.heads[window.fold], how, &row, &g, into);
+                head::accumulate(device, &heads[window.fold], how, &row, &g, into);
                 weight[sx..sx + px].iter_mut().zip(&g).for_each(|(w, g)| *w += g);
             }
             for (x, out) in out.chunks_exact_mut(classes).enumerate() {
@@ -372,10 +386,12 @@ impl Planes for Sweep<'_> {
 
     fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
         let p = z + self.plan.pad()[0];
+        let clock = Instant::now();
         while self.rows_done < self.plan.starts[0].len() && self.plan.starts[0][self.rows_done] <= p {
             self.run_row(self.rows_done)?;
             self.rows_done += 1;
         }
+        self.network += clock.elapsed();
         if let Gather::Held(how) = self.plan.gather {
             let Store::Held(mut windows) = std::mem::replace(&mut self.store, Store::Held(Vec::new())) else {
                 return Err(Error::shape("sweep", "windows are not held"));

@@ -69,8 +69,7 @@ mod tests {
 
     #[test]
     fn mirrors_are_ordered_as_combinations() {
-        let as_axes: Vec<Vec<usize>> =
-            mirrors(&[0, 1, 2]).iter().map(|f| (0..3).filter(|&a| f[a]).collect()).collect();
+        let as_axes: Vec<Vec<usize>> = mirrors(&[0, 1, 2]).iter().map(|f| (0..3).filter(|&a| f[a]).collect()).collect();
         let expected: [&[usize]; 8] = [&[], &[0], &[1], &[2], &[0, 1], &[0, 2], &[1, 2], &[0, 1, 2]];
         assert_eq!(as_axes, expected);
         assert_eq!(mirrors(&[]), [[false; 3]]);

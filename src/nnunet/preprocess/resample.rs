@@ -59,6 +59,18 @@ impl View {
             }
         }
     }
+
+    /// Copies `row` to the row at (z, y) of `array`.
+    pub(crate) fn write<T: Copy>(&self, row: &[T], z: usize, y: usize, array: &mut [T]) {
+        let at = self.base + z * self.strides[0] + y * self.strides[1];
+        if self.strides[2] == 1 {
+            array[at..at + self.shape[2]].copy_from_slice(row);
+        } else {
+            for (o, v) in array[at..].iter_mut().step_by(self.strides[2]).zip(row) {
+                *o = *v;
+            }
+        }
+    }
 }
 
 /// An array in memory, seen through a view.
@@ -357,3 +369,6 @@ fn vote<T: Copy + Default + Ord>(lines: &[&[T]; 4], weights: &[f64; 4], x0: usiz
     }
     best
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! The microkernel: a few neighbouring output voxels of one row times one or two blocks of output channels, summed in
+//! registers over all taps and input channels, with broadcast inputs against vectors of weights.
+
+#[cfg(target_arch = "x86_64")]
+use crate::backend::cpu::isa::{Avx2, Avx512};
+use crate::backend::cpu::isa::{Scalar, Simd};
+use crate::tensor::BLOCK;
+
+/// One source as a tile sees it: runs of channels that lie side by side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stream {
+    /// Where tap (0, 0, 0) of the tile's first voxel is in the first run; may lie outside the input, where no valid
+    /// tap reads.
+    pub(super) start: *const f32,
+    /// Floats between runs, rows and slices.
+    pub(super) run: usize,
+    pub(super) row: usize,
+    pub(super) slice: usize,
+    /// Number of runs; 0 for no source.
+    pub(super) runs: usize,
+    /// Channels per run, and in the last one.
+    pub(super) lanes: usize,
+    pub(super) last: usize,
+}
+
+/// What one tile computes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tile {
+    pub(super) sources: [Stream; 2],
+    /// Weights of tap 0, channel 0.
+    pub(super) filter: *const f32,
+    /// Floats between the weights of neighbouring input channels, and of neighbouring taps.
+    pub(super) channel: usize,
+    pub(super) tap: usize,
+    /// Taps that touch the input: first and one past the last, in z and y.
+    pub(super) z: (usize, usize),
+    pub(super) y: (usize, usize),
+    /// Kernel sizes in y and x.
+    pub(super) kernel: (usize, usize),
+    /// The first voxel's leftmost tap lies in the padding; the last voxel's rightmost does.
+    pub(super) left: bool,
+    pub(super) right: bool,
+    /// Output of the first voxel, and floats to the next output block.
+    pub(super) out: *mut f32,
+    pub(super) block: usize,
+    /// Bias of the first block, or null.
+    pub(super) bias: *const f32,
+}
+
+/// # Safety
+/// The pointers of the tile lead to what their fields say, for the function's width, blocks and voxel step; no other
+/// thread touches the output voxels; the processor has the instruction set.
+pub(super) type TileFn = unsafe fn(&Tile);
+
+/// Distances between neighbouring voxels of a row, in floats: plain or blocked, at stride 1 or 2.
+pub(super) const STEPS: [usize; 4] = [1, 2, BLOCK, 2 * BLOCK];
+
+/// The microkernels of one instruction set: per number of output blocks (one; two, where registers allow) the
+/// available widths, wide to narrow and ending with 1, each with one function per entry of [`STEPS`].
+pub(super) struct Kernels {
+    pub(super) one: &'static [(usize, [TileFn; 4])],
+    pub(super) two: &'static [(usize, [TileFn; 4])],
+}
+
+/// Rows of a [`Kernels`] table from a function generic over width, blocks and step.
+macro_rules! widths {
+    ($f:ident, $blocks:literal, [$($w:literal),*]) => {
+        &[$(($w, [$f::<$w, $blocks, 1>, $f::<$w, $blocks, 2>, $f::<$w, $blocks, 16>, $f::<$w, $blocks, 32>])),*]
+    };
+}
+
+/// 32 registers of a block each: up to 24 sums, the weights, one input.
+#[cfg(target_arch = "x86_64")]
+pub(super) static AVX512: Kernels =
+    Kernels { one: widths!(avx512, 1, [24, 16, 12, 8, 4, 2, 1]), two: widths!(avx512, 2, [12, 8, 6, 4, 2, 1]) };
+
+/// 16 registers of half a block: 12 sums, the weights, one input.
+#[cfg(target_arch = "x86_64")]
+pub(super) static AVX2: Kernels = Kernels { one: widths!(avx2, 1, [6, 4, 2, 1]), two: &[] };
+
+pub(super) static SCALAR: Kernels = Kernels { one: widths!(scalar, 1, [2, 1]), two: &[] };
+
+/// # Safety
+/// See [`TileFn`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+unsafe fn avx512<const W: usize, const B: usize, const STEP: usize>(t: &Tile) {
+    // SAFETY: this function's own contract.
+    unsafe { tile::<Avx512, W, B, STEP>(Avx512::new(), t) }
+}
+
+/// # Safety
+/// See [`TileFn`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2<const W: usize, const B: usize, const STEP: usize>(t: &Tile) {
+    // SAFETY: this function's own contract.
+    unsafe { tile::<Avx2, W, B, STEP>(Avx2::new(), t) }
+}
+
+/// # Safety
+/// See [`TileFn`].
+unsafe fn scalar<const W: usize, const B: usize, const STEP: usize>(t: &Tile) {
+    // SAFETY: this function's own contract.
+    unsafe { tile::<Scalar, W, B, STEP>(Scalar, t) }
+}
+
+/// # Safety
+/// See [`TileFn`].
+#[inline(always)]
+unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize>(s: S, t: &Tile) {
+    let mut sums = [[s.splat(0.0); B]; W];
+    let (kh, kw) = t.kernel;
+    for z in t.z.0..t.z.1 {
+        for y in t.y.0..t.y.1 {
+            for x in 0..kw {
+                let mut weights = t.filter.wrapping_add(((z * kh + y) * kw + x) * t.tap);
+                // Voxels whose tap lies in the padding are left out; the sums stay in the same registers.
+                let (left, right) = (t.left && x == 0, t.right && x + 1 == kw);
+                for source in &t.sources {
+                    let step = if STEP < BLOCK { 1 } else { BLOCK };
+                    let mut input = source.start.wrapping_add(z * source.slice + y * source.row + x * step);
+                    for i in 0..source.runs {
+                        let lanes = if i + 1 == source.runs { source.last } else { source.lanes };
+                        // SAFETY: by contract `lanes` channels are readable at every voxel of the range, and their
+                        // weights at `weights`.
+                        unsafe {
+                            match (left, right) {
+                                (false, false) => {
+                                    run::<S, W, B, STEP, 0, 0>(s, &mut sums, input, weights, t.channel, lanes)
+                                }
+                                (true, false) => {
+                                    run::<S, W, B, STEP, 1, 0>(s, &mut sums, input, weights, t.channel, lanes)
+                                }
+                                (false, true) => {
+                                    run::<S, W, B, STEP, 0, 1>(s, &mut sums, input, weights, t.channel, lanes)
+                                }
+                                // Only a kernel of width 1 could need both at once, and it has no padding.
+                                (true, true) => {}
+                            }
+                        }
+                        input = input.wrapping_add(source.run);
+                        weights = weights.wrapping_add(lanes * t.channel);
+                    }
+                }
+            }
+        }
+    }
+    for b in 0..B {
+        let bias = if t.bias.is_null() {
+            s.splat(0.0)
+        } else {
+            // SAFETY: by contract a non-null bias has B blocks.
+            s.load(unsafe { &*t.bias.add(b * BLOCK).cast::<[f32; BLOCK]>() })
+        };
+        for i in 0..W {
+            // SAFETY: by contract W voxels of B blocks are ours to write.
+            let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
+            s.store(s.add(sums[i][b], bias), out);
+        }
+    }
+}
+
+/// Adds one tap of `lanes` channels to the sums of voxels `LEFT..W - RIGHT`.
+///
+/// # Safety
+/// `lanes` floats are readable at `input` plus `STEP` times each of those voxels, and B blocks at `weights` plus
+/// `channel` times each lane.
+#[inline(always)]
+unsafe fn run<S: Simd, const W: usize, const B: usize, const STEP: usize, const LEFT: usize, const RIGHT: usize>(
+    s: S,
+    sums: &mut [[S::V; B]; W],
+    input: *const f32,
+    weights: *const f32,
+    channel: usize,
+    lanes: usize,
+) {
+    for lane in 0..lanes {
+        let mut w = [s.splat(0.0); B];
+        for b in 0..B {
+            // SAFETY: by contract.
+            w[b] = s.load(unsafe { &*weights.add(lane * channel + b * BLOCK).cast::<[f32; BLOCK]>() });
+        }
+        for i in LEFT..W.saturating_sub(RIGHT) {
+            // SAFETY: by contract.
+            let x = s.splat(unsafe { *input.wrapping_add(i * STEP).add(lane) });
+            for b in 0..B {
+                sums[i][b] = s.fma(x, w[b], sums[i][b]);
+            }
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Instruction sets behind one trait.
+//!
+//! A value of a [`Simd`] type is the proof that the processor has the instructions, so arithmetic needs no `unsafe`;
+//! only making that proof does. Generic algorithms are `#[inline(always)]` and entered through small
+//! `#[target_feature]` functions (see [`simd_entry`]), into which everything is inlined and compiled with the
+//! instructions of that set. Closures would not be inlined reliably, hence the plain loops in the algorithms.
+
+use crate::tensor::BLOCK;
+
+/// Arithmetic on one channel block of 16 floats: one AVX-512 register, two of AVX2, four of NEON.
+pub(crate) trait Simd: Copy {
+    /// Sixteen floats in registers.
+    type V: Copy;
+
+    /// The same number sixteen times.
+    fn splat(self, x: f32) -> Self::V;
+    fn load(self, from: &[f32; BLOCK]) -> Self::V;
+    fn store(self, v: Self::V, to: &mut [f32; BLOCK]);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the set can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `x` where `x > 0`, else `x * slope`.
+    fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V;
+}
+
+/// Portable Rust.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+impl Simd for Scalar {
+    type V = [f32; BLOCK];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; BLOCK]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32; BLOCK]) -> Self::V {
+        *from
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; BLOCK]) {
+        *to = v;
+    }
+    #[inline(always)]
+    fn add(self, mut a: Self::V, b: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            a[i] += b[i];
+        }
+        a
+    }
+    #[inline(always)]
+    fn sub(self, mut a: Self::V, b: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            a[i] -= b[i];
+        }
+        a
+    }
+    #[inline(always)]
+    fn mul(self, mut a: Self::V, b: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            a[i] *= b[i];
+        }
+        a
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, mut c: Self::V) -> Self::V {
+        // Not `mul_add`: without the instruction it is a slow library call.
+        for i in 0..BLOCK {
+            c[i] += a[i] * b[i];
+        }
+        c
+    }
+    #[inline(always)]
+    fn leaky_relu(self, mut x: Self::V, slope: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            x[i] = if x[i] > 0.0 { x[i] } else { x[i] * slope[i] };
+        }
+        x
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{BLOCK, Simd};
+
+    /// AVX2 with FMA.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(());
+
+    impl Avx2 {
+        /// # Safety
+        /// The processor must have AVX2 and FMA.
+        #[inline(always)]
+        pub(crate) unsafe fn new() -> Self {
+            Self(())
+        }
+    }
+
+    impl Simd for Avx2 {
+        type V = [__m256; 2];
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            let v = unsafe { _mm256_set1_ps(x) };
+            [v, v]
+        }
+        #[inline(always)]
+        fn load(self, from: &[f32; BLOCK]) -> Self::V {
+            let p = from.as_ptr();
+            // SAFETY: `self` proves AVX2; 16 floats are readable at `p`.
+            unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+        }
+        #[inline(always)]
+        fn store(self, v: Self::V, to: &mut [f32; BLOCK]) {
+            let p = to.as_mut_ptr();
+            // SAFETY: `self` proves AVX2; 16 floats are writable at `p`.
+            unsafe {
+                _mm256_storeu_ps(p, v[0]);
+                _mm256_storeu_ps(p.add(8), v[1]);
+            }
+        }
+        #[inline(always)]
+        fn add(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: `self` proves FMA.
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V {
+            let mut out = x;
+            for i in 0..2 {
+                // SAFETY: `self` proves AVX2.
+                out[i] = unsafe {
+                    let positive = _mm256_cmp_ps::<_CMP_GT_OQ>(x[i], _mm256_setzero_ps());
+                    _mm256_blendv_ps(_mm256_mul_ps(x[i], slope[i]), x[i], positive)
+                };
+            }
+            out
+        }
+    }
+
+    /// AVX-512 F.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512(());
+
+    impl Avx512 {
+        /// # Safety
+        /// The processor must have AVX-512 F.
+        #[inline(always)]
+        pub(crate) unsafe fn new() -> Self {
+            Self(())
+        }
+    }
+
+    impl Simd for Avx512 {
+        type V = __m512;
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn load(self, from: &[f32; BLOCK]) -> Self::V {
+            // SAFETY: `self` proves AVX-512; 16 floats are readable.
+            unsafe { _mm512_loadu_ps(from.as_ptr()) }
+        }
+        #[inline(always)]
+        fn store(self, v: Self::V, to: &mut [f32; BLOCK]) {
+            // SAFETY: `self` proves AVX-512; 16 floats are writable.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+        }
+        #[inline(always)]
+        fn add(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe {
+                let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_setzero_ps());
+                _mm512_mask_blend_ps(positive, _mm512_mul_ps(x, slope), x)
+            }
+        }
+    }
+}
+
+/// `simd_entry!(name = algorithm(argument: Type, ..) -> Result)`: a module `name` with one function per instruction set
+/// (`scalar`, `avx2`, `avx512`, all of one type and safe to call where the processor has the set), each of which is
+/// `algorithm(simd, argument, ..)` compiled for that set, and `name::on(isa, argument, ..)`, which calls the one of `isa`.
+macro_rules! simd_entry {
+    ($name:ident = $algorithm:ident ( $($a:ident : $t:ty),* ) $(-> $r:ty)?) => {
+        mod $name {
+            #[allow(unused_imports, reason = "not every entry names a type of its file")]
+            use super::*;
+            use $crate::tensor::Isa;
+
+            pub(super) fn scalar($($a: $t),*) $(-> $r)? {
+                $algorithm($crate::backend::cpu::isa::Scalar, $($a),*)
+            }
+
+            /// # Safety
+            /// The processor must have AVX2 and FMA.
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2($($a: $t),*) $(-> $r)? {
+                // SAFETY: this function's own contract.
+                $algorithm(unsafe { $crate::backend::cpu::isa::Avx2::new() }, $($a),*)
+            }
+
+            /// # Safety
+            /// The processor must have AVX-512 F, VL, BW and DQ.
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            unsafe fn avx512($($a: $t),*) $(-> $r)? {
+                // SAFETY: this function's own contract.
+                $algorithm(unsafe { $crate::backend::cpu::isa::Avx512::new() }, $($a),*)
+            }
+
+            pub(super) fn on(isa: Isa, $($a: $t),*) $(-> $r)? {
+                match isa {
+                    // SAFETY: devices and implementation lists hand out only sets that this processor has.
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 => unsafe { avx512($($a),*) },
+                    // SAFETY: as above.
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => unsafe { avx2($($a),*) },
+                    _ => scalar($($a),*),
+                }
+            }
+        }
+    };
+}
+pub(crate) use simd_entry;

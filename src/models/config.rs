@@ -1,0 +1,217 @@
+//! The sizes of a STU-Net, and what follows from them.
+
+use super::{RandomParams, StuNet};
+use crate::error::Result;
+use crate::nn::ParamSource;
+use crate::tensor::{BLOCK, Device};
+
+/// State-dict prefix, number of blocks, input channels of the first block, width.
+type Stage = (String, usize, usize, usize);
+
+/// Sizes that make one member of the family. Kernels are 3x3x3 throughout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StuNetConfig {
+    /// Input channels.
+    pub in_channels: usize,
+    /// Output channels, background included.
+    pub classes: usize,
+    /// Residual blocks of the six encoder stages.
+    pub depth: [usize; 6],
+    /// Residual blocks of the five decoder stages, deepest first.
+    pub decoder_depth: [usize; 5],
+    /// Channels of the six stages.
+    pub dims: [usize; 6],
+    /// Strides (z, y, x) into stages 1 to 5; `[1, 1, 1]` is a stage without pooling.
+    pub strides: [[usize; 3]; 5],
+}
+
+impl StuNetConfig {
+    fn scaled(in_channels: usize, classes: usize, base: usize, depth: usize) -> Self {
+        Self {
+            in_channels,
+            classes,
+            depth: [depth; 6],
+            decoder_depth: [depth; 5],
+            dims: [1, 2, 4, 8, 16, 16].map(|m| m * base),
+            strides: [[2, 2, 2]; 5],
+        }
+    }
+
+    /// STU-Net-S: 14.6 M parameters with 1 input channel and 105 classes.
+    #[must_use]
+    pub fn small(in_channels: usize, classes: usize) -> Self {
+        Self::scaled(in_channels, classes, 16, 1)
+    }
+
+    /// STU-Net-B: 58.3 M parameters.
+    #[must_use]
+    pub fn base(in_channels: usize, classes: usize) -> Self {
+        Self::scaled(in_channels, classes, 32, 1)
+    }
+
+    /// STU-Net-L: 440.3 M parameters.
+    #[must_use]
+    pub fn large(in_channels: usize, classes: usize) -> Self {
+        Self::scaled(in_channels, classes, 64, 2)
+    }
+
+    /// STU-Net-H: 1457.3 M parameters.
+    #[must_use]
+    pub fn huge(in_channels: usize, classes: usize) -> Self {
+        Self::scaled(in_channels, classes, 96, 3)
+    }
+
+    /// The same network with other strides.
+    #[must_use]
+    pub fn with_strides(mut self, strides: [[usize; 3]; 5]) -> Self {
+        self.strides = strides;
+        self
+    }
+
+    /// Name and shape of every parameter, in the order of STU-Net's PyTorch state dict.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
+        let mut out = Vec::new();
+        let mut push = |name: String, shape: &[usize]| {
+            out.push((format!("{name}.weight"), shape.to_vec()));
+            out.push((format!("{name}.bias"), shape[..1].to_vec()));
+        };
+        let stages = self.stages();
+        let stage = |push: &mut dyn FnMut(String, &[usize]), (prefix, blocks, first_in, w): &Stage| {
+            for b in 0..*blocks {
+                let i = if b == 0 { *first_in } else { *w };
+                push(format!("{prefix}.{b}.conv1"), &[*w, i, 3, 3, 3]);
+                push(format!("{prefix}.{b}.norm1"), &[*w]);
+                push(format!("{prefix}.{b}.conv2"), &[*w, *w, 3, 3, 3]);
+                push(format!("{prefix}.{b}.norm2"), &[*w]);
+                if b == 0 {
+                    push(format!("{prefix}.{b}.conv3"), &[*w, i, 1, 1, 1]);
+                }
+            }
+        };
+        stages[..6].iter().for_each(|s| stage(&mut push, s));
+        for u in 0..5 {
+            push(format!("upsample_layers.{u}.conv"), &[self.dims[4 - u], self.dims[5 - u], 1, 1, 1]);
+        }
+        stages[6..].iter().for_each(|s| stage(&mut push, s));
+        for u in 0..5 {
+            push(format!("seg_outputs.{u}"), &[self.classes, self.dims[4 - u], 1, 1, 1]);
+        }
+        out
+    }
+
+    /// (state-dict prefix, blocks, input channels of the first block, width) of every residual stage.
+    fn stages(&self) -> Vec<Stage> {
+        let encoder = (0..6).map(|s| {
+            let first_in = if s == 0 { self.in_channels } else { self.dims[s - 1] };
+            (format!("conv_blocks_context.{s}"), self.depth[s], first_in, self.dims[s])
+        });
+        let decoder = (0..5).map(|u| {
+            let w = self.dims[4 - u];
+            (format!("conv_blocks_localization.{u}"), self.decoder_depth[u], w.saturating_mul(2), w)
+        });
+        encoder.chain(decoder).collect()
+    }
+
+    /// Number of trainable parameters.
+    #[must_use]
+    pub fn parameter_count(&self) -> u64 {
+        self.parameters().iter().map(|(_, s)| s.iter().map(|&d| d as u64).product::<u64>()).sum()
+    }
+
+    /// Product of the strides per axis: a patch must be a multiple of it.
+    #[must_use]
+    pub fn divisor(&self) -> [usize; 3] {
+        [0, 1, 2].map(|a| self.strides.iter().map(|s| s[a]).product())
+    }
+
+    /// Voxels of each of the six stages for a patch of `patch` voxels.
+    fn voxels(&self, patch: [usize; 3]) -> [usize; 6] {
+        let mut v = [patch.iter().product::<usize>(); 6];
+        for s in 0..5 {
+            v[s + 1] = v[s] / self.strides[s].iter().product::<usize>().max(1);
+        }
+        v
+    }
+
+    /// Multiply-accumulates of one forward pass over a patch (z, y, x), full-resolution head only. The 1x1x1
+    /// convolutions before upsampling are counted at the resolution they run at: before it.
+    #[must_use]
+    pub fn macs(&self, patch: [usize; 3]) -> u64 {
+        let voxels = self.voxels(patch);
+        let stage = |blocks: usize, first_in: usize, w: usize, v: usize| {
+            ((first_in * w * 28 + w * w * 27 + (blocks - 1) * w * w * 54) * v) as u64
+        };
+        let mut total = 0;
+        for (k, (_, blocks, first_in, w)) in self.stages().into_iter().enumerate() {
+            total += stage(blocks.max(1), first_in, w, voxels[if k < 6 { k } else { 10 - k }]);
+        }
+        for u in 0..5 {
+            total += (self.dims[5 - u] * self.dims[4 - u] * voxels[5 - u]) as u64;
+        }
+        total + (self.dims[0] * self.classes * voxels[0]) as u64
+    }
+
+    /// Bytes of tensors at the peak of a forward pass that ends in the last features, input included. Follows the
+    /// order in which [`StuNet::features`] runs.
+    #[must_use]
+    pub fn activation_bytes(&self, patch: [usize; 3]) -> usize {
+        let voxels = self.voxels(patch);
+        let t = |s: usize| self.dims[s].next_multiple_of(BLOCK) * voxels[s];
+        let mut peak = self.in_channels * voxels[0] + 2 * t(0);
+        let mut skips = 0;
+        for s in 0..6 {
+            // conv1's output, the shortcut, conv2's output; the stage's input is among the skips.
+            peak = peak.max(skips + 3 * t(s));
+            skips += t(s);
+        }
+        for u in 0..5 {
+            let (s, below) = (4 - u, t(5 - u));
+            skips -= t(s + 1);
+            // `skips` still holds this level's skip; beside it: the upsampled tensor, the shortcut and conv1's output.
+            peak = peak.max(skips + below + t(s)).max(skips + 3 * t(s));
+        }
+        peak * 4
+    }
+
+    /// Builds the network with parameters from `source`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when a parameter is missing or has another shape; [`Error::OutOfMemory`].
+    pub fn build(&self, source: &dyn ParamSource, device: &Device) -> Result<StuNet> {
+        StuNet::load(self, source, device)
+    }
+
+    /// Builds the network with seeded random parameters.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn build_random(&self, device: &Device, seed: u64) -> Result<StuNet> {
+        StuNet::load(self, &RandomParams::new(seed, self.parameters().into_iter().collect()), device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAMILY: [fn(usize, usize) -> StuNetConfig; 4] =
+        [StuNetConfig::small, StuNetConfig::base, StuNetConfig::large, StuNetConfig::huge];
+
+    /// The counts of STU-Net's paper, to the last digit.
+    #[test]
+    fn parameter_counts_of_the_paper() {
+        let counts = FAMILY.map(|f| (f(1, 105).parameter_count(), f(1, 105).parameters().len()));
+        assert_eq!(counts, [(14_596_941, 130), (58_262_669, 130), (440_302_605, 218), (1_457_326_221, 306)]);
+    }
+
+    /// The README of STU-Net gives 0.13, 0.51, 3.81 and 12.60 at 128^3, counting a multiply-accumulate as one and the
+    /// upsampling's 1x1x1 convolutions after it, where ours run before.
+    #[test]
+    fn macs_of_the_paper() {
+        for (f, tera) in FAMILY.iter().zip([0.13, 0.51, 3.81, 12.60]) {
+            let macs = f(1, 105).macs([128; 3]) as f64 / 1e12;
+            assert!((macs / tera - 1.0).abs() < 0.06, "{macs} against {tera}");
+        }
+    }
+}

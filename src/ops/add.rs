@@ -1,0 +1,34 @@
+//! Elementwise sum.
+
+use super::{activation, blocked, memory};
+use crate::autograd::{Ctx, Var};
+use crate::backend::dispatch;
+use crate::error::{Error, Result};
+use crate::tensor::{Layout, Tensor};
+
+/// `a + b` for two activations `[N, C, D, H, W]` of the same sizes. In place in whichever has no other owner.
+///
+/// # Errors
+/// [`Error::Shape`] when the sizes differ; [`Error::OutOfMemory`] when neither can be overwritten and there is no
+/// memory for the sum.
+pub fn add(cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
+    run(cx, a, b, None)
+}
+
+pub(super) fn run(cx: &mut Ctx<'_>, a: Var, b: Var, name: Option<&str>) -> Result<Var> {
+    let (a, b) = (a.into_value(), b.into_value());
+    activation("add", a.dims())?;
+    if a.dims() != b.dims() {
+        return Err(Error::shape("add", format!("{:?} and {:?}, expected equal sizes", a.dims(), b.dims())));
+    }
+    let (a, b) = (blocked("add", a)?, blocked("add", b)?);
+    // The sum of two floats does not depend on their order, so either may be the place of the result.
+    let (mut a, b) = if a.is_unique() { (a, b) } else { (b, a) };
+    if a.is_unique() {
+        dispatch!(cx.device(), add::forward(name, None, b.as_slice(), memory("add", &mut a)?))?;
+        return Ok(cx.leaf(a));
+    }
+    let mut out = Tensor::empty(*a.dims(), Layout::BLOCKED, cx.device())?;
+    dispatch!(cx.device(), add::forward(name, Some(a.as_slice()), b.as_slice(), memory("add", &mut out)?))?;
+    Ok(cx.leaf(out))
+}

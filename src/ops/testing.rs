@@ -1,0 +1,87 @@
+//! The door for tests and benchmarks: every implementation of every operation by name, and what no user sees of a
+//! tensor. No promise of stability.
+
+use super::{Conv3d, InstanceNorm, Sources};
+use crate::autograd::{Ctx, Param, Var};
+use crate::backend::{cpu, names};
+use crate::error::Result;
+use crate::tensor::{Device, Layout, Tensor};
+
+/// Implementations of [`super::conv3d`] on `device`, in order of preference.
+#[must_use]
+pub fn conv3d_implementations(device: &Device, x: [usize; 5], w: &Param, how: Conv3d) -> Vec<&'static str> {
+    let geometry = super::conv3d::geometry(&x.into(), w, None, how);
+    geometry.map_or_else(|_| Vec::new(), |g| names(cpu::conv3d::CONV3D, device.isa(), &g))
+}
+
+/// Implementations of the elementwise and normalising operations, and of upsampling.
+#[must_use]
+pub fn implementations(device: &Device) -> Vec<&'static str> {
+    names(&cpu::instance_norm::INSTANCE_NORM, device.isa(), &())
+}
+
+/// [`super::conv3d`] by one implementation.
+pub fn conv3d(name: &str, cx: &mut Ctx<'_>, x: Sources, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<Var> {
+    super::conv3d::run(cx, x, w, b, how, Some(name))
+}
+
+/// [`super::instance_norm`] by one implementation.
+pub fn instance_norm(
+    name: &str,
+    cx: &mut Ctx<'_>,
+    x: Var,
+    [w, b]: [&Param; 2],
+    residual: Option<Var>,
+    how: InstanceNorm,
+) -> Result<Var> {
+    super::instance_norm::run(cx, x, w, b, residual, how, Some(name))
+}
+
+/// [`super::leaky_relu`] by one implementation.
+pub fn leaky_relu(name: &str, cx: &mut Ctx<'_>, x: Var, slope: f32) -> Result<Var> {
+    super::leaky_relu::run(cx, x, slope, Some(name))
+}
+
+/// [`super::add`] by one implementation.
+pub fn add(name: &str, cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
+    super::add::run(cx, a, b, Some(name))
+}
+
+/// [`super::upsample_nearest`] by one implementation.
+pub fn upsample_nearest(name: &str, cx: &mut Ctx<'_>, x: Var, factor: [usize; 3]) -> Result<Var> {
+    super::upsample_nearest::run(cx, x, factor, Some(name))
+}
+
+/// A filter parameter from values in `[O, I, kD, kH, kW]` order.
+pub fn filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
+    Ok(Param::new(super::pack_filter(values, dims, device)?, dims.into()))
+}
+
+/// A vector parameter.
+pub fn vector(values: &[f32], device: &Device) -> Result<Param> {
+    Ok(Param::new(super::pack_vector(values, device)?, [values.len()].into()))
+}
+
+/// The tensor in the layout in which activations pass between operations.
+pub fn blocked(x: Tensor) -> Result<Tensor> {
+    super::blocked("testing", x)
+}
+
+/// True when the tensor is blocked and every pad lane is zero.
+#[must_use]
+pub fn padding_is_zero(x: &Tensor) -> bool {
+    let [_, c, d, h, w] = x.dims().five();
+    let lanes = Layout::BLOCKED.block;
+    let space = d * h * w;
+    x.layout() == Layout::BLOCKED
+        && x.as_slice().chunks_exact(space * lanes).enumerate().all(|(i, block)| {
+            let real = lanes.min(c - i % c.div_ceil(lanes) * lanes);
+            block.chunks_exact(lanes).all(|v| v[real..].iter().all(|v| *v == 0.0))
+        })
+}
+
+/// Where the tensor's memory is: equal before and after an operation that worked in place.
+#[must_use]
+pub fn address(x: &Tensor) -> usize {
+    x.as_slice().as_ptr().addr()
+}
