@@ -35,7 +35,7 @@ pub mod tensor;
 
 pub use base::progress::{Event, Flow, Progress};
 pub use error::{Error, Result};
-pub use io::{Image, Segmentation};
+pub use io::{Geometry, Image, Segmentation};
 pub use nnunet::model::{Folds, ModelOptions};
 pub use nnunet::plans::{Decision, InferencePlan};
 pub use nnunet::predict::{Mode, PredictOptions, Prediction, Predictor, Probabilities, Report};

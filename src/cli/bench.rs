@@ -166,7 +166,7 @@ impl Options {
         let dims = [to, from, 3, 3, 3];
         let shapes = [("layer.weight", dims.to_vec()), ("layer.bias", vec![to])].map(|(n, s)| (n.to_owned(), s));
         let source = RandomParams::new(0, shapes.into());
-        let layer = Conv3d::load(&source, "layer", to, &[from], [3; 3], [stride; 3], device)?;
+        let layer = Conv3d::load(&source, "layer", to, from, [3; 3], [stride; 3], device)?;
         let x = input(from, [size; 3], device)?;
         let macs = dims.iter().product::<usize>() * (size / stride).pow(3);
         let name = format!("{from:>4} -> {to:>4}  {size:>3}^3  stride {stride}");

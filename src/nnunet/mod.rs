@@ -4,6 +4,7 @@ pub mod cases;
 pub mod lookup;
 pub mod model;
 pub mod plans;
+mod postprocess;
 pub mod predict;
 pub mod preprocess;
 pub mod report;

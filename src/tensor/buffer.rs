@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// Sixteen floats, so that a vector of lines is aligned for every SIMD load.
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
-struct Line([f32; 16]);
+pub(super) struct Line([f32; 16]);
 
 /// From this size on, memory is mapped by itself, so that huge pages can back it and it goes back when freed.
 const MAP_FROM: usize = 1 << 20;

@@ -143,7 +143,7 @@ impl Model {
 /// Random parameters of a network.
 pub fn tensors(config: &StuNetConfig) -> Vec<Tensor> {
     let shapes = config.parameters();
-    let source = RandomParams::new(1, shapes.clone());
+    let source = RandomParams::new(1, shapes.iter().cloned().collect());
     let make = |(i, (name, shape)): (usize, (String, Vec<usize>))| Tensor {
         shape: shape.iter().map(|&s| s as i32).collect(),
         offset: 0,
