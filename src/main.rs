@@ -1,3 +1,7 @@
-//! The command line. All logic is in the library.
+//! The command line of stunet. All logic is in the library.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

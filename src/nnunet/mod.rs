@@ -1,7 +1,10 @@
 //! Floor 7: the nnU-Net pipeline, in the order it runs.
 
+pub mod cases;
+pub mod lookup;
 pub mod model;
 pub mod plans;
 mod postprocess;
 pub mod predict;
 pub mod preprocess;
+pub mod report;

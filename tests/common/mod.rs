@@ -1,7 +1,10 @@
 //! Helpers of the tests.
 
+pub mod binary;
 pub mod bound;
 pub mod drive;
+pub mod files;
+pub mod torch;
 
 use std::path::PathBuf;
 

@@ -1,0 +1,144 @@
+//! nnU-Net's spellings of `predict`'s options (`-step_size`, `--disable_tta` ...), rewritten before clap sees them.
+//!
+//! `-i -o -d -c -f -p -m` are the same in both and not listed.
+
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+
+use stunet::{Error, Result};
+
+enum Rule {
+    /// The same option of ours.
+    Is(&'static str),
+    /// Changes no result here; may carry a value.
+    Ignored { value: bool, why: &'static str },
+    /// Known, and not possible.
+    Refused(&'static str),
+}
+
+use Rule::{Ignored, Is, Refused};
+
+const NO_WORKERS: Rule = Ignored { value: true, why: "there are no worker processes; use --threads" };
+const OVERWRITES: Rule = Ignored { value: false, why: "results are overwritten unless --continue is given" };
+
+/// nnU-Net v2 (`nnUNetv2_predict`, `nnUNetv2_predict_from_modelfolder`), then v1 (`nnUNet_predict`).
+const TABLE: &[(&str, Rule)] = &[
+    ("-tr", Is("--trainer")),
+    ("-chk", Is("--checkpoint")),
+    ("-step_size", Is("--step-size")),
+    ("--disable_tta", Is("--no-tta")),
+    ("--save_probabilities", Is("--save-probabilities")),
+    ("--continue_prediction", Is("--continue")),
+    ("--c", Is("--continue")),
+    ("-num_parts", Is("--num-parts")),
+    ("-part_id", Is("--part-id")),
+    ("-device", Is("--device")),
+    ("--disable_progress_bar", Is("--no-progress")),
+    ("-npp", NO_WORKERS),
+    ("-nps", NO_WORKERS),
+    ("--verbose", Ignored { value: false, why: "there is nothing more to say; see --report" }),
+    ("--not_on_device", Ignored { value: false, why: "results are gathered in main memory anyway" }),
+    ("-prev_stage_predictions", Refused("cascaded models (the second stage of a cascade) are not supported yet")),
+    ("--input_folder", Is("--input")),
+    ("--output_folder", Is("--output")),
+    ("--trainer_class_name", Is("--trainer")),
+    ("--plans_identifier", Is("--plans")),
+    ("--num_parts", Is("--num-parts")),
+    ("--part_id", Is("--part-id")),
+    ("--step_size", Is("--step-size")),
+    ("--save_npz", Is("--save-probabilities")),
+    ("-z", Is("--save-probabilities")),
+    ("--num_threads_preprocessing", NO_WORKERS),
+    ("--num_threads_nifti_save", NO_WORKERS),
+    ("--disable_mixed_precision", Ignored { value: false, why: "all arithmetic is float32 anyway" }),
+    ("--all_in_gpu", Ignored { value: true, why: "results are gathered in main memory anyway" }),
+    ("--overwrite_existing", OVERWRITES),
+    ("-t", Refused("name the model's folder with -m MODEL (nnU-Net v1 keeps no table of tasks that could be read)")),
+    ("--task_name", Refused("name the model's folder with -m MODEL")),
+    ("-ctr", Refused("cascaded models are not supported yet")),
+    ("--cascade_trainer_class_name", Refused("cascaded models are not supported yet")),
+    ("-l", Refused("cascaded models are not supported yet")),
+    ("--lowres_segmentations", Refused("cascaded models are not supported yet")),
+    ("--interp_order", Refused("the order of interpolation follows the model's plans")),
+    ("--interp_order_z", Refused("the order of interpolation follows the model's plans")),
+    ("--force_separate_z", Refused("the resampling follows the model's plans")),
+];
+
+/// The arguments in our spelling, and warnings about those that were dropped.
+///
+/// # Errors
+/// [`Error::Usage`] for an option of nnU-Net that is known and not possible.
+pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<OsString>, Vec<String>)> {
+    let mut rest: VecDeque<OsString> = argv.into_iter().collect();
+    let (mut out, mut warnings) = (Vec::with_capacity(rest.len()), Vec::new());
+    out.extend(rest.drain(..rest.len().min(2)));
+    if out.get(1).is_none_or(|command| command != "predict") {
+        out.extend(rest);
+        return Ok((out, warnings));
+    }
+    while let Some(arg) = rest.pop_front() {
+        if arg == "--" {
+            out.push(arg);
+            out.extend(rest);
+            break;
+        }
+        let (name, value) = split(&arg);
+        match TABLE.iter().find(|(spelling, _)| Some(*spelling) == name) {
+            None => out.push(arg),
+            Some((_, Is(ours))) => {
+                let mut ours = OsString::from(ours);
+                if let Some(value) = value {
+                    ours.push("=");
+                    ours.push(value);
+                }
+                out.push(ours);
+            }
+            Some((theirs, Ignored { value: takes, why })) => {
+                if *takes && value.is_none() {
+                    rest.pop_front();
+                }
+                warnings.push(format!("{theirs} is ignored: {why}"));
+            }
+            Some((theirs, Refused(why))) => return Err(Error::Usage { what: format!("{theirs}: {why}") }),
+        }
+    }
+    Ok((out, warnings))
+}
+
+/// `-name=value` to its parts.
+fn split(arg: &OsStr) -> (Option<&str>, Option<&str>) {
+    match arg.to_str() {
+        Some(s) if s.starts_with('-') => match s.split_once('=') {
+            Some((name, value)) => (Some(name), Some(value)),
+            None => (Some(s), None),
+        },
+        _ => (None, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rewritten(line: &str) -> Result<(String, usize)> {
+        let (argv, warnings) = rewrite(line.split(' ').map(OsString::from))?;
+        Ok((argv.join(OsStr::new(" ")).into_string().unwrap(), warnings.len()))
+    }
+
+    #[test]
+    fn nnunet_spellings_become_ours() {
+        let line = "stunet predict -i in -o out -d 4 -c 3d_fullres -f 0 1 -tr T -p P -chk best.pth -step_size=0.3 \
+                    --disable_tta -num_parts 2 -part_id 1 -npp 3 -nps=2 --save_probabilities -device cpu";
+        let ours = "stunet predict -i in -o out -d 4 -c 3d_fullres -f 0 1 --trainer T -p P --checkpoint best.pth \
+                    --step-size=0.3 --no-tta --num-parts 2 --part-id 1 --save-probabilities --device cpu";
+        assert_eq!(rewritten(line).unwrap(), (ours.into(), 2));
+    }
+
+    #[test]
+    fn other_commands_and_values_are_left_alone() {
+        for line in ["stunet convert -tr x", "stunet predict -- -tr", "stunet", "stunet predict -i tr"] {
+            assert_eq!(rewritten(line).unwrap(), (line.into(), 0));
+        }
+        assert_eq!(rewritten("stunet predict -t 4").unwrap_err().exit_code(), 2);
+    }
+}

@@ -1,0 +1,393 @@
+//! `stunet predict`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::ValueEnum;
+use stunet::nnunet::cases::{self, Case};
+use stunet::nnunet::lookup::ModelName;
+use stunet::nnunet::model::{Folds, ModelFolder, ModelOptions};
+use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
+use stunet::preview::{self, PreviewOptions};
+use stunet::{Error, Image, Mode, PredictOptions, Prediction, Predictor, Result, io};
+
+use super::args::{DeviceArgs, bytes, step_size};
+use super::output::{self, say_error, say_warning};
+use super::progress::{self, Bar};
+use super::system;
+
+const MODEL: &str = "Model";
+const RESULT: &str = "What to compute";
+const OUTPUT: &str = "What to write and show";
+const COHORT: &str = "Folders of images";
+
+/// Segment an image, or every case of a folder
+///
+/// Takes models of nnU-Net v1 and v2 as they are, and those that 'stunet convert' writes. A folder of images is in
+/// nnU-Net's form: case_0000.nii.gz, where the digits number the channel. nnU-Net's own spellings of the options
+/// (-step_size, --disable_tta, -chk ...) are understood. Not a medical device.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stunet predict -m models/stunet_base -i ct_0000.nii.gz -o ct_seg.nii.gz
+  stunet predict -m model -i t1.nii.gz flair.nii.gz -o seg.nii.gz --no-tta
+  stunet predict -m model -i imagesTs -o results --continue --report run.json
+  stunet predict -d 4 -c 3d_fullres -tr STUNetTrainer_base -f 0 -i in -o out
+                 (searches the folder that nnUNet_results names)
+
+Exit codes: see 'stunet --help'.")]
+pub(super) struct Args {
+    /// Model folder or file
+    #[arg(short, long, value_name = "MODEL", required_unless_present = "dataset", help_heading = MODEL,
+          conflicts_with_all = ["dataset", "configuration"])]
+    model: Option<PathBuf>,
+    /// Data set number or name, to find the model below $nnUNet_results
+    #[arg(short, long, value_name = "DATASET", requires = "configuration", help_heading = MODEL)]
+    dataset: Option<String>,
+    /// With -d: configuration, such as 3d_fullres
+    #[arg(short, long, value_name = "CONFIG", requires = "dataset", help_heading = MODEL)]
+    configuration: Option<String>,
+    /// With -d: trainer [-tr]
+    #[arg(long, value_name = "TRAINER", default_value = "nnUNetTrainer", help_heading = MODEL)]
+    trainer: String,
+    /// With -d: plans
+    #[arg(short, long, value_name = "PLANS", default_value = "nnUNetPlans", help_heading = MODEL)]
+    plans: String,
+    /// Folds whose networks are averaged: 0 1 .. or all [default: every one found]
+    #[arg(short, long, value_name = "FOLD", num_args = 1.., value_parser = fold, help_heading = MODEL)]
+    folds: Vec<String>,
+    /// Checkpoint in each fold [default: the final one]
+    #[arg(long, value_name = "NAME", help_heading = MODEL)]
+    checkpoint: Option<String>,
+
+    /// Image files, one per channel, or a folder of them
+    #[arg(short, long, value_name = "FILE|FOLDER", required = true, num_args = 1..)]
+    input: Vec<PathBuf>,
+    /// Segmentation file (.nii.gz or .nii), or a folder for CASE.nii.gz
+    #[arg(short, long, value_name = "FILE|FOLDER")]
+    output: PathBuf,
+
+    /// Distance of neighbouring windows as a fraction of the window
+    #[arg(long, value_name = "0..1", default_value = "0.5", value_parser = step_size, help_heading = RESULT)]
+    step_size: f64,
+    /// No mirroring at test time: up to eight times faster, a little worse
+    #[arg(long, help_heading = RESULT)]
+    no_tta: bool,
+    /// Precision of the export: fast decides on the network's grid
+    #[arg(long, value_enum, default_value = "normal", help_heading = RESULT)]
+    mode: ModeChoice,
+    /// Refuse to take more memory for tensors, as in 4GiB
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = RESULT)]
+    memory_limit: Option<usize>,
+
+    /// Number of processes that share this folder
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = COHORT)]
+    num_parts: usize,
+    /// Which of them this is, from 0: every N-th case
+    #[arg(long, value_name = "K", default_value_t = 0, help_heading = COHORT)]
+    part_id: usize,
+    /// Skip cases whose segmentation is there and whole
+    #[arg(long = "continue", help_heading = COHORT)]
+    resume: bool,
+
+    /// Also write CASE.npz with the class probabilities (large)
+    #[arg(long, help_heading = OUTPUT)]
+    save_probabilities: bool,
+    /// Write a report: hashes, options, seconds, volumes in ml
+    #[arg(long, value_name = "FILE.json", help_heading = OUTPUT)]
+    report: Option<PathBuf>,
+    /// Write a picture (for a folder of images: a folder of pictures)
+    #[arg(long, value_name = "FILE.png", help_heading = OUTPUT)]
+    preview: Option<PathBuf>,
+    /// Print the report instead of the names of written files
+    #[arg(long, help_heading = OUTPUT)]
+    json: bool,
+    /// No progress bar
+    #[arg(long, help_heading = OUTPUT)]
+    no_progress: bool,
+    /// No progress bar and no warnings
+    #[arg(short, long, help_heading = OUTPUT)]
+    quiet: bool,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ModeChoice {
+    Normal,
+    Fast,
+    Fastest,
+}
+
+impl From<ModeChoice> for Mode {
+    fn from(m: ModeChoice) -> Self {
+        match m {
+            ModeChoice::Normal => Mode::Normal,
+            ModeChoice::Fast => Mode::Fast,
+            ModeChoice::Fastest => Mode::Fastest,
+        }
+    }
+}
+
+fn fold(s: &str) -> Result<String, String> {
+    let number = !s.is_empty() && s.len() < 4 && s.bytes().all(|b| b.is_ascii_digit());
+    if number || s == "all" { Ok(s.into()) } else { Err("expected a number such as 0, or all".into()) }
+}
+
+/// One case and where its files go.
+struct Job {
+    case: Case,
+    output: PathBuf,
+    preview: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let start = Instant::now();
+    let jobs = args.jobs()?;
+    let model = args.model_path()?;
+    let device = args.device.open()?;
+    let options = args.predict_options();
+    progress::catch_interrupts();
+    if !args.quiet {
+        output::show_library_warnings();
+    }
+    let mut predictor = Predictor::open_with(&model, &device, &args.model_options())?.options(options.clone());
+
+    let mut report = if args.report.is_some() || args.json {
+        let files = ModelFolder::open(&model, &args.model_options())?.sources;
+        Some(RunReport::new(ModelRecord::of(&model, &files, predictor.plan())?, &device, &options))
+    } else {
+        None
+    };
+    args.create_folders(&jobs)?;
+    if args.is_cohort() {
+        cases::copy_descriptions(&model, &args.output)?;
+    }
+    let mut failed = Vec::new();
+    for (i, job) in jobs.iter().enumerate() {
+        let title = format!("{}/{} {}", i + 1, jobs.len(), job.case.name);
+        let record = match args.case(&mut predictor, job, &title) {
+            Ok(record) => record,
+            Err(e) if !args.is_cohort() || matches!(e, Error::Cancelled) => return Err(e),
+            Err(e) => {
+                say_error(&format!("case {}: {e}", job.case.name));
+                failed.push(job.case.name.as_str());
+                CaseRecord::failed(&job.case.name, &e)
+            }
+        };
+        if let Some(r) = &mut report {
+            r.cases.push(record);
+        }
+    }
+    if let Some(r) = &mut report {
+        r.seconds = start.elapsed().as_secs_f64();
+        r.peak_process_bytes = system::peak_process_bytes();
+        if let Some(path) = &args.report {
+            r.write(path)?;
+        }
+        match &args.report {
+            _ if args.json => output::text(&r.to_json()?)?,
+            Some(path) => output::path(path)?,
+            None => {}
+        }
+    }
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    say_error(&format!("{} of {} cases failed: {}", failed.len(), jobs.len(), failed.join(", ")));
+    Ok(ExitCode::from(6))
+}
+
+impl Args {
+    fn is_cohort(&self) -> bool {
+        matches!(self.input.as_slice(), [one] if one.is_dir())
+    }
+
+    fn model_path(&self) -> Result<PathBuf> {
+        if let Some(model) = &self.model {
+            return match std::fs::metadata(model) {
+                Ok(_) => Ok(model.clone()),
+                Err(e) => Err(Error::Model { path: model.clone(), field: "model".into(), what: e.to_string() }),
+            };
+        }
+        let usage = |what: &str| Error::Usage { what: what.into() };
+        let results = std::env::var_os("nnUNet_results")
+            .ok_or_else(|| usage("-d needs the environment variable nnUNet_results, or name the model with -m"))?;
+        let name = ModelName {
+            dataset: self.dataset.clone().unwrap_or_default(),
+            configuration: self.configuration.clone().unwrap_or_default(),
+            trainer: self.trainer.clone(),
+            plans: self.plans.clone(),
+        };
+        name.find(Path::new(&results))
+    }
+
+    fn model_options(&self) -> ModelOptions {
+        let mut options = ModelOptions::new();
+        if !self.folds.is_empty() {
+            options = options.folds(Folds::Named(self.folds.clone()));
+        }
+        match &self.checkpoint {
+            Some(name) => options.checkpoint(name),
+            None => options,
+        }
+    }
+
+    fn predict_options(&self) -> PredictOptions {
+        PredictOptions::default()
+            .step_size(self.step_size)
+            .mirroring(!self.no_tta)
+            .mode(self.mode.into())
+            .probabilities(self.save_probabilities)
+            .memory_limit(self.memory_limit)
+    }
+
+    /// What there is to do, checked before anything is loaded.
+    fn jobs(&self) -> Result<Vec<Job>> {
+        for path in &self.input {
+            if let Err(e) = std::fs::metadata(path) {
+                return Err(Error::Image { path: path.clone(), field: "file".into(), what: e.to_string() });
+            }
+        }
+        let jobs = if self.is_cohort() { self.cohort(&self.input[0])? } else { vec![self.single()?] };
+        let inputs: Vec<PathBuf> = jobs.iter().flat_map(|j| &j.case.files).filter_map(|(_, p)| real(p)).collect();
+        let outputs = jobs.iter().flat_map(|j| [Some(&j.output), j.preview.as_ref()]).flatten().chain(&self.report);
+        for path in outputs {
+            if real(path).is_some_and(|p| inputs.contains(&p)) {
+                let what = format!("{}: this output is also an input, which it would overwrite", path.display());
+                return Err(Error::Usage { what });
+            }
+        }
+        for path in self.report.iter().chain(self.preview.iter().filter(|_| !self.is_cohort())) {
+            check_parent(path)?;
+        }
+        Ok(jobs)
+    }
+
+    fn cohort(&self, folder: &Path) -> Result<Vec<Job>> {
+        if self.output.is_file() || cases::stem(&self.output).is_some() {
+            let what = format!("{}: the input is a folder, so the output has to be one", self.output.display());
+            return Err(Error::Usage { what });
+        }
+        if real(folder).is_some() && real(folder) == real(&self.output) {
+            let what = format!("{}: the output folder is the input folder", self.output.display());
+            return Err(Error::Usage { what });
+        }
+        if let Some(p) = self.preview.as_ref().filter(|p| p.is_file() || p.extension().is_some_and(|e| e == "png")) {
+            let what = format!("{}: for a folder of images --preview names a folder", p.display());
+            return Err(Error::Usage { what });
+        }
+        let found = cases::find(folder)?;
+        if !self.quiet {
+            for path in &found.ignored {
+                say_warning(&format!("{}: not used, no channel number such as _0000", path.display()));
+            }
+        }
+        let jobs = cases::part(found.cases, self.num_parts, self.part_id)?.into_iter().map(|case| {
+            let preview = self.preview.as_ref().map(|p| p.join(format!("{}.png", case.name)));
+            Job { output: case.output(&self.output), preview, case }
+        });
+        Ok(jobs.collect())
+    }
+
+    fn single(&self) -> Result<Job> {
+        if let Some(folder) = self.input.iter().find(|p| p.is_dir()) {
+            let what = format!("{}: a folder among several inputs; give one folder or files", folder.display());
+            return Err(Error::Usage { what });
+        }
+        if (self.num_parts, self.part_id) != (1, 0) {
+            return Err(Error::Usage { what: "--num-parts and --part-id need a folder as input".into() });
+        }
+        let case = Case::from_files(&self.input)?;
+        let output = if self.output.is_dir() { case.output(&self.output) } else { self.output.clone() };
+        if cases::stem(&output).is_none() {
+            let what = format!("{}: the output has to end in .nii.gz or .nii, or be a folder", output.display());
+            return Err(Error::Usage { what });
+        }
+        check_parent(&output)?;
+        Ok(Job { case, output, preview: self.preview.clone() })
+    }
+
+    fn create_folders(&self, jobs: &[Job]) -> Result<()> {
+        let of_previews = self.preview.as_ref().filter(|_| !jobs.is_empty());
+        for folder in [Some(&self.output), of_previews].into_iter().flatten().filter(|_| self.is_cohort()) {
+            std::fs::create_dir_all(folder).map_err(|e| Error::Io {
+                path: folder.clone(),
+                action: "create",
+                source: e,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Reads, predicts and writes one case.
+    fn case(&self, predictor: &mut Predictor, job: &Job, title: &str) -> Result<CaseRecord> {
+        if progress::interrupted() {
+            return Err(Error::Cancelled);
+        }
+        if self.resume && job.case.is_complete(&job.output) {
+            return Ok(CaseRecord::new(&job.case.name, Outcome::Skipped));
+        }
+        let mut bar = Bar::new(title, !self.no_progress, self.quiet);
+        let begin = Instant::now();
+        let image = job.case.read(&predictor.plan().channels)?;
+        let read = begin.elapsed().as_secs_f64();
+        let mut prediction = predictor.predict_with(&image, &mut bar)?;
+        let begin = Instant::now();
+        let written = self.write(job, &image, &prediction)?;
+        let write = begin.elapsed().as_secs_f64();
+        drop(bar);
+        if !self.json {
+            written.iter().try_for_each(|f| output::path(f))?;
+        }
+        let mut record = CaseRecord::new(&job.case.name, Outcome::Done);
+        if self.report.is_some() || self.json {
+            prediction.report.seconds.insert(0, ("read".into(), read));
+            prediction.report.seconds.push(("write".into(), write));
+            record = record.with(&prediction.segmentation, &prediction.report);
+            record.inputs = job.case.paths().iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
+            record.outputs = written.iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
+        }
+        Ok(record)
+    }
+
+    /// Writes a case's files, the segmentation last: where it is, the others are too.
+    fn write(&self, job: &Job, image: &Image, prediction: &Prediction) -> Result<Vec<PathBuf>> {
+        let mut written = vec![job.output.clone()];
+        if let Some(p) = &prediction.probabilities {
+            let path = job.output.with_file_name(format!("{}.npz", cases::stem(&job.output).unwrap_or_default()));
+            let [z, y, x] = p.shape;
+            io::write_npz(&path, |npz| npz.array("probabilities", &[p.channels, z, y, x], |a| a.push(&p.values)))?;
+            written.push(path);
+        }
+        if let Some(path) = &job.preview {
+            let how = PreviewOptions::default().with_title(&job.case.name);
+            preview::render(image, &prediction.segmentation, &how)?.write_png(path)?;
+            written.push(path.clone());
+        }
+        io::write_nifti(&job.output, &prediction.segmentation)?;
+        Ok(written)
+    }
+}
+
+/// The path behind links, also of a file that is yet to be made.
+fn real(path: &Path) -> Option<PathBuf> {
+    if let Ok(p) = path.canonicalize() {
+        return Some(p);
+    }
+    Some(parent(path).canonicalize().ok()?.join(path.file_name()?))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// An output's folder has to be there before hours are spent on what goes into it.
+fn check_parent(path: &Path) -> Result<()> {
+    if parent(path).is_dir() {
+        return Ok(());
+    }
+    Err(Error::Usage { what: format!("{}: its folder does not exist", path.display()) })
+}

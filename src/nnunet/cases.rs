@@ -1,0 +1,210 @@
+//! Cohorts: which files of a folder belong to which case, in nnU-Net's naming `case_0000.nii.gz`, where the four
+//! digits number the channel (nnU-Net `create_lists_from_splitted_dataset_folder`).
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::plans::Channel;
+use crate::error::{Error, Result};
+use crate::io::atomic::write_atomically;
+use crate::io::{Geometry, Image, read_nifti, read_nifti_header, read_segmentation};
+
+/// File name endings of images that can be read, the longer first.
+pub const ENDINGS: [&str; 2] = [".nii.gz", ".nii"];
+
+/// One patient's image files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Case {
+    /// Name without channel number and ending.
+    pub name: String,
+    /// Channel number and file, by rising channel.
+    pub files: Vec<(usize, PathBuf)>,
+}
+
+/// What a folder holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Found {
+    /// Cases by name, in the order nnU-Net goes through them.
+    pub cases: Vec<Case>,
+    /// Images whose names carry no channel number: they belong to no case.
+    pub ignored: Vec<PathBuf>,
+}
+
+/// Groups the images of `folder` by case.
+///
+/// # Errors
+/// [`Error::Io`] when the folder cannot be listed; [`Error::Image`] when it holds no image of the form
+/// `case_0000.nii.gz`.
+pub fn find(folder: &Path) -> Result<Found> {
+    let entries = std::fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
+    let mut cases: BTreeMap<String, Vec<(usize, PathBuf)>> = BTreeMap::new();
+    let mut ignored = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
+        let Some(stem) = stem(&path) else { continue };
+        match split_channel(&stem) {
+            Some((name, channel)) => cases.entry(name.into()).or_default().push((channel, path)),
+            None => ignored.push(path),
+        }
+    }
+    if cases.is_empty() {
+        let what = "no image named like case_0000.nii.gz (four digits: the channel) is in this folder";
+        return Err(Error::image(folder, "folder", what));
+    }
+    ignored.sort();
+    let sorted = |(name, mut files): (String, Vec<(usize, PathBuf)>)| {
+        files.sort();
+        Case { name, files }
+    };
+    Ok(Found { cases: cases.into_iter().map(sorted).collect(), ignored })
+}
+
+/// The share of one of `num_parts` processes that work through the same cohort: every `num_parts`-th case from
+/// `part_id` on.
+///
+/// # Errors
+/// [`Error::Usage`] unless `part_id < num_parts`.
+pub fn part(cases: Vec<Case>, num_parts: usize, part_id: usize) -> Result<Vec<Case>> {
+    if part_id >= num_parts {
+        let what = format!("part id {part_id} of {num_parts} parts: expected 0 <= part id < number of parts");
+        return Err(Error::usage(what));
+    }
+    Ok(cases.into_iter().skip(part_id).step_by(num_parts).collect())
+}
+
+/// Copies the descriptions that nnU-Net's later steps (post-processing, ensembling) look for beside predictions,
+/// `plans.json` and `dataset.json`, if the model is a folder that has both.
+///
+/// # Errors
+/// [`Error::Io`] when they cannot be read or written.
+pub fn copy_descriptions(model: &Path, output: &Path) -> Result<()> {
+    let names = ["plans.json", "dataset.json"];
+    if !names.iter().all(|n| model.join(n).is_file()) {
+        return Ok(());
+    }
+    for name in names {
+        let (from, to) = (model.join(name), output.join(name));
+        let bytes = std::fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
+        write_atomically(&to, |file| file.write_all(&bytes).map_err(|e| Error::io("write", &to, e)))?;
+    }
+    Ok(())
+}
+
+impl Case {
+    /// A case of the given files, one per channel in order.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for no file, and when names that carry channel numbers contradict the order given: swapped
+    /// channels would give a wrong result without any other sign.
+    pub fn from_files(files: &[PathBuf]) -> Result<Self> {
+        let first = files.first().ok_or_else(|| Error::usage("no image file was given"))?;
+        let stems: Vec<_> = files.iter().map(|f| stem(f).unwrap_or_default()).collect();
+        if files.len() > 1 {
+            for (i, (file, s)) in files.iter().zip(&stems).enumerate() {
+                if let Some((_, c)) = split_channel(s)
+                    && c != i
+                {
+                    let what = format!("{} is given as channel {i}, its name says channel {c}", file.display());
+                    return Err(Error::usage(what));
+                }
+            }
+        }
+        let name = match stems.first() {
+            Some(s) if !s.is_empty() => split_channel(s).map_or(s.as_str(), |(n, _)| n).to_owned(),
+            _ => first.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        };
+        Ok(Self { name, files: files.iter().cloned().enumerate().collect() })
+    }
+
+    /// Reads the channels a model needs, in its order: a file for each, or one file with all of them.
+    ///
+    /// # Errors
+    /// [`Error::Image`] naming the file of the first channel that is missing, there twice or not the model's, and all
+    /// errors of [`read_nifti`].
+    pub fn read(&self, expected: &[Channel]) -> Result<Image> {
+        let all_in_one = matches!(self.files.as_slice(), [(0, _)]) && expected.len() > 1;
+        let files = if all_in_one { self.paths() } else { self.file_per_channel(expected)? };
+        let image = read_nifti(&files)?;
+        match (all_in_one, image.channels.len()) {
+            (_, n) if n == expected.len() => Ok(image),
+            (true, 1) => self.file_per_channel(expected).and(Ok(image)),
+            (_, n) => Err(Error::image(&files[0], "channels", format!("found {n}, {}", needs(expected)))),
+        }
+    }
+
+    /// The case's files by rising channel.
+    #[must_use]
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|(_, p)| p.clone()).collect()
+    }
+
+    fn file_per_channel(&self, expected: &[Channel]) -> Result<Vec<PathBuf>> {
+        let needs = needs(expected);
+        if let Some((c, path)) = self.files.iter().find(|(c, _)| *c >= expected.len()) {
+            return Err(Error::image(path, "channels", format!("this is channel {c}, {needs}")));
+        }
+        let of = |i: usize| self.files.iter().filter(move |(c, _)| *c == i).map(|(_, p)| p);
+        let mut out = Vec::with_capacity(expected.len());
+        for (i, Channel { name, .. }) in expected.iter().enumerate() {
+            match (of(i).next(), of(i).nth(1)) {
+                (Some(p), None) => out.push(p.clone()),
+                (Some(p), Some(q)) => {
+                    let what = format!("channel {i} is also in {}", q.display());
+                    return Err(Error::image(p, "channels", what));
+                }
+                (None, _) => {
+                    let what = format!("the file of channel {i} ({name}) is missing, {needs}");
+                    return Err(Error::image(&self.file_of(i), "channels", what));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// What the file of a channel would be called.
+    fn file_of(&self, channel: usize) -> PathBuf {
+        let first = self.files.first().map_or(Path::new(""), |(_, p)| p.as_path());
+        let name = first.to_string_lossy();
+        let ending = ENDINGS.into_iter().find(|e| name.ends_with(e)).unwrap_or(ENDINGS[0]);
+        first.with_file_name(format!("{}_{channel:04}{ending}", self.name))
+    }
+
+    /// Where the case's segmentation lies in an output folder.
+    #[must_use]
+    pub fn output(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}.nii.gz", self.name))
+    }
+
+    /// Whether `output` already holds a whole segmentation of this case: it decodes to its last byte and has the
+    /// image's shape. A leftover of a killed run is not complete (nnU-Net only asks whether the file exists).
+    #[must_use]
+    pub fn is_complete(&self, output: &Path) -> bool {
+        let shape = |g: &Geometry| g.shape;
+        let image = self.files.first().and_then(|(_, p)| read_nifti_header(p).ok());
+        let done = read_segmentation(output).ok();
+        matches!((image, done), (Some(i), Some(d)) if shape(&i) == shape(&d.geometry))
+    }
+}
+
+/// `path`'s file name without the ending of an image, or `None` if it has no such ending.
+#[must_use]
+pub fn stem(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    ENDINGS.iter().find_map(|e| name.strip_suffix(e)).filter(|s| !s.is_empty() && !s.starts_with('.')).map(Into::into)
+}
+
+/// `case_0001` to (`case`, 1).
+fn split_channel(stem: &str) -> Option<(&str, usize)> {
+    let (name, digits) = stem.rsplit_once('_')?;
+    let four = digits.len() == 4 && digits.bytes().all(|b| b.is_ascii_digit());
+    if four && !name.is_empty() { Some((name, digits.parse().ok()?)) } else { None }
+}
+
+fn needs(expected: &[Channel]) -> String {
+    let names: Vec<&str> = expected.iter().map(|c| c.name.as_str()).collect();
+    let plural = if names.len() == 1 { "" } else { "s" };
+    format!("the model needs {} channel{plural} ({})", names.len(), names.join(", "))
+}

@@ -1,0 +1,127 @@
+//! Images.
+
+use super::Bench;
+use crate::common::files::{DATA, gzip, nifti, with};
+
+/// Name of the file, its bytes, and what the message has to mention besides the name.
+type Bad = (&'static str, Vec<u8>, &'static str);
+
+#[test]
+fn damaged_files_are_refused() {
+    let good = nifti([12, 11, 10]);
+    let packed = gzip(&good);
+    let n = packed.len();
+    let cut = |bytes: &[u8], keep: usize| bytes[..keep].to_vec();
+    let list: Vec<Bad> = vec![
+        ("empty.nii", vec![], ""),
+        ("empty.nii.gz", vec![], ""),
+        ("ten_bytes.nii", cut(&good, 10), "header"),
+        ("half_a_header.nii", cut(&good, 174), "header"),
+        ("header_only.nii", cut(&good, DATA), ""),
+        ("half.nii", cut(&good, good.len() / 2), ""),
+        ("all_but_a_byte.nii", cut(&good, good.len() - 1), ""),
+        ("half.nii.gz", cut(&packed, n / 2), ""),
+        ("no_trailer.nii.gz", cut(&packed, n - 8), ""),
+        ("half_a_trailer.nii.gz", cut(&packed, n - 4), ""),
+        ("all_but_a_byte.nii.gz", cut(&packed, n - 1), ""),
+        ("wrong_crc.nii.gz", with(packed.clone(), n - 8, &[!packed[n - 8]]), ""),
+        ("wrong_length.nii.gz", with(packed.clone(), n - 4, &[!packed[n - 4]]), ""),
+        (
+            "spoilt_body.nii.gz",
+            with(packed.clone(), n / 2, &packed[n / 2..n / 2 + 64].iter().map(|b| !b).collect::<Vec<_>>()),
+            "",
+        ),
+        ("gzip_magic_only.nii.gz", vec![0x1f, 0x8b], ""),
+        ("text.nii", b"this is a letter, not an image".repeat(30), "header"),
+        ("picture.nii.gz", [b"\x89PNG\r\n\x1a\n".to_vec(), vec![7; 1000]].concat(), ""),
+        ("packed_text.nii.gz", gzip(&b"nothing to see here ".repeat(60)), ""),
+    ];
+    refuse(&list);
+}
+
+#[test]
+fn headers_that_cannot_be_are_refused() {
+    let good = nifti([12, 11, 10]);
+    let dim = |axis: usize, n: i16| with(good.clone(), 40 + 2 * axis, &n.to_le_bytes());
+    let pixdim = |axis: usize, mm: f32| with(good.clone(), 76 + 4 * axis, &mm.to_le_bytes());
+    let datatype = |code: i16| with(good.clone(), 70, &code.to_le_bytes());
+    let huge = [32767i16; 3].iter().enumerate().fold(good.clone(), |b, (i, n)| with(b, 42 + 2 * i, &n.to_le_bytes()));
+    let nifti2 = with(with(vec![0; 2000], 0, &540i32.to_le_bytes()), 4, b"n+2\0\r\n\x1a\n");
+    let list: Vec<Bad> = vec![
+        ("size_of_header.nii", with(good.clone(), 0, &349i32.to_le_bytes()), ""),
+        ("magic.nii", with(good.clone(), 344, b"n+7\0"), "magic"),
+        ("nifti_2.nii", nifti2, ""),
+        ("no_axes.nii", dim(0, 0), "dim"),
+        ("nine_axes.nii", dim(0, 9), "dim"),
+        ("minus_one_axis.nii", dim(0, -1), "dim"),
+        ("zero_voxels.nii", dim(1, 0), "dim"),
+        ("minus_ten_voxels.nii", dim(2, -10), "dim"),
+        ("one_slice_too_many.nii", dim(3, 11), ""),
+        ("huge.nii", huge.clone(), ""),
+        ("huge.nii.gz", gzip(&huge), ""),
+        ("unknown_type.nii", datatype(0), "datatype"),
+        ("bits.nii", datatype(1), "datatype"),
+        ("complex.nii", datatype(32), "datatype"),
+        ("rgb.nii", datatype(128), "datatype"),
+        ("quadruple.nii", datatype(1536), "datatype"),
+        ("nonsense_type.nii", datatype(9999), "datatype"),
+        ("nan_spacing.nii", pixdim(1, f32::NAN), "pixdim"),
+        ("infinite_spacing.nii", pixdim(2, f32::INFINITY), "pixdim"),
+        ("zero_spacing.nii", pixdim(3, 0.0), "pixdim"),
+        ("data_in_the_header.nii", with(good.clone(), 108, &100f32.to_le_bytes()), "vox_offset"),
+        ("data_nowhere.nii", with(good.clone(), 108, &f32::NAN.to_le_bytes()), "vox_offset"),
+        ("data_behind_the_end.nii", with(good.clone(), 108, &1e9f32.to_le_bytes()), ""),
+        ("data_at_minus_one.nii", with(good.clone(), 108, &(-1f32).to_le_bytes()), "vox_offset"),
+    ];
+    refuse(&list);
+}
+
+/// A file that unpacks to gigabytes is refused after megabytes.
+#[test]
+fn a_gzip_bomb_is_refused() {
+    let mut bomb = nifti([12, 11, 10]);
+    bomb.resize(bomb.len() + (200 << 20), 0);
+    refuse(&[("bomb.nii.gz", gzip(&bomb), "")]);
+}
+
+fn refuse(list: &[Bad]) {
+    let bench = Bench::new();
+    for (name, bytes, mention) in list {
+        std::fs::write(bench.path(name), bytes).unwrap();
+        bench.refused(name, "model", &[name], 3, &[name, mention]);
+    }
+}
+
+#[test]
+fn what_is_no_file_or_no_fit_is_refused() {
+    let bench = Bench::new();
+    let good = nifti([12, 11, 10]);
+    std::fs::create_dir(bench.path("folder.nii")).unwrap();
+    bench.refused("missing", "model", &["absent.nii"], 3, &["absent.nii"]);
+    bench.refused("two channels", "model", &["good.nii", "good.nii"], 3, &["good.nii", "channel", "CT"]);
+    let four = with(with(good.clone(), 40, &4i16.to_le_bytes()), 48, &2i16.to_le_bytes());
+    std::fs::write(bench.path("two_volumes.nii"), [&four[..], &good[DATA..]].concat()).unwrap();
+    bench.refused("4-D", "model", &["two_volumes.nii"], 3, &["two_volumes.nii", "channels"]);
+    let args = ["predict", "-m", "model", "-i", "folder.nii", "-o", "out"];
+    let ran = crate::common::binary::stunet_in(bench.dir.path(), &args);
+    assert!(ran.error(3).contains("folder.nii"), "{}", ran.err);
+}
+
+#[test]
+fn channels_that_do_not_fit_each_other_are_refused() {
+    let bench = Bench::new();
+    let mut model = crate::common::torch::Model::new();
+    model.dataset["channel_names"] = serde_json::json!({"0": "T1", "1": "FLAIR"});
+    let conf = model.configuration();
+    conf["normalization_schemes"] = serde_json::json!(["ZScoreNormalization", "ZScoreNormalization"]);
+    conf["use_mask_for_norm"] = serde_json::json!([false, false]);
+    model.tensors = crate::common::torch::tensors(&crate::common::torch::tiny(2, 3));
+    model.write(&bench.path("two"));
+    std::fs::write(bench.path("other_shape.nii"), nifti([12, 11, 9])).unwrap();
+    let other = with(nifti([12, 11, 10]), 76 + 4, &2f32.to_le_bytes());
+    std::fs::write(bench.path("other_spacing.nii"), other).unwrap();
+    bench.refused("one of two", "two", &["good.nii"], 3, &["FLAIR", "missing"]);
+    bench.refused("three of two", "two", &["good.nii"; 3], 3, &["good.nii", "T1, FLAIR"]);
+    bench.refused("shapes", "two", &["good.nii", "other_shape.nii"], 3, &["other_shape.nii"]);
+    bench.refused("spacings", "two", &["good.nii", "other_spacing.nii"], 3, &["other_spacing.nii"]);
+}
