@@ -11,10 +11,10 @@ const ROUNDS: usize = 1 << 20;
 /// a multiply-add as two.
 pub(crate) fn spin(isa: Isa, threads: usize) -> f64 {
     let sums = par::map(threads, |i| spinning::on(isa, i as f32));
-    // The sums must be used, or there is nothing to compute.
-    let keep = sums.iter().map(|s| s.0).fold(0.0, f32::max);
     let chains = sums.first().map_or(0, |s| s.1);
-    2.0 * (BLOCK * chains * ROUNDS * threads) as f64 + f64::from(keep.min(0.0))
+    // The sums must be used, or there is nothing to compute.
+    std::hint::black_box(sums);
+    2.0 * (BLOCK * chains * ROUNDS * threads) as f64
 }
 
 simd_entry!(spinning = spin_on(seed: f32) -> (f32, usize));
@@ -24,8 +24,16 @@ simd_entry!(spinning = spin_on(seed: f32) -> (f32, usize));
 fn spin_on<S: Simd>(s: S, seed: f32) -> (f32, usize) {
     const CHAINS: usize = 12;
     let chains = if size_of::<S::V>() == 64 && align_of::<S::V>() == 64 { CHAINS } else { CHAINS / 2 };
-    let (a, b) = (s.splat(0.999_9), s.splat(seed));
-    let mut sums = [s.splat(seed); CHAINS];
+    // Different numbers everywhere, or equal registers would be computed once.
+    let mut start = [seed; BLOCK];
+    for (i, v) in start.iter_mut().enumerate() {
+        *v += i as f32;
+    }
+    let (a, b) = (s.splat(0.999_9), s.load(&start));
+    let mut sums = [b; CHAINS];
+    for (k, sum) in sums.iter_mut().enumerate() {
+        *sum = s.mul(*sum, s.splat(1.0 + k as f32));
+    }
     for _ in 0..ROUNDS {
         for sum in &mut sums[..chains] {
             *sum = s.fma(*sum, a, b);
@@ -37,5 +45,6 @@ fn spin_on<S: Simd>(s: S, seed: f32) -> (f32, usize) {
     }
     let mut out = [0.0; BLOCK];
     s.store(total, &mut out);
-    (out[0], chains)
+    // Every lane counts, or half of the work would be dead code.
+    (out.iter().sum(), chains)
 }
