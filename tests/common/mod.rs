@@ -1,5 +1,7 @@
 //! Helpers of the tests.
 
+pub mod torch_files;
+
 use std::path::PathBuf;
 
 /// The folder of reference data beside the project, or `None`, said aloud, where it is absent: the project's own

@@ -8,6 +8,8 @@ use std::ops::Range;
 use zip::CompressionMethod;
 use zip::read::{ArchiveOffset, Config, ZipArchive};
 
+use super::Fault;
+
 /// STU-Net-H has 306 storages, with optimizer state twice as many.
 const MAX_ENTRIES: usize = 100_000;
 
@@ -15,12 +17,19 @@ const MAX_ENTRIES: usize = 100_000;
 #[derive(Debug)]
 pub(super) struct Container {
     pub(super) pickle: Range<usize>,
-    /// Storages by key.
-    pub(super) storages: HashMap<String, Range<usize>>,
+    /// Storages by key, with the CRC-32 that the directory states.
+    pub(super) storages: HashMap<String, (Range<usize>, u32)>,
 }
 
-/// Part of the file at fault, and what is wrong.
-pub(super) type Fault = (String, String);
+/// PyTorch itself does not look at the checksums of what it loads, so a damaged weight file segments wrongly there.
+pub(super) const DAMAGED: &str =
+    "its checksum (CRC-32) does not fit: the file is damaged, or was saved with PyTorch's checksums switched off";
+
+pub(super) fn crc32(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}
 
 pub(super) fn open(file: &[u8]) -> Result<Container, Fault> {
     let broken = |e: zip::result::ZipError| ("zip directory".to_string(), one_line(&e.to_string()));
@@ -32,7 +41,7 @@ pub(super) fn open(file: &[u8]) -> Result<Container, Fault> {
     if archive.has_duplicate_names() {
         return Err(("zip directory".into(), "two entries have the same name".into()));
     }
-    let mut entries: HashMap<String, Range<usize>> = HashMap::with_capacity(archive.len());
+    let mut entries: HashMap<String, (Range<usize>, u32)> = HashMap::with_capacity(archive.len());
     let mut root = None;
     for i in 0..archive.len() {
         let entry = archive.by_index_raw(i).map_err(broken)?;
@@ -53,27 +62,30 @@ pub(super) fn open(file: &[u8]) -> Result<Container, Fault> {
         let (Some(start), Some(end)) = (start, end.filter(|&e| e <= file.len())) else {
             return Err(fault("reaches beyond the end of the file".into()));
         };
-        if let Some(folder) = name.strip_suffix("/data.pkl").filter(|f| !f.contains('/')) {
-            if root.replace(folder.to_string()).is_some() {
-                return Err(fault("a second data.pkl".into()));
-            }
+        if let Some(folder) = name.strip_suffix("/data.pkl").filter(|f| !f.contains('/'))
+            && root.replace(folder.to_string()).is_some()
+        {
+            return Err(fault("a second data.pkl".into()));
         }
-        entries.insert(name, start..end);
+        entries.insert(name, (start..end, entry.crc32()));
     }
     if archive.has_overlapping_files().map_err(broken)? {
         return Err(("zip directory".into(), "entries overlap".into()));
     }
     let root =
         root.ok_or_else(|| ("data.pkl".to_string(), "missing: this zip file was not made by torch.save".into()))?;
-    if let Some(order) = entries.get(&format!("{root}/byteorder")) {
-        if &file[order.clone()] != b"little" {
-            return Err(("byteorder".into(), "not \"little\": written on a big-endian machine".into()));
-        }
+    if let Some((order, _)) = entries.get(&format!("{root}/byteorder"))
+        && &file[order.clone()] != b"little"
+    {
+        return Err(("byteorder".into(), "not \"little\": written on a big-endian machine".into()));
     }
     if entries.contains_key(&format!("{root}/constants.pkl")) {
         return Err(("constants.pkl".into(), "a TorchScript program, expected a checkpoint of torch.save".into()));
     }
-    let pickle = entries.get(&format!("{root}/data.pkl")).cloned().unwrap_or_default();
+    let (pickle, crc) = entries.get(&format!("{root}/data.pkl")).cloned().unwrap_or_default();
+    if crc32(&file[pickle.clone()]) != crc {
+        return Err(("data.pkl".into(), DAMAGED.into()));
+    }
     let prefix = format!("{root}/data/");
     let storages = entries.into_iter().filter_map(|(name, r)| Some((name.strip_prefix(&prefix)?.to_string(), r)));
     Ok(Container { pickle, storages: storages.collect() })
