@@ -190,7 +190,7 @@ fn own_folder_is_checked() {
     assert!(with(&|v| v["plan"]["heads"] = json!(4)).contains("heads"));
     assert!(with(&|v| v["plan"]["patch"] = json!([30, 32, 32])).contains("patch"));
     assert!(with(&|v| v["plan"]["spacing_mm"] = json!([0.0, 1.0, 1.0])).contains("spacing"));
-    assert!(with(&|v| v["architecture"]["stu_net"]["classes"] = json!(9)).contains("architecture"));
+    assert!(with(&|v| v["architecture"]["stunet"]["classes"] = json!(9)).contains("architecture"));
     assert!(with(&|v| v["plan"]["mirror_axes"] = json!([3])).contains("mirror_axes"));
     std::fs::write(&path, good.to_string()).unwrap();
     open(&own);
