@@ -324,7 +324,7 @@ fn weights_that_are_no_stunet() {
     let dir = tempfile::tempdir().unwrap();
     let folder = v2_folder(dir.path(), &["fold_0"], 1, 3);
     let good = stunet_tensors(TINY, 1, 3);
-    let with = |change: &dyn Fn(&mut Vec<(String, Vec<usize>)>)| {
+    let with = |change: &dyn Fn(&mut Tensors)| {
         let mut tensors = good.clone();
         change(&mut tensors);
         let (state, storages) = state_dict(&tensors, "");

@@ -179,8 +179,11 @@ pub fn f32_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
+/// Name and shape of tensors.
+pub type Tensors = Vec<(String, Vec<usize>)>;
+
 /// Name and shape of every tensor of a STU-Net with one block per stage.
-pub fn stunet_tensors(dims: [usize; 6], channels: usize, classes: usize) -> Vec<(String, Vec<usize>)> {
+pub fn stunet_tensors(dims: [usize; 6], channels: usize, classes: usize) -> Tensors {
     let mut out = Vec::new();
     let mut conv = |name: String, o: usize, i: usize, k: usize| {
         out.push((format!("{name}.weight"), vec![o, i, k, k, k]));
