@@ -50,16 +50,17 @@ impl Weights {
         let map = map_file(path)?;
         let mut out = Self { path: path.into(), map, names: vec![], places: HashMap::new(), globals: vec![] };
         if pth::is_torch(&out.map) {
-            let file = TorchFile::open(path, &out.map)?;
-            let dict = state_dict(path, file.object.root())?;
+            let TorchFile { object, mut storages } = TorchFile::open(path, &out.map)?;
+            let dict = state_dict(path, object.root())?;
             for (name, tensor) in dict.entries().into_iter().flatten() {
                 let name = name.str().ok_or_else(|| Error::model(path, "state_dict", "a tensor name is no text"))?;
-                let place = file.tensor(tensor).map_err(|what| Error::model(path, printable(name), what))?;
+                let place =
+                    storages.tensor(&out.map, tensor).map_err(|what| Error::model(path, printable(name), what))?;
                 out.insert(name, place)?;
             }
-            out.globals.clone_from(&file.object.globals);
+            out.globals.clone_from(&object.globals);
             out.check_any()?;
-            return Ok((out, Some(file.object)));
+            return Ok((out, Some(object)));
         }
         out.read_safetensors()?;
         out.check_any()?;
@@ -114,7 +115,7 @@ impl Weights {
             return Err(Error::model(&self.path, printable(name), "not a tensor name"));
         }
         if self.places.insert(short.to_string(), place).is_some() {
-            return Err(Error::model(&self.path, short, "a second tensor of this name"));
+            return Err(Error::model(&self.path, printable(short), "a second tensor of this name"));
         }
         self.names.push(short.to_string());
         Ok(())
@@ -222,12 +223,12 @@ impl Weights {
             Cow::Owned(b.as_chunks::<N>().0.iter().map(|&c| f(c)).collect())
         }
         let raw = self.gather(p);
-        if p.dtype == DType::F32 && cfg!(target_endian = "little") {
-            if let Cow::Borrowed(b) = raw {
-                if let Ok(values) = bytemuck::try_cast_slice(b) {
-                    return Cow::Borrowed(values);
-                }
-            }
+        if p.dtype == DType::F32
+            && cfg!(target_endian = "little")
+            && let Cow::Borrowed(b) = raw
+            && let Ok(values) = bytemuck::try_cast_slice(b)
+        {
+            return Cow::Borrowed(values);
         }
         match p.dtype {
             DType::F32 => each(&raw, f32::from_le_bytes),
@@ -273,12 +274,12 @@ fn state_dict<'a>(path: &Path, root: View<'a>) -> Result<View<'a>> {
 /// Maps a file for reading.
 pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
     let io = |e| Error::io("read", path, e);
-    let file = File::open(path).map_err(io)?;
-    let meta = file.metadata().map_err(io)?;
-    if !meta.is_file() {
+    // Asked before opening, which would wait for ever on a pipe.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::model(path, "file", "not a regular file"));
     }
-    if meta.len() == 0 {
+    let file = File::open(path).map_err(io)?;
+    if file.metadata().map_err(io)?.len() == 0 {
         return Err(Error::model(path, "file", "empty"));
     }
     // SAFETY: the map is read-only and of a regular file that is not empty. The bytes are only ever read as plain
@@ -312,7 +313,7 @@ fn is_row_major(shape: &[usize], strides: &[usize]) -> bool {
 }
 
 /// Untrusted text for a one-line message.
-fn printable(s: &str) -> String {
+pub(crate) fn printable(s: &str) -> String {
     let mut out: String = s.chars().take(120).map(|c| if c.is_control() { '?' } else { c }).collect();
     if s.chars().nth(120).is_some() {
         out.push_str("...");

@@ -5,6 +5,7 @@ pub mod bound;
 pub mod drive;
 pub mod files;
 pub mod torch;
+pub mod torch_files;
 
 use std::path::PathBuf;
 

@@ -5,9 +5,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::pickle::{self, Fault};
+use super::pickle;
 use super::value::{Node, Pickle};
-use super::{Storage, storage};
+use super::{Fault, Storage, storage};
 
 /// 0x1950a86a20f9469cfc6c, little-endian, as a pickled long integer.
 const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
@@ -19,13 +19,16 @@ pub(super) fn is_legacy(file: &[u8]) -> bool {
     matches!(file, [0x80, _, 0x8a, 10, rest @ ..] if rest.starts_with(&MAGIC))
 }
 
+/// Where the storages lie, by key.
+type Ranges = HashMap<String, Range<usize>>;
+
 /// The object, every Python name of all five pickles, and where the storages lie.
-pub(super) fn open(file: &[u8]) -> Result<(Pickle, HashMap<String, Range<usize>>), (String, String)> {
+pub(super) fn open(file: &[u8]) -> Result<(Pickle, Ranges), Fault> {
     let mut at = 0;
     let mut globals = Vec::new();
-    let mut next = |part: &'static str| -> Result<(Pickle, usize), (String, String)> {
-        let (mut pickle, n) = pickle::parse(&file[at..])
-            .map_err(|Fault { at: offset, what }| (format!("{part}, pickle byte {}", at + offset), what))?;
+    let mut next = |part: &'static str| -> Result<(Pickle, usize), Fault> {
+        let (mut pickle, n) =
+            pickle::parse(&file[at..]).map_err(|f| (format!("{part}, pickle byte {}", at + f.at), f.what))?;
         at += n;
         globals.append(&mut pickle.globals);
         Ok((pickle, at))
@@ -49,7 +52,7 @@ pub(super) fn open(file: &[u8]) -> Result<(Pickle, HashMap<String, Range<usize>>
     for id in object.persistent() {
         let Storage { key, dtype, .. } = storage(id).map_err(|what| ("storage".to_string(), what))?;
         if sizes.insert(key, dtype.size()).is_some_and(|old| old != dtype.size()) {
-            return Err((format!("storage {key}"), "used with two element types".into()));
+            return Err((format!("storage {key:?}"), "used with two element types".into()));
         }
     }
     let keys = keys.root();
@@ -59,7 +62,7 @@ pub(super) fn open(file: &[u8]) -> Result<(Pickle, HashMap<String, Range<usize>>
     let mut out = HashMap::with_capacity(list.len().min(sizes.len()));
     for key in keys.items(list.len()).unwrap_or_default() {
         let key = key.str().ok_or_else(|| ("storage keys".to_string(), format!("{}, expected a text", key.kind())))?;
-        let fault = |what: &str| (format!("storage {key}"), what.to_string());
+        let fault = |what: &str| (format!("storage {key:?}"), what.to_string());
         let size = *sizes.get(key).ok_or_else(|| fault("no tensor uses it"))?;
         let count = file.get(at..at.saturating_add(8)).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
         let count = count.ok_or_else(|| fault("the file ends before its size"))?;

@@ -3,6 +3,7 @@
 mod legacy;
 mod numpy;
 mod pickle;
+mod text;
 mod value;
 mod zip;
 
@@ -36,13 +37,21 @@ pub(crate) struct TensorPlace {
 #[derive(Debug)]
 pub(crate) struct TorchFile {
     pub(crate) object: Pickle,
-    storages: HashMap<String, Range<usize>>,
+    pub(crate) storages: Storages,
 }
+
+/// The raw data of a checkpoint's tensors, by key, with the checksum that is still to be checked.
+#[derive(Debug)]
+pub(crate) struct Storages(HashMap<String, (Range<usize>, Option<u32>)>);
 
 /// Reads a pickle that is a whole file, such as nnU-Net v1's `plans.pkl`.
 pub(crate) fn read_pickle(path: &Path) -> Result<Pickle> {
     let io = |e| Error::io("read", path, e);
-    let size = std::fs::metadata(path).map_err(io)?.len();
+    let meta = std::fs::metadata(path).map_err(io)?;
+    let size = meta.len();
+    if !meta.is_file() {
+        return Err(Error::model(path, "file", "not a regular file"));
+    }
     if size > pickle::MAX_PICKLE_BYTES as u64 {
         return Err(Error::model(path, "file size", format!("{size} bytes is too large for a pickle of plans")));
     }
@@ -56,6 +65,9 @@ fn parse(path: &Path, part: &str, bytes: &[u8]) -> Result<Pickle> {
     }
 }
 
+/// Part of a file at fault, and what is wrong with it.
+type Fault = (String, String);
+
 /// True when the file looks like one of `torch.save`'s containers.
 pub(crate) fn is_torch(file: &[u8]) -> bool {
     file.starts_with(b"PK") || file.first() == Some(&0x80)
@@ -64,42 +76,51 @@ pub(crate) fn is_torch(file: &[u8]) -> bool {
 impl TorchFile {
     /// Reads the object graph of a checkpoint; `file` is the whole file.
     pub(crate) fn open(path: &Path, file: &[u8]) -> Result<TorchFile> {
-        let model = |(field, what): (String, String)| Error::model(path, field, what);
+        let model = |(field, what): Fault| Error::model(path, field, what);
         if file.starts_with(b"PK") {
             let zip::Container { pickle: range, storages } = zip::open(file).map_err(model)?;
             if range.len() > pickle::MAX_PICKLE_BYTES {
                 return Err(Error::model(path, "data.pkl", format!("{} bytes, too large", range.len())));
             }
-            return Ok(TorchFile { object: parse(path, "data.pkl", &file[range])?, storages });
+            let storages = storages.into_iter().map(|(key, (range, crc))| (key, (range, Some(crc)))).collect();
+            return Ok(TorchFile { object: parse(path, "data.pkl", &file[range])?, storages: Storages(storages) });
         }
         if legacy::is_legacy(file) {
             let (object, storages) = legacy::open(file).map_err(model)?;
-            return Ok(TorchFile { object, storages });
+            let storages = storages.into_iter().map(|(key, range)| (key, (range, None))).collect();
+            return Ok(TorchFile { object, storages: Storages(storages) });
         }
         // A bare pickle: no checkpoint, but a hostile one is better named by what it tries.
         parse(path, "pickle", file)?;
         Err(Error::model(path, "container", "a plain pickle, expected a checkpoint of torch.save"))
     }
+}
 
-    /// Where a tensor lies, with every bound checked against the storage's real bytes.
-    pub(crate) fn tensor(&self, v: View<'_>) -> Result<TensorPlace, String> {
+impl Storages {
+    /// Where a tensor lies, with every bound checked against the storage's real bytes and the storage against its
+    /// checksum; `file` is the whole file.
+    pub(crate) fn tensor(&mut self, file: &[u8], v: View<'_>) -> Result<TensorPlace, String> {
         let (callable, args, _) = v.call().ok_or_else(|| format!("{}, expected a tensor", v.kind()))?;
         match callable {
-            Callable::RebuildTensor => self.place(&args),
+            Callable::RebuildTensor => self.place(file, &args),
             // A parameter wraps exactly one tensor; parameters of parameters do not exist.
             Callable::RebuildParameter => match args.first().and_then(|t| t.call()) {
-                Some((Callable::RebuildTensor, args, _)) => self.place(&args),
+                Some((Callable::RebuildTensor, args, _)) => self.place(file, &args),
                 _ => Err("a parameter without a tensor".into()),
             },
             _ => Err(format!("{}, expected a tensor", v.kind())),
         }
     }
 
-    fn place(&self, args: &[View<'_>]) -> Result<TensorPlace, String> {
+    fn place(&mut self, file: &[u8], args: &[View<'_>]) -> Result<TensorPlace, String> {
         let [id, offset, shape, strides, ..] = args else { return Err("a tensor with too few arguments".into()) };
         let id = id.persistent_id().ok_or("a tensor without a storage")?;
         let Storage { key, dtype, len: storage_len } = storage(id)?;
-        let bytes = self.storages.get(key).ok_or_else(|| format!("its storage {key:?} is not in the file"))?;
+        let (bytes, crc) = self.0.get_mut(key).ok_or_else(|| format!("its storage {key:?} is not in the file"))?;
+        // Once per storage: several tensors may share one.
+        if crc.take().is_some_and(|crc| zip::crc32(&file[bytes.clone()]) != crc) {
+            return Err(format!("storage {key:?}: {}", zip::DAMAGED));
+        }
         let needed = storage_len.checked_mul(dtype.size()).filter(|&n| n <= bytes.len());
         if needed.is_none() {
             let have = bytes.len();

@@ -17,6 +17,7 @@ const DECODER: &str = "conv_blocks_localization";
 #[non_exhaustive]
 pub enum Architecture {
     /// STU-Net (Huang et al. 2023): six encoder and five decoder stages of residual blocks.
+    #[serde(rename = "stunet")]
     StuNet {
         /// Channels of each encoder stage, finest first.
         dims: [usize; 6],

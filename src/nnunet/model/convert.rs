@@ -24,44 +24,51 @@ use crate::tensor::DType;
 /// [`Error::Usage`] when `dst` exists and is not an empty folder; whatever [`ModelFolder::open`] says; [`Error::Model`]
 /// when a weight is NaN or infinite; [`Error::Io`].
 pub fn convert(src: impl AsRef<Path>, dst: impl AsRef<Path>, options: &ModelOptions) -> Result<()> {
-    let dst = dst.as_ref();
-    check_free(dst)?;
-    let model = ModelFolder::open(src, options)?;
-    let temporary = Temporary::beside(dst)?;
-    let mut folds = Vec::new();
-    for fold in &model.folds {
-        let file = format!("fold_{}.safetensors", fold.name);
-        let sha256 = write_safetensors(&fold.weights, &temporary.path.join(&file))?;
-        folds.push(FoldEntry { name: fold.name.clone(), file, sha256 });
-    }
-    let root = model.sources.first().and_then(|p| p.parent()).unwrap_or(Path::new(""));
-    let sources = model
-        .sources
-        .iter()
-        .map(|path| {
-            let sha256 = weights::sha256(&weights::map_file(path)?);
-            Ok(SourceEntry { file: source_name(path, root), sha256 })
-        })
-        .collect::<Result<_>>()?;
-    let manifest = Manifest {
-        format: FORMAT.into(),
-        version: VERSION,
-        notice: NOTICE.into(),
-        architecture: model.architecture,
-        plan: model.plan,
-        folds,
-        sources,
-    };
-    let path = temporary.path.join(FILE);
-    let mut text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::io("write", &path, e.into()))?;
-    text.push('\n');
-    write(&path, |f| f.write_all(text.as_bytes()))?;
-    temporary.rename(dst)
+    // Before the source, which may take long to open.
+    check_free(dst.as_ref())?;
+    ModelFolder::open(src, options)?.write(dst)
 }
 
-/// The last two parts of a path, "fold_0/checkpoint_final.pth": enough to recognise a file, no private folder names.
+impl ModelFolder {
+    /// Writes the model as a folder of the project's own; see [`convert`].
+    ///
+    /// # Errors
+    /// As [`convert`].
+    pub fn write(&self, dst: impl AsRef<Path>) -> Result<()> {
+        let dst = dst.as_ref();
+        check_free(dst)?;
+        let temporary = Temporary::beside(dst)?;
+        let mut folds = Vec::new();
+        for fold in &self.folds {
+            let file = format!("fold_{}.safetensors", fold.name);
+            let sha256 = write_safetensors(&fold.weights, &temporary.path.join(&file))?;
+            folds.push(FoldEntry { name: fold.name.clone(), file, sha256 });
+        }
+        let root = self.sources.first().and_then(|p| p.parent()).unwrap_or(Path::new(""));
+        let sources = self.sources.iter().map(|path| {
+            let sha256 = weights::sha256(&weights::map_file(path)?);
+            Ok(SourceEntry { file: source_name(path, root), sha256 })
+        });
+        let manifest = Manifest {
+            format: FORMAT.into(),
+            version: VERSION,
+            notice: NOTICE.into(),
+            architecture: self.architecture.clone(),
+            plan: self.plan.clone(),
+            folds,
+            sources: sources.collect::<Result<_>>()?,
+        };
+        let path = temporary.path.join(FILE);
+        let mut text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::io("write", &path, e.into()))?;
+        text.push('\n');
+        write(&path, |f| f.write_all(text.as_bytes()))?;
+        temporary.rename(dst)
+    }
+}
+
+/// The name of a file within its model, "fold_0/checkpoint_final.pth": enough to recognise it, no private folders.
 fn source_name(path: &Path, root: &Path) -> String {
-    let parts = if path.starts_with(root) && path.parent() == Some(root) { 1 } else { 2 };
+    let parts = if path.parent() == Some(root) { 1 } else { 2 };
     let names: Vec<Cow<'_, str>> = path.iter().rev().take(parts).map(|p| p.to_string_lossy()).collect();
     names.into_iter().rev().collect::<Vec<_>>().join("/")
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::io::weights::printable;
 
 /// Plans of large data sets reach a few megabytes.
 const MAX_JSON_BYTES: u64 = 64 << 20;
@@ -13,7 +14,11 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Reads a JSON file. Python's `NaN` and `Infinity`, which are not JSON, are read as null.
 pub(super) fn read(path: &Path) -> Result<Value> {
     let io = |e| Error::io("read", path, e);
-    let size = std::fs::metadata(path).map_err(io)?.len();
+    let meta = std::fs::metadata(path).map_err(io)?;
+    let size = meta.len();
+    if !meta.is_file() {
+        return Err(Error::model(path, "file", "not a regular file"));
+    }
     if size > MAX_JSON_BYTES {
         return Err(Error::model(path, "file size", format!("{size} bytes, expected at most {MAX_JSON_BYTES}")));
     }
@@ -67,15 +72,16 @@ impl<'a> Field<'a> {
     }
 
     fn wrong(&self, expected: &str) -> Error {
-        let mut found: String = self.value.to_string().chars().take(60).collect();
-        if found.len() < self.value.to_string().len() {
-            found.push_str("...");
+        let mut found = self.value.to_string();
+        if found.len() > 60 {
+            found = format!("{}...", found.chars().take(60).collect::<String>());
         }
         self.error(format!("{found}, expected {expected}"))
     }
 
     fn child(&self, key: &str, value: &'a Value) -> Field<'a> {
-        let at = if self.at.is_empty() { key.to_string() } else { format!("{}.{key}", self.at) };
+        let key = printable(key);
+        let at = if self.at.is_empty() { key } else { format!("{}.{key}", self.at) };
         Field { file: self.file, at, value }
     }
 
@@ -107,7 +113,7 @@ impl<'a> Field<'a> {
     /// An integer of at most `max`.
     pub(super) fn usize(&self, max: usize) -> Result<usize> {
         // Python writes some whole numbers as floats.
-        let whole = |f: f64| (f >= 0.0 && f <= 9e15 && f.fract() == 0.0).then_some(f as u64);
+        let whole = |f: f64| ((0.0..=9e15).contains(&f) && f.fract() == 0.0).then_some(f as u64);
         let n = self.value.as_u64().or_else(|| self.value.as_f64().and_then(whole));
         match n.and_then(|n| usize::try_from(n).ok()) {
             Some(n) if n <= max => Ok(n),

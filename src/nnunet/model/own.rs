@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Architecture, FoldWeights, Folds, ModelFolder, ModelKind, ModelOptions, pick_folds};
 use crate::error::{Error, Result};
-use crate::io::weights::Weights;
+use crate::io::weights::{Weights, printable};
 use crate::nnunet::plans::InferencePlan;
 
 pub(super) const FILE: &str = "model.json";
@@ -56,8 +56,8 @@ pub(super) fn open(folder: &Path, options: &ModelOptions) -> Result<ModelFolder>
         let what = format!("{} of the model folder {}; version {VERSION} is", version.value, folder.display());
         return Err(Error::unsupported(format!("version {what}")));
     }
-    let manifest: Manifest =
-        serde_json::from_value(value.clone()).map_err(|e| Error::model(&path, "contents", e.to_string()))?;
+    let manifest: Manifest = serde_json::from_value(value.clone())
+        .map_err(|e| Error::model(&path, "contents", printable(&e.to_string())))?;
     if options.checkpoint.is_some() {
         let what =
             format!("{}: a model folder of this project has one checkpoint per fold, none to choose", folder.display());

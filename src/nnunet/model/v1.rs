@@ -31,7 +31,7 @@ pub(super) fn plan(pkl: &Path, folder: Option<&Path>) -> Result<(InferencePlan, 
 fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<InferencePlan> {
     let trainer = info.need("name")?.str()?.to_string();
     if trainer.contains("Cascade") {
-        return Err(Error::unsupported(format!("trainer {trainer}: a cascade, which needs its previous stage")));
+        return Err(Error::unsupported(format!("trainer {trainer:?}: a cascade, which needs its previous stage")));
     }
     let plans = info.need("plans")?;
     let stage = stage(info, &plans, &trainer)?;
@@ -49,7 +49,7 @@ fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<Infe
     let strides = cut_strides(pools.items()?.iter().map(|s| s.three(|v| v.usize(64))))?;
     let patch = stage.need("patch_size")?;
     if patch.items()?.len() == 2 {
-        return Err(Error::unsupported(format!("trainer {trainer}: a 2D network; 3D networks are")));
+        return Err(Error::unsupported(format!("trainer {trainer:?}: a 2D network; 3D networks are")));
     }
     let axis = |f: &Field<'_>| f.usize(2);
     let transpose = |key: &str| plans.get(key).map_or(Ok([0, 1, 2]), |t| t.three(axis));
@@ -90,7 +90,7 @@ fn stage<'a>(info: &Field<'a>, plans: &Field<'a>, trainer: &str) -> Result<Field
     if let Some(wanted) = init.get(5).filter(|s| !s.value.is_null()) {
         let wanted = wanted.usize(16)?;
         if wanted != last {
-            let what = format!("stage {wanted} of {} (3d_lowres) of trainer {trainer}; 3d_fullres is", all.len() + 1);
+            let what = format!("stage {wanted} of {} (3d_lowres) of trainer {trainer:?}; 3d_fullres is", all.len() + 1);
             return Err(Error::unsupported(what));
         }
     }
@@ -154,11 +154,10 @@ fn keep_largest(folder: Option<&Path>, heads: usize) -> Result<Vec<u16>> {
     };
     let value = json::read(&path)?;
     let root = Field::root(&path, &value);
-    if let Some(sizes) = root.get("min_valid_object_sizes") {
-        // A Python dictionary, written as text.
-        if !matches!(sizes.str()?, "None" | "{}") {
-            return Err(Error::unsupported(format!("{}: min_valid_object_sizes", path.display())));
-        }
+    // A Python dictionary, written as text.
+    let sizes = root.get("min_valid_object_sizes").map(|s| s.str()).transpose()?;
+    if !matches!(sizes, None | Some("None" | "{}")) {
+        return Err(Error::unsupported(format!("{}: min_valid_object_sizes", path.display())));
     }
     let classes = root.need("for_which_classes")?;
     if classes.value.is_null() {

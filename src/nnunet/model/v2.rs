@@ -33,12 +33,15 @@ impl CheckpointInfo {
         let Some(configuration) = configuration else {
             return Err(Error::model(path, "init_args.configuration", "missing, expected the configuration's name"));
         };
-        let axes = root.get("inference_allowed_mirroring_axes").and_then(|a| a.to_json(8)).unwrap_or(Value::Null);
-        let mirror_axes = if axes.is_null() {
-            Vec::new()
-        } else {
-            let axes = Field::at(path, "inference_allowed_mirroring_axes", &axes);
-            axes.items()?.iter().map(|a| a.usize(2)).collect::<Result<_>>()?
+        const AXES: &str = "inference_allowed_mirroring_axes";
+        let axes = match root.get(AXES) {
+            // Four values for a list of three, more are not read.
+            Some(axes) => axes.to_json(4).ok_or_else(|| Error::model(path, AXES, "expected at most three axes"))?,
+            None => Value::Null,
+        };
+        let mirror_axes = match axes {
+            Value::Null => Vec::new(),
+            _ => Field::at(path, AXES, &axes).items()?.iter().map(|a| a.usize(2)).collect::<Result<_>>()?,
         };
         let trainer = root.get("trainer_name").and_then(|t| t.str()).unwrap_or_default().to_string();
         Ok(Self { configuration: configuration.to_string(), trainer, mirror_axes })
@@ -63,17 +66,16 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
     if patch.items()?.len() == 2 {
         return Err(Error::unsupported(format!("configuration {name:?}: a 2D network; 3D configurations are")));
     }
-    if let Some(p) = conf.get("preprocessor_name") {
-        if p.str()? != "DefaultPreprocessor" {
-            return Err(Error::unsupported(format!("preprocessor {:?} of configuration {name:?}", p.str()?)));
+    // Other classes of these names do other things, which their names do not tell.
+    for (field, known) in
+        [(conf.get("preprocessor_name"), "DefaultPreprocessor"), (plans.get("label_manager"), "LabelManager")]
+    {
+        let Some(class) = field.map(|f| f.str()).transpose()? else { continue };
+        if class != known {
+            return Err(Error::unsupported(format!("{class:?} in {}; {known} is", plans_path.display())));
         }
     }
-    if let Some(m) = plans.get("label_manager") {
-        if m.str()? != "LabelManager" {
-            return Err(Error::unsupported(format!("label manager {:?}", m.str()?)));
-        }
-    }
-    let (labels, decision, heads) = labels(&dataset)?;
+    let Labels { names, decision } = labels(&dataset)?;
     let axis = |f: &Field<'_>| f.usize(2);
     let plan = InferencePlan {
         rules: Rules::NnunetV2,
@@ -81,9 +83,12 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
         trainer: info.trainer.clone(),
         configuration: name.clone(),
         channels: channels(&plans, &conf, &dataset)?,
-        labels,
+        heads: match &decision {
+            Decision::Argmax => names.len() + 1,
+            Decision::Regions { paint } => paint.len(),
+        },
+        labels: names,
         decision,
-        heads,
         patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
         spacing_mm: conf.need("spacing")?.three(Field::f64)?,
         transpose_forward: plans.need("transpose_forward")?.three(axis)?,
@@ -133,8 +138,14 @@ fn strides(conf: &Field<'_>) -> Result<[[usize; 3]; 5]> {
     cut_strides(pools.iter().map(|s| s.three(|v| v.usize(64))))
 }
 
-/// nnU-Net's `LabelManager`: label names, what the output channels mean, and how many there are.
-fn labels(dataset: &Field<'_>) -> Result<(Vec<(u16, String)>, Decision, usize)> {
+struct Labels {
+    /// By value, background left out.
+    names: Vec<(u16, String)>,
+    decision: Decision,
+}
+
+/// nnU-Net's `LabelManager`: label names and what the output channels mean. The ignore label is no output.
+fn labels(dataset: &Field<'_>) -> Result<Labels> {
     let field = dataset.need("labels")?;
     let max = usize::from(u16::MAX);
     // (name, values)
@@ -175,8 +186,7 @@ fn labels(dataset: &Field<'_>) -> Result<(Vec<(u16, String)>, Decision, usize)> 
             return Err(order.error(format!("{} values for {} regions", paint.len(), regions.len())));
         }
         let names = paint.iter().copied().zip(regions).collect();
-        let heads = paint.len();
-        return Ok((names, Decision::Regions { paint }, heads));
+        return Ok(Labels { names, decision: Decision::Regions { paint } });
     }
     let mut names: Vec<(u16, String)> = Vec::new();
     for (name, values) in all {
@@ -189,8 +199,7 @@ fn labels(dataset: &Field<'_>) -> Result<(Vec<(u16, String)>, Decision, usize)> 
     if let Some(i) = names.iter().enumerate().position(|(i, (v, _))| usize::from(*v) != i + 1) {
         return Err(field.error(format!("no label of value {}, expected values without gaps", i + 1)));
     }
-    let heads = names.len() + 1;
-    Ok((names, Decision::Argmax, heads))
+    Ok(Labels { names, decision: Decision::Argmax })
 }
 
 fn channels(plans: &Field<'_>, conf: &Field<'_>, dataset: &Field<'_>) -> Result<Vec<Channel>> {
