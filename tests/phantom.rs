@@ -105,5 +105,6 @@ fn impossible_grids_are_refused() {
         assert!(Phantom::new(1).with_grid(shape, spacing).is_err());
     }
     assert!(Phantom::new(1).with_grid([5; 3], [1.0, f64::NAN, 1.0]).is_err());
+    assert!(Phantom::new(1).with_grid([5; 3], [1.0, 1.0, f64::INFINITY]).is_err());
     assert!(Phantom::new(1).with_noise(-1.0).is_err());
 }

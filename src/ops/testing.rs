@@ -3,7 +3,7 @@
 
 use super::{Conv3d, InstanceNorm, Sources};
 use crate::autograd::{Ctx, Param, Var};
-use crate::backend::{cpu, names};
+use crate::backend::{cpu, dispatch, names};
 use crate::error::Result;
 use crate::tensor::{Device, Layout, Tensor};
 
@@ -84,4 +84,12 @@ pub fn padding_is_zero(x: &Tensor) -> bool {
 #[must_use]
 pub fn address(x: &Tensor) -> usize {
     x.as_slice().as_ptr().addr()
+}
+
+/// Runs multiply-adds in registers on all of the device's threads for some milliseconds and returns their number, a
+/// multiply-add counted as two: divided by the time, the peak to hold kernels against.
+#[must_use]
+pub fn spin(device: &Device) -> f64 {
+    let threads = device.threads();
+    dispatch!(device, probe::spin(threads))
 }

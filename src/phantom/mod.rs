@@ -83,14 +83,15 @@ impl Phantom {
     /// which is about 280 mm wide and 200 mm deep; it has no end along z.
     ///
     /// # Errors
-    /// [`Error::Usage`] when there is no voxel, more than 2^31 of them, or a spacing is not a positive number.
+    /// [`Error::Usage`] when there is no voxel, more than 2^31 of them, or a spacing is not a positive number up to
+    /// 1000.
     pub fn with_grid(mut self, shape: [usize; 3], spacing_mm: [f64; 3]) -> Result<Self> {
         let voxels = shape.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
         if !voxels.is_some_and(|n| (1..=1 << 31).contains(&n)) {
             return Err(Error::usage(format!("phantom grid {shape:?}: expected 1 to 2^31 voxels")));
         }
-        if !spacing_mm.iter().all(|s| s.is_finite() && *s > 0.0) {
-            return Err(Error::usage(format!("phantom spacing {spacing_mm:?}: expected positive numbers of mm")));
+        if !spacing_mm.iter().all(|s| *s > 0.0 && *s <= 1000.0) {
+            return Err(Error::usage(format!("phantom spacing {spacing_mm:?}: expected numbers of mm up to 1000")));
         }
         (self.shape, self.spacing_mm) = (shape, spacing_mm);
         Ok(self)

@@ -11,6 +11,7 @@ pub(crate) mod head_argmax;
 pub(crate) mod instance_norm;
 pub(crate) mod isa;
 pub(crate) mod leaky_relu;
+pub(crate) mod probe;
 pub(crate) mod relayout;
 pub(crate) mod upsample_nearest;
 

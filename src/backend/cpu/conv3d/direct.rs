@@ -14,7 +14,7 @@ const ITEM_FLOPS: usize = 32 << 20;
 /// larger one, one group of output channels is carried over the whole output before the next.
 const FILTER_IN_CACHE: usize = 512 << 10;
 
-/// Longest piece of a row that is one piece of work: a multiple of all tile widths.
+/// Longest piece of a row that is done in one go: a multiple of all tile widths. A pointwise convolution is one row.
 const SEGMENT: usize = 480;
 
 /// Writes the convolution of `p` to `out`.
@@ -23,21 +23,27 @@ pub(super) fn run(kernels: &Kernels, p: &Problem<'_>, out: &mut [f32]) {
     par::for_each(plan.items(), |i| plan.item(i));
 }
 
-/// A tile in a row: first voxel, width, function.
+/// A tile in a segment: first voxel, width, function.
 type Span = (usize, usize, TileFn);
+
+/// The tiles of a full segment and of the last one of a row, for groups of one block and of two.
+struct Cover {
+    full: [Vec<Span>; 2],
+    last: [Vec<Span>; 2],
+}
 
 struct Plan<'a> {
     p: &'a Problem<'a>,
     /// The problem's geometry, with axes merged where that changes nothing.
     g: Geometry,
     out: Shared,
-    /// First output block and number of blocks of each group, and the tiles of each row segment.
+    /// First output block and number of blocks of each group.
     groups: Vec<(usize, usize)>,
-    one: Vec<Vec<Span>>,
-    two: Vec<Vec<Span>>,
-    /// Rows per item; items per slice.
-    rows: usize,
-    strips: usize,
+    cover: Cover,
+    /// Segments per row, in all, and per item.
+    per_row: usize,
+    segments: usize,
+    per_item: usize,
     /// Groups are the outermost loop rather than the innermost.
     by_group: bool,
 }
@@ -52,67 +58,62 @@ impl<'a> Plan<'a> {
         }
         let blocks = g.out_channels.div_ceil(BLOCK);
         let pairs = if kernels.two.is_empty() { 0 } else { blocks / 2 };
-        let groups = (0..pairs).map(|i| (2 * i, 2)).chain((2 * pairs..blocks).map(|i| (i, 1))).collect();
+        let groups: Vec<_> = (0..pairs).map(|i| (2 * i, 2)).chain((2 * pairs..blocks).map(|i| (i, 1))).collect();
         let blocked = p.sources.iter().all(|s| s.layout == Layout::BLOCKED);
         let step = g.stride[2] * if blocked { BLOCK } else { 1 };
         let step = STEPS.iter().position(|s| *s == step).unwrap_or(0);
-        let cover = |widths: &[(usize, [TileFn; 4])]| {
-            let starts = (0..g.output[2]).step_by(SEGMENT);
-            starts.map(|x| cover(widths, step, x, SEGMENT.min(g.output[2] - x))).collect::<Vec<_>>()
-        };
+        let [od, oh, ow] = g.output;
+        let per_row = ow.div_ceil(SEGMENT);
+        let cover = |len| [kernels.one, kernels.two].map(|widths| cover(widths, step, len));
+        let by_group = p.filter.len() * 4 > FILTER_IN_CACHE;
         let taps: usize = g.kernel.iter().product();
-        let row_flops = 2 * taps * g.in_channels * blocks * BLOCK * g.output[2].min(SEGMENT);
-        let rows = (ITEM_FLOPS / row_flops.max(1)).clamp(1, g.output[1]);
+        let lanes = BLOCK * if by_group { blocks.min(2) } else { blocks };
+        let flops = 2 * taps * g.in_channels * lanes * ow.min(SEGMENT);
         Self {
             p,
             g,
             out: Shared::new(out),
             groups,
-            one: cover(kernels.one),
-            two: cover(kernels.two),
-            rows,
-            strips: g.output[1].div_ceil(rows),
-            by_group: p.filter.len() * 4 > FILTER_IN_CACHE,
+            cover: Cover { full: cover(SEGMENT.min(ow)), last: cover(ow - (per_row - 1) * SEGMENT) },
+            per_row,
+            segments: g.batch * od * oh * per_row,
+            per_item: (ITEM_FLOPS / flops.max(1)).max(1),
+            by_group,
         }
     }
 
-    fn segments(&self) -> usize {
-        self.one.len()
-    }
-
-    /// Pieces of work of one group.
-    fn places(&self) -> usize {
-        self.g.batch * self.g.output[0] * self.strips * self.segments()
+    /// Items of one group, or of all groups together.
+    fn ranges(&self) -> usize {
+        self.segments.div_ceil(self.per_item)
     }
 
     fn items(&self) -> usize {
-        self.places() * if self.by_group { self.groups.len() } else { 1 }
+        self.ranges() * if self.by_group { self.groups.len() } else { 1 }
     }
 
     fn item(&self, i: usize) {
-        let places = self.places();
-        if self.by_group {
-            self.strip(self.groups[i / places], i % places);
-        } else {
-            for group in &self.groups {
-                self.strip(*group, i);
+        let (group, range) = (i / self.ranges(), i % self.ranges());
+        for segment in range * self.per_item..self.segments.min((range + 1) * self.per_item) {
+            if self.by_group {
+                self.segment(segment, self.groups[group]);
+            } else {
+                for group in &self.groups {
+                    self.segment(segment, *group);
+                }
             }
         }
     }
 
-    /// Some rows of one slice, for one group of output channels.
-    fn strip(&self, (block, blocks): (usize, usize), place: usize) {
-        let g = &self.g;
-        let (segment, place) = (place % self.segments(), place / self.segments());
-        let (strip, place) = (place % self.strips, place / self.strips);
-        let (z, n) = (place % g.output[0], place / g.output[0]);
-        let spans = if blocks == 2 { &self.two[segment] } else { &self.one[segment] };
-        for y in strip * self.rows..g.output[1].min((strip + 1) * self.rows) {
-            self.row(n, block, z, y, spans);
-        }
+    /// One piece of a row, for one group of output channels.
+    fn segment(&self, i: usize, (block, blocks): (usize, usize)) {
+        let [od, oh, _] = self.g.output;
+        let (part, row) = (i % self.per_row, i / self.per_row);
+        let (n, z, y) = (row / (od * oh), row / oh % od, row % oh);
+        let cover = if part + 1 == self.per_row { &self.cover.last } else { &self.cover.full };
+        self.tiles(n, block, z, y, part * SEGMENT, &cover[blocks - 1]);
     }
 
-    fn row(&self, n: usize, block: usize, z: usize, y: usize, spans: &[Span]) {
+    fn tiles(&self, n: usize, block: usize, z: usize, y: usize, first: usize, spans: &[Span]) {
         let g = &self.g;
         let [od, oh, ow] = g.output;
         let [kd, kh, kw] = g.kernel;
@@ -135,16 +136,17 @@ impl<'a> Plan<'a> {
         };
         let (starts, out) = (tile.sources.map(|s| s.start), tile.out);
         for &(x, width, f) in spans {
+            let x = first + x;
             for (s, start) in tile.sources.iter_mut().zip(starts) {
-                s.start = start.wrapping_add(x * g.stride[2] * voxel(s));
+                s.start = start.wrapping_add(x * g.stride[2] * s.lanes);
             }
             tile.left = x == 0 && g.padding[2] > 0;
             tile.right = (x + width - 1) * g.stride[2] + kw - 1 - g.padding[2] >= g.input[2];
             tile.out = out.wrapping_add(x * BLOCK);
             // SAFETY: the sources, the filter and the bias have the sizes of the problem (checked by the operation
             // that built it); taps outside the input are excluded by `z`, `y`, `left` and `right` (padding is at most
-            // one, so at most one voxel at either end of a row is concerned); the spans cover each row once and each
-            // row belongs to one item, so no one else writes there; the list of implementations offers this function
+            // one, so at most one voxel at either end of a row is concerned); the spans cover each segment once and each
+            // segment belongs to one item, so no one else writes there; the list of implementations offers this function
             // only to devices with its instruction set.
             unsafe { f(&tile) }
         }
@@ -167,42 +169,40 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Floats between neighbouring input voxels.
-fn voxel(s: &Stream) -> usize {
-    s.lanes
-}
-
 /// Taps of output coordinate `at` that lie inside the input.
 fn valid(at: usize, kernel: usize, stride: usize, padding: usize, input: usize) -> (usize, usize) {
     let first = at * stride;
     (padding.saturating_sub(first), kernel.min((input + padding).saturating_sub(first)))
 }
 
-/// Covers `len` voxels from `x` with the cheapest sequence of tiles, wide ones first.
-fn cover(widths: &[(usize, [TileFn; 4])], step: usize, mut x: usize, len: usize) -> Vec<Span> {
-    /// A tile's time per tap and channel in units of a fourth of a voxel's: overhead, and the latency of a sum's chain.
+/// Covers `len` voxels with the cheapest sequence of tiles, wide ones first.
+fn cover(widths: &[(usize, [TileFn; 4])], step: usize, len: usize) -> Vec<Span> {
+    /// Time of a tile per tap and channel, in quarters of a voxel's: at least the latency of a sum, and some overhead.
     fn cost(width: usize) -> usize {
         4 * width.max(2) + 3
     }
     if widths.is_empty() {
         return Vec::new();
     }
+    // Cheapest cost of each length and the last tile to use for it.
     let mut best = vec![(0, 0); len + 1];
     for n in 1..=len {
         let options = widths.iter().enumerate().filter(|(_, w)| w.0 <= n);
         best[n] = options.map(|(i, w)| (best[n - w.0].0 + cost(w.0), i)).min().unwrap_or((usize::MAX, 0));
     }
-    let mut spans = Vec::new();
+    let mut chosen = Vec::new();
     let mut left = len;
     while left > 0 {
         let (width, functions) = widths[best[left].1];
-        spans.push((width, functions[step]));
+        chosen.push((width, functions[step]));
         left -= width;
     }
-    spans.sort_by_key(|s| std::cmp::Reverse(s.0));
-    let mut place = |(width, f): (usize, TileFn)| {
+    chosen.sort_by_key(|c| std::cmp::Reverse(c.0));
+    let mut x = 0;
+    let mut spans = Vec::with_capacity(chosen.len());
+    for (width, function) in chosen {
+        spans.push((x, width, function));
         x += width;
-        (x - width, width, f)
-    };
-    spans.into_iter().map(&mut place).collect()
+    }
+    spans
 }

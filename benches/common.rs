@@ -1,0 +1,73 @@
+//! The machine's own limits, and measurements held against them.
+
+use std::hint::black_box;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use stunet::Device;
+use stunet::autograd::{Ctx, Var};
+use stunet::ops::{self, testing};
+use stunet::tensor::Tensor;
+
+/// What a measurement is limited by, and how much of it one run does.
+#[derive(Clone, Copy)]
+pub enum Work {
+    /// Floating-point operations, a multiply-add counted as two.
+    Flops(f64),
+    /// Bytes read and written.
+    Bytes(f64),
+}
+
+fn fastest(mut f: impl FnMut()) -> f64 {
+    f();
+    (0..5).fold(f64::INFINITY, |best, _| {
+        let start = Instant::now();
+        f();
+        best.min(start.elapsed().as_secs_f64())
+    })
+}
+
+/// Operations and bytes per second that this machine reaches, measured once.
+fn roofline(device: &Device) -> (f64, f64) {
+    static ONCE: OnceLock<(f64, f64)> = OnceLock::new();
+    *ONCE.get_or_init(|| {
+        let mut operations = 0.0;
+        let flops = fastest(|| operations = testing::spin(device));
+        let mut cx = Ctx::infer(device);
+        let mut x = Some(activation(&mut cx, [1, 16, 128, 128, 128]));
+        let bytes = fastest(|| x = x.take().and_then(|x| ops::leaky_relu(&mut cx, x, 0.5).ok()));
+        (operations / flops, f64::from(2 * 4 * (16 << 21)) / bytes)
+    })
+}
+
+/// A blocked activation.
+pub fn activation(cx: &mut Ctx<'_>, dims: [usize; 5]) -> Var {
+    let values = vec![0.5; dims.iter().product()];
+    let t = Tensor::from_host(&values, dims.into(), cx.device()).and_then(testing::blocked);
+    cx.leaf(t.expect("memory for a benchmark"))
+}
+
+/// Measures `f` under `group/name` and prints its rate as a share of the machine's.
+pub fn measure<R>(c: &mut Criterion, device: &Device, group: &str, name: &str, work: Work, mut f: impl FnMut() -> R) {
+    let (flops, bytes) = roofline(device);
+    let seconds = fastest(|| drop(black_box(f())));
+    match work {
+        Work::Flops(n) => {
+            let rate = n / seconds;
+            println!("{group}/{name}: {:.1} GFLOP/s, {:.0} % of {:.1}", rate / 1e9, 100.0 * rate / flops, flops / 1e9);
+        }
+        Work::Bytes(n) => {
+            let rate = n / seconds;
+            println!("{group}/{name}: {:.1} GB/s, {:.0} % of {:.1}", rate / 1e9, 100.0 * rate / bytes, bytes / 1e9);
+        }
+    }
+    let mut group = c.benchmark_group(group);
+    group.sample_size(10).warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(500));
+    group.throughput(match work {
+        Work::Flops(n) => Throughput::Elements(n as u64),
+        Work::Bytes(n) => Throughput::Bytes(n as u64),
+    });
+    group.bench_function(BenchmarkId::from_parameter(name), |b| b.iter(&mut f));
+    group.finish();
+}
