@@ -146,8 +146,8 @@ struct Job {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let jobs = args.jobs()?;
-    let model = args.model_path()?;
     let device = args.device.open()?;
+    let model = args.model_path()?;
     let options = args.predict_options();
     progress::catch_interrupts();
     if !args.quiet {
