@@ -132,8 +132,8 @@ fn golden_preprocess_v1() {
     }
 }
 
-/// A minimal NIfTI reader for the reference images alone (little-endian, i16/i32/f32/u8, linear scaling), independent
-/// of the crate's own.
+/// A minimal NIfTI reader for the reference images alone (little-endian, linear scaling), until the crate's own takes
+/// its place.
 fn read(files: &[std::path::PathBuf]) -> Image {
     let mut geometry = None;
     let mut channels = Vec::new();

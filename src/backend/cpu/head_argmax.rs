@@ -33,7 +33,7 @@ impl LinearHead {
     /// [`Error::Shape`] when the lengths do not fit each other.
     pub(crate) fn new(weight: &[f32], bias: &[f32]) -> Result<Self> {
         let classes = bias.len();
-        if classes == 0 || weight.is_empty() || weight.len() % classes != 0 {
+        if classes == 0 || weight.is_empty() || !weight.len().is_multiple_of(classes) {
             return Err(Error::shape("head", format!("{} weights for {classes} classes", weight.len())));
         }
         let (channels, padded) = (weight.len() / classes, classes.next_multiple_of(GROUP));
@@ -111,6 +111,11 @@ pub(crate) fn blend(isa: Isa, rows: [&[f32]; 4], u: f32, v: f32, out: &mut [f32]
     fn body([a, b, c, d]: [&[f32]; 4], u: f32, v: f32, out: &mut [f32]) {
         let n = out.len();
         let (a, b, c, d) = (&a[..n], &b[..n], &c[..n], &d[..n]);
+        // Half of the reading is saved where a weight is nothing; the values are the same.
+        let (pair, weight) = if u == 0.0 { (c, v) } else { (b, u) };
+        if u == 0.0 || v == 0.0 {
+            return (0..n).for_each(|i| out[i] = mix(a[i], pair[i], weight));
+        }
         for i in 0..n {
             out[i] = mix(mix(a[i], b[i], u), mix(c[i], d[i], u), v);
         }
@@ -137,61 +142,23 @@ fn has(isa: Isa) -> Isa {
 
 /// Labels of the voxels at `taps` of `row` (voxels, `channels`), whose values are the scores themselves.
 pub(crate) fn label_row(isa: Isa, row: &[f32], channels: usize, taps: &[Tap], winner: Winner<'_>, out: &mut [u16]) {
-    #[inline(always)]
-    fn body(row: &[f32], channels: usize, taps: &[Tap], out: &mut [u16]) {
-        for (o, &(i, j, w)) in out.iter_mut().zip(taps) {
-            *o = largest(&row[i * channels..][..channels], &row[j * channels..][..channels], w);
-        }
+    let isa = if winner == Winner::Largest { has(isa) } else { Isa::Scalar };
+    let mut values = vec![0.0; channels];
+    for (o, &(i, j, w)) in out.iter_mut().zip(taps) {
+        let (a, b) = (&row[i * channels..][..channels], &row[j * channels..][..channels]);
+        *o = match isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `has` found AVX-512 in this processor; both slices hold at least 16 values, equally many.
+            Isa::Avx512 if channels >= 16 => unsafe { x86::largest_512(a, b, w) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `has` found AVX2 and FMA in this processor; both slices hold at least 8 values, equally many.
+            Isa::Avx2 | Isa::Avx512 if channels >= 8 => unsafe { x86::largest_256(a, b, w) },
+            _ => {
+                sample(row, channels, (i, j, w), &mut values);
+                winner.of(&values)
+            }
+        };
     }
-    if winner != Winner::Largest || channels < LANES {
-        let mut values = vec![0.0; channels];
-        for (o, tap) in out.iter_mut().zip(taps) {
-            sample(row, channels, *tap, &mut values);
-            *o = winner.of(&values);
-        }
-        return;
-    }
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2(row: &[f32], channels: usize, taps: &[Tap], out: &mut [u16]) {
-            body(row, channels, taps, out);
-        }
-        if has(isa) >= Isa::Avx2 {
-            // SAFETY: `has` has just found AVX2 in this processor.
-            return unsafe { avx2(row, channels, taps, out) };
-        }
-    }
-    let _ = isa;
-    body(row, channels, taps, out);
-}
-
-/// Values that [`largest`] compares at a time.
-const LANES: usize = 16;
-
-/// Index of the first largest of the mixed values; at least [`LANES`] of them.
-#[inline(always)]
-fn largest(a: &[f32], b: &[f32], w: f32) -> u16 {
-    let n = a.len();
-    let b = &b[..n];
-    let (mut best, mut index) = ([f32::NEG_INFINITY; LANES], [0u32; LANES]);
-    let mut chunk = |at: usize| {
-        let (a, b): (&[f32], &[f32]) = (&a[at..at + LANES], &b[at..at + LANES]);
-        for l in 0..LANES {
-            let v = mix(a[l], b[l], w);
-            let more = v > best[l];
-            best[l] = if more { v } else { best[l] };
-            index[l] = if more { (at + l) as u32 } else { index[l] };
-        }
-    };
-    (0..n / LANES).for_each(|c| chunk(c * LANES));
-    if n % LANES != 0 {
-        // Overlaps the chunk before: a value seen twice has the same index twice.
-        chunk(n - LANES);
-    }
-    let top = best.iter().fold(f32::NEG_INFINITY, |t, &v| if v > t { v } else { t });
-    let winner = (0..LANES).filter(|&l| best[l] == top).map(|l| index[l]).min();
-    winner.unwrap_or(0) as u16
 }
 
 /// Labels of the voxels at `taps` of `row` (voxels, channels of `head`), whose scores are `head` of the values.
@@ -323,6 +290,61 @@ mod x86 {
                 }
             }
         };
+    }
+
+    /// Index of the first largest of `a + w (b - a)`. The last vector overlaps the one before: a value seen twice has
+    /// the same index twice.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F; `a` and `b` are equally long, at least 16.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn largest_512(a: &[f32], b: &[f32], w: f32) -> u16 {
+        let n = a.len();
+        assert!(n >= 16 && b.len() == n);
+        let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let w = _mm512_set1_ps(w);
+        let (mut best, mut found) = (_mm512_set1_ps(f32::NEG_INFINITY), _mm512_setzero_si512());
+        for c in 0..n.div_ceil(16) {
+            let at = (16 * c).min(n - 16);
+            // SAFETY: at + 16 <= n, the length of both.
+            let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr().add(at)), _mm512_loadu_ps(b.as_ptr().add(at))) };
+            let score = _mm512_fmadd_ps(w, _mm512_sub_ps(b, a), a);
+            let index = _mm512_add_epi32(lanes, _mm512_set1_epi32(at as i32));
+            (best, found) = take_512(score, best, found, index);
+        }
+        let top = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(best, _mm512_set1_ps(_mm512_reduce_max_ps(best)));
+        _mm512_mask_reduce_min_epu32(top, found) as u16
+    }
+
+    /// As [`largest_512`].
+    ///
+    /// # Safety
+    /// The processor has AVX2 and FMA; `a` and `b` are equally long, at least 8.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn largest_256(a: &[f32], b: &[f32], w: f32) -> u16 {
+        let n = a.len();
+        assert!(n >= 8 && b.len() == n);
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let w = _mm256_set1_ps(w);
+        let (mut best, mut found) = (_mm256_set1_ps(f32::NEG_INFINITY), _mm256_setzero_si256());
+        for c in 0..n.div_ceil(8) {
+            let at = (8 * c).min(n - 8);
+            // SAFETY: at + 8 <= n, the length of both.
+            let (a, b) = unsafe { (_mm256_loadu_ps(a.as_ptr().add(at)), _mm256_loadu_ps(b.as_ptr().add(at))) };
+            let score = _mm256_fmadd_ps(w, _mm256_sub_ps(b, a), a);
+            let index = _mm256_add_epi32(lanes, _mm256_set1_epi32(at as i32));
+            (best, found) = take_256(score, best, found, index);
+        }
+        // Every lane learns the largest of all, then the smallest index among those that hold it.
+        let mut top = _mm256_max_ps(best, _mm256_permute2f128_ps::<1>(best, best));
+        top = _mm256_max_ps(top, _mm256_permute_ps::<0b01_00_11_10>(top));
+        top = _mm256_max_ps(top, _mm256_permute_ps::<0b10_11_00_01>(top));
+        let lost = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_NEQ_UQ>(best, top));
+        let found = _mm256_or_si256(found, lost);
+        let mut first = _mm256_min_epu32(found, _mm256_permute2x128_si256::<1>(found, found));
+        first = _mm256_min_epu32(first, _mm256_shuffle_epi32::<0b01_00_11_10>(first));
+        first = _mm256_min_epu32(first, _mm256_shuffle_epi32::<0b10_11_00_01>(first));
+        _mm256_cvtsi256_si32(first) as u16
     }
 
     #[inline]

@@ -118,7 +118,7 @@ impl Mask {
     /// itself; a row that grew wakes its neighbours. Every waking adds a run of voxels, so even a maze ends soon.
     pub(crate) fn fill_holes(&mut self) {
         let ([nz, ny, nx], words) = (self.shape, self.words);
-        let tail = if nx % 64 == 0 { u64::MAX } else { (1 << (nx % 64)) - 1 };
+        let tail = if nx.is_multiple_of(64) { u64::MAX } else { (1 << (nx % 64)) - 1 };
         let free = |row: &[u64], w: usize| !row[w] & if w + 1 == words { tail } else { u64::MAX };
         let mut outside = vec![0u64; self.bits.len()];
         let mut waiting = vec![true; nz * ny];
@@ -255,7 +255,12 @@ mod tests {
         // Serpentine walls: the outside enters at one corner and winds through every corridor.
         let shape = [3, 40, 70];
         let wall = |z: usize, y: usize, x: usize| {
-            z != 1 || x == 0 || x == 69 || y == 0 || y == 39 || (y % 2 == 0 && if y % 4 == 0 { x > 1 } else { x < 68 })
+            z != 1
+                || x == 0
+                || x == 69
+                || y == 0
+                || y == 39
+                || (y.is_multiple_of(2) && if y.is_multiple_of(4) { x > 1 } else { x < 68 })
         };
         let mut mask = Mask::new(shape, |z, y, row| {
             row.iter_mut().enumerate().for_each(|(x, r)| *r = wall(z, y, x) && (z, y, x) != (0, 1, 1));

