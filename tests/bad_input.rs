@@ -59,7 +59,7 @@ fn the_unspoilt_model_and_image_work() {
     stunet_in(bench.dir.path(), &args).ok();
     let read = |n: &str| std::fs::read(bench.path(n)).unwrap();
     assert_eq!(read("out/seg.nii.gz"), read("out/own.nii.gz"));
-    assert!(stunet_in(bench.dir.path(), &["inspect", "own"]).ok().contains("stu_net"));
+    assert!(stunet_in(bench.dir.path(), &["inspect", "own"]).ok().contains("liver"));
 }
 
 /// One bad case does not stop the others; the exit code and a last line say which failed.

@@ -212,3 +212,29 @@ fn only_a_whole_result_is_complete() {
     write([4, 5, 5]);
     assert!(!case.is_complete(&output), "another shape");
 }
+
+/// Ctrl-C while the network runs: the code says so, and no half of a result is left.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_nothing_half_written() {
+    use std::process::{Command, Stdio};
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_stunet"))
+        .args(["demo", "--threads", "1", "-o", "demo"])
+        .current_dir(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The truth is the last file before the network runs.
+    while !dir.path().join("demo/truth.nii.gz").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the demo ended early");
+        std::thread::yield_now();
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!((out.status.code(), out.stderr.as_slice()), (Some(130), &b"error: cancelled\n"[..]));
+    let names: Vec<String> =
+        tree(dir.path()).iter().map(|p| p.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+    assert_eq!(names, ["ct.nii.gz", "fold_0.safetensors", "model.json", "truth.nii.gz"]);
+}

@@ -34,6 +34,12 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     let device = args.device.open()?;
+    if demo::TRAINED_ON.iter().any(|&(first, last)| (first..=last).contains(&args.seed)) {
+        output::say_warning(&format!(
+            "the model was trained on seed {}; it shows nothing about new patients",
+            args.seed
+        ));
+    }
     progress::catch_interrupts();
     let folder = &args.output;
     let model = folder.join("model");
@@ -58,16 +64,19 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let model_files = ["model.json", "fold_0.safetensors"].map(|n| model.join(n));
     let mut report = RunReport::new(ModelRecord::of(&model, &model_files, predictor.plan())?, &device, &options);
+    let dice = demo::dice_per_label(&truth, &prediction.segmentation)?;
     let mut case = CaseRecord::new("ct", Outcome::Done).with(&prediction.segmentation, &prediction.report);
     case.inputs = vec![FileRecord::of(ct)?];
     case.outputs = paths[2..].iter().map(|p| FileRecord::of(p)).collect::<Result<_>>()?;
+    for (label, known) in case.labels.iter_mut().zip(&dice) {
+        label.dice = known.dice;
+    }
     report.cases.push(case);
     report.seconds = start.elapsed().as_secs_f64();
     report.peak_process_bytes = system::peak_process_bytes();
     let report_path = folder.join("report.json");
     report.write(&report_path)?;
 
-    let dice = demo::dice_per_label(&truth, &prediction.segmentation)?;
     output::line(format!("{:<14} {:>6} {:>10}", "organ", "Dice", "ml"))?;
     for d in &dice {
         let value = d.dice.map_or("-".into(), |v| format!("{v:.3}"));

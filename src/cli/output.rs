@@ -72,44 +72,65 @@ fn say(kind: &str, what: &str) {
     above_bar(|| drop(std::io::stderr().write_all(line.as_bytes())));
 }
 
-/// Prints the fields of a JSON object, one a line, nested ones indented.
+/// Prints the fields of a JSON object, one a line, nested ones indented; of a list of objects, each is headed by the
+/// value of its first field.
 pub(super) fn table(value: &Value) -> Result<()> {
     let mut out = String::new();
     rows(value, 0, &mut out);
     text(&out)
 }
 
-fn rows(value: &Value, depth: usize, out: &mut String) {
-    let entries: Vec<(String, &Value)> = match value {
-        Value::Object(fields) => fields.iter().map(|(k, v)| (k.replace('_', " "), v)).collect(),
-        Value::Array(items) => items.iter().map(|v| ("-".to_owned(), v)).collect(),
-        _ => return,
-    };
-    let width = entries.iter().map(|(k, _)| k.len()).max().unwrap_or(0);
-    for (key, value) in entries {
-        let indent = depth * 2;
-        match plain(value) {
-            Some(text) => out.push_str(&format!("{:indent$}{key:width$}  {text}\n", "")),
-            None => {
+fn rows(value: &Value, indent: usize, out: &mut String) {
+    let Value::Object(fields) = value else { return };
+    let width = fields.keys().map(String::len).max().unwrap_or(0);
+    for (key, value) in fields {
+        let key = key.replace('_', " ");
+        match (one_line(value), value) {
+            (Some(text), _) => out.push_str(&format!("{:indent$}{key:width$}  {text}\n", "")),
+            (None, Value::Array(items)) => {
                 out.push_str(&format!("{:indent$}{key}\n", ""));
-                rows(value, depth + 1, out);
+                items.iter().for_each(|item| list_item(item, indent + 2, out));
+            }
+            (None, _) => {
+                out.push_str(&format!("{:indent$}{key}\n", ""));
+                rows(value, indent + 2, out);
             }
         }
     }
 }
 
+fn list_item(item: &Value, indent: usize, out: &mut String) {
+    let Value::Object(fields) = item else {
+        return out.push_str(&format!("{:indent$}{}\n", "", one_line(item).unwrap_or_default()));
+    };
+    let values: Option<Vec<String>> = fields.values().map(one_line).collect();
+    match values {
+        Some(values) if values.len() <= 2 => out.push_str(&format!("{:indent$}{}\n", "", values.join("  "))),
+        _ => {
+            let mut rest = fields.clone();
+            let head = fields.iter().next().and_then(|(key, value)| {
+                let text = one_line(value)?;
+                rest.shift_remove(key);
+                Some(text)
+            });
+            out.push_str(&format!("{:indent$}{}\n", "", head.unwrap_or_default()));
+            rows(&Value::Object(rest), indent + 2, out);
+        }
+    }
+}
+
 /// What fits on one line: a scalar, or a list of scalars.
-fn plain(value: &Value) -> Option<String> {
+fn one_line(value: &Value) -> Option<String> {
     match value {
         Value::Object(fields) if fields.is_empty() => Some("none".into()),
         Value::Object(_) => None,
         Value::Array(items) if items.is_empty() => Some("none".into()),
         Value::Array(items) if items.iter().all(|v| !v.is_object() && !v.is_array()) => {
-            Some(items.iter().filter_map(plain).collect::<Vec<_>>().join(", "))
+            Some(items.iter().filter_map(one_line).collect::<Vec<_>>().join(", "))
         }
         Value::Array(items) => {
             let inner = |v: &Value| match v {
-                Value::Array(numbers) if numbers.iter().all(Value::is_number) => plain(v).map(|t| format!("[{t}]")),
+                Value::Array(numbers) if numbers.iter().all(Value::is_number) => one_line(v).map(|t| format!("[{t}]")),
                 _ => None,
             };
             Some(items.iter().map(inner).collect::<Option<Vec<_>>>()?.join(" "))

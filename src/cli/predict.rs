@@ -74,7 +74,7 @@ pub(super) struct Args {
     /// No mirroring at test time: up to eight times faster, a little worse
     #[arg(long, help_heading = RESULT)]
     no_tta: bool,
-    /// Precision of the export: fast decides on the network's grid
+    /// nnU-Net v1 models: fast and fastest decide on the network's grid
     #[arg(long, value_enum, default_value = "normal", help_heading = RESULT)]
     mode: ModeChoice,
     /// Refuse to take more memory for tensors, as in 4GiB
@@ -146,8 +146,8 @@ struct Job {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let jobs = args.jobs()?;
-    let model = args.model_path()?;
     let device = args.device.open()?;
+    let model = args.model_path()?;
     let options = args.predict_options();
     progress::catch_interrupts();
     if !args.quiet {

@@ -62,6 +62,9 @@ pub struct LabelRecord {
     pub voxels: usize,
     /// Their volume in millilitres.
     pub volume_ml: f64,
+    /// Dice coefficient against a truth, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dice: Option<f64>,
 }
 
 /// The volume of every label of `segmentation`, in the order of its names, absent ones included.
@@ -74,7 +77,7 @@ pub fn volumes(segmentation: &Segmentation) -> Vec<LabelRecord> {
     let ml = segmentation.geometry.voxel_mm3() / 1000.0;
     let record = |(value, name): &(u16, String)| {
         let voxels = voxels[usize::from(*value)];
-        LabelRecord { value: *value, name: name.clone(), voxels, volume_ml: voxels as f64 * ml }
+        LabelRecord { value: *value, name: name.clone(), voxels, volume_ml: voxels as f64 * ml, dice: None }
     };
     segmentation.names.iter().map(record).collect()
 }

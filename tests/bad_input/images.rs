@@ -32,7 +32,7 @@ fn damaged_files_are_refused() {
             "",
         ),
         ("gzip_magic_only.nii.gz", vec![0x1f, 0x8b], ""),
-        ("text.nii", b"this is a letter, not an image".repeat(30), "header"),
+        ("text.nii", b"this is a letter, not an image".repeat(30), "NIfTI"),
         ("picture.nii.gz", [b"\x89PNG\r\n\x1a\n".to_vec(), vec![7; 1000]].concat(), ""),
         ("packed_text.nii.gz", gzip(&b"nothing to see here ".repeat(60)), ""),
     ];

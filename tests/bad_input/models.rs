@@ -162,7 +162,7 @@ fn tensors_that_do_not_fit_are_refused() {
     let head = "seg_outputs.4.weight";
     let mentions = [PTH, conv];
     spoilt(&bench, "missing tensor", &mentions, |m| m.tensors.retain(|t| t.name != conv));
-    spoilt(&bench, "missing storage", &mentions, |m| m.tensor(conv).storage = "../../../secret".into());
+    spoilt(&bench, "a way out of the archive", &[PTH, "secret"], |m| m.tensor(conv).storage = "../../secret".into());
     spoilt(&bench, "short storage", &mentions, |m| {
         m.tensor(conv).values.pop();
     });
@@ -244,7 +244,8 @@ fn plans_that_cannot_be_are_refused() {
     let intensity = "foreground_intensity_properties_per_channel";
     plan("no statistics", intensity, json!({}));
     plan("statistics of text", intensity, json!({"0": {"mean": "x"}}));
-    plan("negative std", intensity, json!({"0": {"mean": 0, "std": -1, "percentile_00_5": 0, "percentile_99_5": 1}}));
+    let negative = json!({"0": {"mean": 0, "std": -1, "percentile_00_5": 0, "percentile_99_5": 1}});
+    spoilt(&bench, "negative std", &["plans.json", "intensity"], |m| m.plans[intensity] = negative);
     for field in ["patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data"] {
         spoilt(&bench, field, &["plans.json", field], |m| {
             m.configuration().as_object_mut().unwrap().remove(field);

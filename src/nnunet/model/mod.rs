@@ -121,10 +121,20 @@ impl ModelFolder {
     /// Opens a model folder, or a checkpoint file inside one.
     ///
     /// # Errors
-    /// [`Error::Usage`] when the path is no model or a wanted fold is absent, [`Error::Model`] naming file and field
-    /// when something is damaged or does not fit, [`Error::Unsupported`] for other networks and configurations.
+    /// [`Error::Usage`] when a wanted fold or checkpoint is absent, [`Error::Model`] naming file and field when the path
+    /// is no model, or something is missing, damaged or does not fit, [`Error::Unsupported`] for other networks and
+    /// configurations.
     pub fn open(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_any(path.as_ref(), options).map_err(|e| match e {
+            // A model with a hole in it is a bad model, whatever layer met the hole.
+            Error::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                Error::model(&path, "file", "missing")
+            }
+            e => e,
+        })
+    }
+
+    fn open_any(path: &Path, options: &ModelOptions) -> Result<Self> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
         if meta.is_file() {
             return open_file(path);
@@ -139,7 +149,7 @@ impl ModelFolder {
         let folds = v1_checkpoints(path, options)?;
         if folds.is_empty() {
             let what = "no model.json (own folder), no plans.json (nnU-Net v2), no fold_*/*.model (nnU-Net v1)";
-            return Err(Error::usage(format!("{}: not a model folder: {what}", path.display())));
+            return Err(Error::model(path, "folder", format!("not a model: {what}")));
         }
         open_v1(Some(path), folds)
     }
@@ -173,12 +183,12 @@ fn open_file(path: &Path) -> Result<ModelFolder> {
         Some("model") => open_v1(resolved.parent(), folds),
         Some("pth") => match resolved.parent().filter(|p| p.join("plans.json").is_file()) {
             Some(folder) => open_v2(folder, folds),
-            None => Err(Error::usage(format!(
-                "{}: a checkpoint of nnU-Net v2 needs plans.json and dataset.json in the folder above its fold",
-                path.display()
-            ))),
+            None => {
+                let what = "a checkpoint of nnU-Net v2 needs plans.json and dataset.json in the folder above its fold";
+                Err(Error::model(path, "file", what))
+            }
         },
-        _ => Err(Error::usage(format!("{}: expected a model folder, a .pth or a .model file", path.display()))),
+        _ => Err(Error::model(path, "file", "not a model: expected a model folder, a .pth or a .model file")),
     }
 }
 
@@ -317,6 +327,10 @@ fn v2_checkpoints(model: &Path, options: &ModelOptions) -> Result<Vec<Checkpoint
         } else if options.folds != Folds::All {
             return Err(Error::usage(format!("{}: missing; see --checkpoint", path.display())));
         }
+    }
+    if folds.is_empty() && options.checkpoint.is_none() {
+        let what = format!("no fold_*/{file} in {} fold folders; see --checkpoint", folders.len());
+        return Err(Error::model(model, "folder", what));
     }
     if folds.is_empty() {
         let (model, n) = (model.display(), folders.len());
