@@ -1,6 +1,6 @@
 //! Recycling allocator with byte accounting and a limit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Memory;
@@ -15,11 +15,29 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct State {
-    free: BTreeMap<usize, Vec<Memory>>,
+    /// Idle pieces by size, each with the time it was given back, oldest first.
+    free: BTreeMap<usize, VecDeque<(u64, Memory)>>,
+    clock: u64,
     in_use: usize,
     idle: usize,
     peak: usize,
     limit: Option<usize>,
+}
+
+impl State {
+    /// Frees the piece that has been idle longest; false when there is none.
+    fn evict_oldest(&mut self) -> bool {
+        let oldest = self.free.iter().filter_map(|(k, l)| Some((l.front()?.0, *k))).min();
+        let Some((_, size)) = oldest else { return false };
+        if let Some(list) = self.free.get_mut(&size) {
+            list.pop_front();
+            if list.is_empty() {
+                self.free.remove(&size);
+            }
+            self.idle -= size;
+        }
+        true
+    }
 }
 
 impl Pool {
@@ -36,7 +54,7 @@ impl Pool {
         let found = s.free.range(size..=size + size / 4).next().map(|(k, _)| *k);
         if let Some(k) = found
             && let Some(list) = s.free.get_mut(&k)
-            && let Some(m) = list.pop()
+            && let Some((_, m)) = list.pop_back()
         {
             if list.is_empty() {
                 s.free.remove(&k);
@@ -51,11 +69,10 @@ impl Pool {
         {
             return Err(Error::OutOfMemory { what: "a tensor".into(), asked: size, in_use: s.in_use, limit });
         }
-        // Idle pieces of other sizes must not push the process above its own peak.
-        if s.in_use + s.idle + size > s.limit.unwrap_or(usize::MAX).min(s.peak.max(s.in_use + size)) {
-            s.free.clear();
-            s.idle = 0;
-        }
+        // Idle pieces must not push the process above its own peak: those that lay longest go first, and no more than
+        // needed, since whatever goes is paid for again in page faults.
+        let most = s.peak.max(s.in_use + size);
+        while s.in_use + s.idle + size > most && s.evict_oldest() {}
         let m = Memory::new(size)?;
         s.in_use += m.bytes();
         s.peak = s.peak.max(s.in_use);
@@ -67,7 +84,9 @@ impl Pool {
         let n = m.bytes();
         s.in_use -= n;
         s.idle += n;
-        s.free.entry(n).or_default().push(m);
+        s.clock += 1;
+        let now = s.clock;
+        s.free.entry(n).or_default().push_back((now, m));
     }
 
     pub(super) fn set_limit(&self, limit: Option<usize>) {

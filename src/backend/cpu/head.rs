@@ -1,8 +1,8 @@
 //! The 1x1x1 head on rows of voxels: scores, softmax or sigmoid, added to a running sum. Used where class scores are
 //! aggregated voxel by voxel and no `[classes, D, H, W]` tensor may exist.
-#![allow(unsafe_code)]
 
-use crate::tensor::Isa;
+use super::isa::{Simd, simd_entry};
+use crate::tensor::{BLOCK, Isa};
 
 /// What is done to the scores of a voxel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,14 +15,11 @@ pub(crate) enum Activation {
     Sigmoid,
 }
 
-/// Lanes of the arrays that the compiler turns into registers.
-const L: usize = 16;
-
 /// Head weights as the kernel reads them: `[features][padded classes]`, classes padded to whole lanes.
 #[derive(Debug, Clone)]
 pub(crate) struct PackedHead {
-    weight: Vec<[f32; L]>,
-    bias: Vec<[f32; L]>,
+    weight: Vec<[f32; BLOCK]>,
+    bias: Vec<[f32; BLOCK]>,
     features: usize,
     classes: usize,
 }
@@ -31,16 +28,16 @@ impl PackedHead {
     /// Packs `weight` `[classes][features]` and `bias` `[classes]` for inputs of `stride >= features` floats a voxel.
     pub(crate) fn new(weight: &[f32], bias: &[f32], features: usize, stride: usize) -> Self {
         let classes = bias.len();
-        let blocks = classes.div_ceil(L);
-        let mut packed = vec![[0.0; L]; stride * blocks];
+        let blocks = classes.div_ceil(BLOCK);
+        let mut packed = vec![[0.0; BLOCK]; stride * blocks];
         for (c, row) in weight.chunks_exact(features).enumerate() {
             for (k, &w) in row.iter().enumerate() {
-                packed[k * blocks + c / L][c % L] = w;
+                packed[k * blocks + c / BLOCK][c % BLOCK] = w;
             }
         }
         // A pad class of minus infinity takes no part in a softmax.
-        let mut b = vec![[f32::NEG_INFINITY; L]; blocks];
-        bias.iter().enumerate().for_each(|(c, &v)| b[c / L][c % L] = v);
+        let mut b = vec![[f32::NEG_INFINITY; BLOCK]; blocks];
+        bias.iter().enumerate().for_each(|(c, &v)| b[c / BLOCK][c % BLOCK] = v);
         Self { weight: packed, bias: b, features: stride, classes }
     }
 }
@@ -49,57 +46,30 @@ impl PackedHead {
 ///
 /// `x` holds the head's stride of floats a voxel, `sum` its classes, both with the voxel as the outer index.
 pub(crate) fn accumulate(isa: Isa, head: &PackedHead, how: Activation, x: &[f32], scale: &[f32], sum: &mut [f32]) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a device has this instruction set only after it was detected on this processor.
-        Isa::Avx512 => unsafe { accumulate_avx512(head, how, x, scale, sum) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 => unsafe { accumulate_avx2(head, how, x, scale, sum) },
-        _ => rows::<false>(head, how, x, scale, sum),
-    }
+    row::on(isa, head, how, x, scale, sum);
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-fn accumulate_avx512(head: &PackedHead, how: Activation, x: &[f32], scale: &[f32], sum: &mut [f32]) {
-    rows::<true>(head, how, x, scale, sum);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn accumulate_avx2(head: &PackedHead, how: Activation, x: &[f32], scale: &[f32], sum: &mut [f32]) {
-    rows::<true>(head, how, x, scale, sum);
-}
-
-/// `a * b + c`; fused only where the instruction exists, since without it `mul_add` is a call of a slow function.
-#[inline(always)]
-fn madd<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA { a.mul_add(b, c) } else { a * b + c }
-}
+simd_entry!(row = accumulate_row(head: &PackedHead, how: Activation, x: &[f32], scale: &[f32], sum: &mut [f32]));
 
 #[inline(always)]
-fn rows<const FMA: bool>(head: &PackedHead, how: Activation, x: &[f32], scale: &[f32], sum: &mut [f32]) {
-    let blocks = head.bias.len();
-    let mut scores = vec![[0f32; L]; blocks];
+fn accumulate_row<S: Simd>(s: S, head: &PackedHead, how: Activation, x: &[f32], scale: &[f32], sum: &mut [f32]) {
+    let mut scores = vec![[0f32; BLOCK]; head.bias.len()];
     for ((x, &g), sum) in x.chunks_exact(head.features).zip(scale).zip(sum.chunks_exact_mut(head.classes)) {
-        voxel::<FMA>(head, x, &mut scores);
+        linear(s, head, x, &mut scores);
+        let mut g = g;
         match how {
             Activation::Identity => {}
-            Activation::Softmax => softmax::<FMA>(&mut scores),
-            Activation::Sigmoid => scores.iter_mut().for_each(|s| {
-                for v in s {
-                    *v = 1.0 / (1.0 + exp::<FMA>(-*v));
-                }
-            }),
+            Activation::Softmax => g /= exponentials(s, &mut scores),
+            Activation::Sigmoid => sigmoid(s, &mut scores),
         }
-        for (sum, s) in sum.chunks_mut(L).zip(&scores) {
-            if let Ok(sum) = <&mut [f32; L]>::try_from(&mut *sum) {
-                for l in 0..L {
-                    sum[l] = madd::<FMA>(g, s[l], sum[l]);
-                }
-            } else {
-                sum.iter_mut().zip(s).for_each(|(a, &v)| *a = madd::<FMA>(g, v, *a));
+        let factor = s.splat(g);
+        let (whole, rest) = sum.as_chunks_mut::<BLOCK>();
+        for (sum, v) in whole.iter_mut().zip(&scores) {
+            s.store(s.fma(factor, s.load(v), s.load(sum)), sum);
+        }
+        if let Some(last) = scores.get(whole.len()) {
+            for (sum, v) in rest.iter_mut().zip(last) {
+                *sum += g * v;
             }
         }
     }
@@ -107,81 +77,90 @@ fn rows<const FMA: bool>(head: &PackedHead, how: Activation, x: &[f32], scale: &
 
 /// Scores of one voxel, four blocks of classes at a time so that the sums stay in registers.
 #[inline(always)]
-fn voxel<const FMA: bool>(head: &PackedHead, x: &[f32], scores: &mut [[f32; L]]) {
-    let blocks = scores.len();
+fn linear<S: Simd>(s: S, head: &PackedHead, x: &[f32], scores: &mut [[f32; BLOCK]]) {
     let mut b = 0;
-    while b < blocks {
-        let n = (blocks - b).min(4);
-        let mut acc = [[0f32; L]; 4];
-        acc[..n].copy_from_slice(&head.bias[b..b + n]);
-        if n == 4 {
-            for (k, &v) in x.iter().enumerate() {
-                let w = &head.weight[k * blocks + b..][..4];
-                for j in 0..4 {
-                    for l in 0..L {
-                        acc[j][l] = madd::<FMA>(v, w[j][l], acc[j][l]);
-                    }
-                }
-            }
-        } else {
-            for (k, &v) in x.iter().enumerate() {
-                for j in 0..n {
-                    let w = &head.weight[k * blocks + b + j];
-                    for l in 0..L {
-                        acc[j][l] = madd::<FMA>(v, w[l], acc[j][l]);
-                    }
-                }
-            }
-        }
-        scores[b..b + n].copy_from_slice(&acc[..n]);
-        b += n;
+    while b + 4 <= scores.len() {
+        blocks::<S, 4>(s, head, b, x, scores);
+        b += 4;
+    }
+    match scores.len() - b {
+        3 => blocks::<S, 3>(s, head, b, x, scores),
+        2 => blocks::<S, 2>(s, head, b, x, scores),
+        1 => blocks::<S, 1>(s, head, b, x, scores),
+        _ => {}
     }
 }
 
 #[inline(always)]
-fn softmax<const FMA: bool>(scores: &mut [[f32; L]]) {
-    let mut m = [f32::NEG_INFINITY; L];
-    for s in scores.iter() {
-        for l in 0..L {
-            m[l] = if s[l] > m[l] { s[l] } else { m[l] };
+fn blocks<S: Simd, const N: usize>(s: S, head: &PackedHead, b: usize, x: &[f32], scores: &mut [[f32; BLOCK]]) {
+    let n = scores.len();
+    let mut acc = [s.splat(0.0); N];
+    for j in 0..N {
+        acc[j] = s.load(&head.bias[b + j]);
+    }
+    for (&v, w) in x.iter().zip(head.weight.chunks_exact(n)) {
+        let (v, w) = (s.splat(v), &w[b..b + N]);
+        for j in 0..N {
+            acc[j] = s.fma(v, s.load(&w[j]), acc[j]);
         }
     }
-    let max = m.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut total = [0f32; L];
-    for s in scores.iter_mut() {
-        for l in 0..L {
-            s[l] = exp::<FMA>(s[l] - max);
-            total[l] += s[l];
-        }
-    }
-    let inverse = 1.0 / total.iter().sum::<f32>();
-    for s in scores {
-        for v in s {
-            *v *= inverse;
-        }
+    for j in 0..N {
+        s.store(acc[j], &mut scores[b + j]);
     }
 }
 
-/// e^x to about one unit in the last place: range reduction to |r| <= ln 2 / 2 and a degree-7 polynomial (Cephes
-/// `expf`). Below -87 the result is about 1e-38 or 0, which is all that a probability needs.
+/// Turns scores into `e^(score - largest)` and returns their sum.
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
-    let x = if x < -87.0 { -87.0 } else { x };
-    let x = if x > 88.0 { 88.0 } else { x };
-    let n = madd::<FMA>(x, std::f32::consts::LOG2_E, ROUND) - ROUND;
-    let r = madd::<FMA>(n, -0.693_359_4, x);
-    let r = madd::<FMA>(n, 2.121_944_4e-4, r);
-    let mut p = 1.987_569_1e-4;
+fn exponentials<S: Simd>(s: S, scores: &mut [[f32; BLOCK]]) -> f32 {
+    let mut top = s.splat(f32::NEG_INFINITY);
+    for v in scores.iter() {
+        top = s.max(top, s.load(v));
+    }
+    let mut lanes = [0.0; BLOCK];
+    s.store(top, &mut lanes);
+    let top = s.splat(lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let mut total = s.splat(0.0);
+    for v in scores.iter_mut() {
+        let e = exp(s, s.sub(s.load(v), top));
+        total = s.add(total, e);
+        s.store(e, v);
+    }
+    s.store(total, &mut lanes);
+    lanes.iter().sum()
+}
+
+#[inline(always)]
+fn sigmoid<S: Simd>(s: S, scores: &mut [[f32; BLOCK]]) {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    for v in scores {
+        // e^87 is still finite; beyond it the result is 0 or 1 to the last bit anyway.
+        let e = exp(s, s.sub(zero, s.max(s.load(v), s.splat(-87.0))));
+        s.store(s.div(one, s.add(one, e)), v);
+    }
+}
+
+/// e^x for x up to 88, to about one unit in the last place: range reduction to |r| <= ln 2 / 2 and a polynomial of
+/// degree 7 (Cephes `expf`). Below -87 the result is about 1e-38, which is as good as 0 for a probability.
+#[inline(always)]
+fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    // Adding 1.5 * 2^23 rounds to an integer.
+    let magic = s.splat(12_582_912.0);
+    let x = s.max(x, s.splat(-87.0));
+    let t = s.fma(x, s.splat(std::f32::consts::LOG2_E), magic);
+    let n = s.sub(t, magic);
+    let r = s.fma(n, s.splat(-0.693_359_4), x);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    let mut p = s.splat(1.987_569_1e-4);
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
-        p = madd::<FMA>(p, r, c);
+        p = s.fma(p, r, s.splat(c));
     }
-    let y = madd::<FMA>(p * r, r, r) + 1.0;
-    y * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    let y = s.add(s.fma(s.mul(p, r), r, r), s.splat(1.0));
+    s.mul(y, s.power_of_two(t))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Scalar;
     use super::*;
     use crate::base::rng::Rng;
 
@@ -190,7 +169,7 @@ mod tests {
         for i in -8700..8800 {
             let x = i as f32 / 100.0;
             let e = f64::from(x).exp();
-            let rel = (f64::from(exp::<false>(x)) - e).abs() / e;
+            let rel = (f64::from(exp(Scalar, [x; BLOCK])[0]) - e).abs() / e;
             assert!(rel < 2.5e-7, "exp({x}): relative error {rel:e}");
         }
     }

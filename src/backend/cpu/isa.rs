@@ -21,6 +21,12 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once where the set can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger of each pair; neither may be NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `2^n` for `t = 1.5 * 2^23 + n` with n in [-126, 127]: the low bits of such a float are n itself.
+    fn power_of_two(self, t: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `x` where `x > 0`, else `x * slope`.
     fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V;
 }
@@ -72,6 +78,27 @@ impl Simd for Scalar {
             c[i] += a[i] * b[i];
         }
         c
+    }
+    #[inline(always)]
+    fn max(self, mut a: Self::V, b: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            a[i] = if a[i] > b[i] { a[i] } else { b[i] };
+        }
+        a
+    }
+    #[inline(always)]
+    fn power_of_two(self, mut t: Self::V) -> Self::V {
+        for v in &mut t {
+            *v = f32::from_bits((v.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+        }
+        t
+    }
+    #[inline(always)]
+    fn div(self, mut a: Self::V, b: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            a[i] /= b[i];
+        }
+        a
     }
     #[inline(always)]
     fn leaky_relu(self, mut x: Self::V, slope: Self::V) -> Self::V {
@@ -149,6 +176,24 @@ mod x86 {
             unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         }
         #[inline(always)]
+        fn max(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn power_of_two(self, t: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            t.map(|t| unsafe {
+                let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
+                _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_castps_si256(_mm256_set1_ps(1.0))))
+            })
+        }
+        #[inline(always)]
+        fn div(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
         fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V {
             let mut out = x;
             for i in 0..2 {
@@ -214,6 +259,24 @@ mod x86 {
         fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
             // SAFETY: `self` proves AVX-512.
             unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn max(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        fn power_of_two(self, t: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe {
+                let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));
+                _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_castps_si512(_mm512_set1_ps(1.0))))
+            }
+        }
+        #[inline(always)]
+        fn div(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_div_ps(a, b) }
         }
         #[inline(always)]
         fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V {

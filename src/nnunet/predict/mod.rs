@@ -1,6 +1,7 @@
 //! From image to segmentation: preprocess, slide windows, aggregate, resample back, decide.
 
 mod export;
+mod held;
 mod sweep;
 mod window;
 

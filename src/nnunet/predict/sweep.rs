@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::export::Planes;
+use super::held::Held;
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
 use crate::base::par;
@@ -24,7 +25,7 @@ pub(crate) enum Gather {
     Features,
     /// Weighted sums of the head's activated scores.
     Scores(Activation),
-    /// Features held per window, scores made plane by plane.
+    /// Features held per window in 24 bits, scores made plane by plane.
     Held(Activation),
 }
 
@@ -122,20 +123,18 @@ impl SweepPlan {
             Gather::Features => ring(self.folds * self.features),
             Gather::Scores(_) => ring(self.classes),
             Gather::Held(_) => {
-                let window = 4 * self.features * self.patch.iter().product::<usize>();
-                let row = window * self.starts[1].len() * self.starts[2].len() * self.folds * self.flips.len();
-                if self.starts[0].len() > 1 { row + row / 2 } else { row }
+                let windows = self.starts[1].len() * self.starts[2].len() * self.folds * self.flips.len();
+                // While a row of windows runs, earlier rows hold the planes that they share with it.
+                let shared = |row: usize| {
+                    let now = self.starts[0][row];
+                    let left = |s: &usize| (s + self.patch[0]).saturating_sub(now);
+                    self.starts[0][..row].iter().map(left).sum::<usize>()
+                };
+                let planes = self.patch[0] + (0..self.starts[0].len()).map(shared).max().unwrap_or(0);
+                windows * Held::bytes(self.patch, self.features) / self.patch[0].max(1) * planes
             }
         }
     }
-}
-
-/// One pass's features, one tensor `[1, features, 1, H, W]` per plane so that finished planes go at once.
-struct Held {
-    start: [usize; 3],
-    flip: [bool; 3],
-    fold: usize,
-    planes: Vec<Option<Tensor>>,
 }
 
 enum Store {
@@ -282,13 +281,7 @@ impl<'a> Sweep<'a> {
         let view = FeatureView { values: features.as_slice(), size: plan.patch, lanes };
         match &mut self.store {
             Store::Held(windows) => {
-                let plane = |z: usize| -> Result<Option<Tensor>> {
-                    let mut t = Tensor::empty(Dims::from([1, lanes, 1, py, px]), Layout::BLOCKED, device)?;
-                    view.copy_plane(if flip[0] { pz - 1 - z } else { z }, unshared(&mut t)?);
-                    Ok(Some(t))
-                };
-                let planes = (0..pz).map(plane).collect::<Result<_>>()?;
-                windows.push(Held { start, flip, fold, planes });
+                windows.push(Held::new(start, flip, fold, features, device)?);
             }
             Store::Ring { sum, .. } => {
                 let (gather, packed) = (plan.gather, &self.heads[fold]);
@@ -355,9 +348,7 @@ impl<'a> Sweep<'a> {
                 if !(sz..sz + pz).contains(&p) || !(sy..sy + py).contains(&y) {
                     continue;
                 }
-                let Some(plane) = &window.planes[p - sz] else { continue };
-                let view = FeatureView { values: plane.as_slice(), size: [1, py, px], lanes };
-                view.row(0, y - sy, [false, window.flip[1], window.flip[2]], &mut row);
+                window.row(p - sz, y - sy, &mut row);
                 if let Some(m) = importance {
                     let m = &m[((p - sz) * py + y - sy) * px..][..px];
                     g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
@@ -398,11 +389,7 @@ impl Planes for Sweep<'_> {
             };
             self.held_plane(&windows, how, p, out);
             // Planes up to this one are never asked for again.
-            for w in &mut windows {
-                let done = (p + 1).saturating_sub(w.start[0]).min(w.planes.len());
-                w.planes[..done].fill_with(|| None);
-            }
-            windows.retain(|w| w.planes.iter().any(Option::is_some));
+            windows.retain_mut(|w| w.forget_below((p + 1).saturating_sub(w.start[0])));
             self.store = Store::Held(windows);
             return Ok(());
         }
@@ -423,7 +410,7 @@ impl Planes for Sweep<'_> {
     }
 }
 
-fn unshared(t: &mut Tensor) -> Result<&mut [f32]> {
+pub(super) fn unshared(t: &mut Tensor) -> Result<&mut [f32]> {
     t.as_mut_slice().ok_or_else(|| Error::shape("sweep", "a running sum is shared"))
 }
 
@@ -447,15 +434,6 @@ impl FeatureView<'_> {
                 let x = if flip[2] { nx - 1 - x } else { x };
                 out[x * self.lanes + b * BLOCK..][..BLOCK].copy_from_slice(v);
             }
-        }
-    }
-
-    /// Plane `z` in the blocked layout of a tensor of depth 1.
-    fn copy_plane(&self, z: usize, out: &mut [f32]) {
-        let [nz, ny, nx] = self.size;
-        let n = ny * nx * BLOCK;
-        for (b, out) in out.chunks_exact_mut(n).enumerate() {
-            out.copy_from_slice(&self.values[(b * nz + z) * n..][..n]);
         }
     }
 }
