@@ -114,7 +114,7 @@ mod tests {
         let model = ModelFolder::open(&folder, &ModelOptions::new()).unwrap();
         let names: Vec<(u16, &str)> = model.plan.labels.iter().map(|(l, n)| (*l, n.as_str())).collect();
         assert_eq!(names, crate::phantom::NAMES);
-        assert_eq!(model.architecture.parameter_count(), 1_067_413);
+        assert_eq!(model.architecture.config(model.plan.strides).parameter_count(), 1_067_413);
         // Left and right would change places.
         assert!(model.plan.mirror_axes.is_empty());
         assert!(model_files().1.len() <= 2_500_000, "{} bytes", model_files().1.len());

@@ -17,7 +17,7 @@ fn compare(folder: &str, mirroring: bool) {
     for case in cases(&root.join(folder)) {
         let file = ["ct", "mr"].map(|d| data.join(d).join(format!("{case}.nii.gz"))).into_iter().find(|p| p.exists());
         let image = io::read_nifti(&[file.unwrap()]).unwrap();
-        let ours = predictor.predict(&image).unwrap();
+        let (ours, grid) = predictor.predict_with_scores(&image).unwrap();
         let reference = io::read_segmentation(root.join(folder).join(format!("{case}.nii.gz"))).unwrap();
         let n = ours.labels.len();
         let equal = (0..n).filter(|&i| ours.labels.get(i) == reference.labels.get(i)).count() as f64 / n as f64;
@@ -25,7 +25,6 @@ fn compare(folder: &str, mirroring: bool) {
         let side = root.join(folder).join(format!("{case}.safetensors"));
         let (shape, softmax) = f16_tensor(&side, "softmax");
         let first = first_slice(&side);
-        let grid = predictor.network_scores(&image).unwrap();
         let [nz, ny, nx] = grid.shape;
         let mut worst = 0f32;
         for c in 0..shape[0] {

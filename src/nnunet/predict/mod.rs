@@ -183,33 +183,50 @@ impl Predictor {
         this.device.install(|| this.run(image, progress))
     }
 
-    /// Class scores on the network's own grid, before resampling: probabilities of a v1 model, logits of a v2 one.
+    /// Segments an image and also returns the class scores on the network's own grid, before resampling:
+    /// probabilities of a v1 model, logits of a v2 one. Takes classes x volume of memory; for comparisons.
     #[doc(hidden)]
-    pub fn network_scores(&mut self, image: &Image) -> Result<Probabilities> {
+    pub fn predict_with_scores(&mut self, image: &Image) -> Result<(Segmentation, Probabilities)> {
         self.check_options()?;
         let this = &*self;
         this.device.install(|| {
             let case = preprocess(image, &this.plan)?;
             let plan = this.plan_sweep(&case)?;
             let head = this.combined_head(&plan)?;
-            let (inputs, channels, voxels) = (plan.channels(), this.plan.heads, case.shape.iter().product::<usize>());
+            let (inputs, channels) = (plan.channels(), this.plan.heads);
+            let [depth, area] = [case.shape[0], case.shape[1] * case.shape[2]];
             let mut nothing = ();
             let mut sweep = Sweep::new(plan, &this.nets, &this.device, &case.data, &mut nothing)?;
-            let area = case.shape[1] * case.shape[2];
-            let (mut plane, mut scores) = (vec![0.0; area * inputs], vec![0.0; channels]);
-            let mut out = Probabilities { values: vec![0.0; channels * voxels], channels, shape: case.shape };
-            for z in 0..case.shape[0] {
+            let (mut plane, mut scores) = (vec![0.0; area * inputs], vec![0.0; depth * area * channels]);
+            for (z, out) in scores.chunks_exact_mut(area * channels).enumerate() {
                 sweep.plane(z, &mut plane)?;
-                for (i, v) in plane.chunks_exact(inputs).enumerate() {
-                    match &head {
-                        Some(h) => h.apply(v, &mut scores),
-                        None => scores.copy_from_slice(v),
+                match &head {
+                    Some(h) => {
+                        let voxels = plane.chunks_exact(inputs).zip(out.chunks_exact_mut(channels));
+                        voxels.for_each(|(v, out)| h.apply(v, out));
                     }
-                    (0..channels).for_each(|c| out.values[c * voxels + z * area + i] = scores[c]);
+                    None => out.copy_from_slice(&plane),
                 }
             }
-            Ok(out)
+            let mut stored = Stored { scores: &scores, channels, shape: case.shape };
+            let labels = this.export(&case, None).labels(&mut stored)?;
+            let mut values = vec![0.0; scores.len()];
+            for (c, volume) in values.chunks_exact_mut(depth * area).enumerate() {
+                volume.iter_mut().zip(scores[c..].iter().step_by(channels)).for_each(|(o, s)| *o = *s);
+            }
+            let segmentation = Segmentation::new(labels, image.geometry.clone(), this.plan.labels.clone())?;
+            Ok((segmentation, Probabilities { values, channels, shape: case.shape }))
         })
+    }
+
+    fn export<'a>(&'a self, case: &'a Preprocessed, head: Option<&'a LinearHead>) -> Export<'a> {
+        Export {
+            plan: &self.plan,
+            properties: &case.properties,
+            scores: if self.plan.rules == Rules::NnunetV2 { Scores::Logits } else { Scores::Probabilities },
+            head,
+            isa: self.device.isa(),
+        }
     }
 
     fn check_options(&self) -> Result<()> {
@@ -237,13 +254,7 @@ impl Predictor {
         let (tiles, head) = (sweep.windows(), self.combined_head(&sweep)?);
         tell(progress, Event::Stage("network"))?;
         let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
-        let export = Export {
-            plan: &self.plan,
-            properties: &case.properties,
-            scores: if self.plan.rules == Rules::NnunetV2 { Scores::Logits } else { Scores::Probabilities },
-            head: head.as_ref(),
-            isa: self.device.isa(),
-        };
+        let export = self.export(&case, head.as_ref());
         let (mut labels, probabilities) = match self.options.mode {
             Mode::Normal if self.options.probabilities => {
                 let (labels, p) = export.labels_and_probabilities(&mut sweep)?;
@@ -316,6 +327,28 @@ impl Predictor {
         if in_use + asked > limit {
             return Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use, limit });
         }
+        Ok(())
+    }
+}
+
+/// Scores of a whole image, (z, y, x, channel).
+struct Stored<'a> {
+    scores: &'a [f32],
+    channels: usize,
+    shape: [usize; 3],
+}
+
+impl Planes for Stored<'_> {
+    fn channels(&self) -> usize {
+        self.channels
+    }
+
+    fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
+        out.copy_from_slice(&self.scores[z * out.len()..][..out.len()]);
         Ok(())
     }
 }
