@@ -346,11 +346,11 @@ fn weights_that_are_no_stunet() {
 #[test]
 fn not_a_model() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(refusal(dir.path()).exit_code(), 2);
-    assert_eq!(refusal(&dir.path().join("absent")).exit_code(), 1);
+    assert_eq!(refusal(dir.path()).exit_code(), 4);
+    assert_eq!(refusal(&dir.path().join("absent")).exit_code(), 4);
     let file = dir.path().join("image.nii");
     std::fs::write(&file, "x").unwrap();
-    assert_eq!(refusal(&file).exit_code(), 2);
+    assert_eq!(refusal(&file).exit_code(), 4);
     // nnU-Net's folder with a note of another tool beside it is what it is.
     let folder = v2_folder(dir.path(), &["fold_0"], 1, 2);
     std::fs::write(folder.join("stunet.json"), "{}").unwrap();
