@@ -1,6 +1,7 @@
 //! STU-Net against PyTorch, and laws of the whole network.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
@@ -12,32 +13,29 @@ use stunet::{Device, Error, Isa, Result};
 
 use crate::common::shared;
 
-/// The tensors `before/NAME` of a reference file.
+/// A reference file; the network's parameters are the tensors `before/NAME`.
 struct Before {
     path: PathBuf,
-    bytes: Vec<u8>,
+    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
 impl Before {
     fn open(path: &Path) -> Self {
-        Self { path: path.into(), bytes: std::fs::read(path).unwrap() }
-    }
-
-    fn tensor(&self, name: &str) -> Option<(Vec<usize>, Vec<f32>)> {
-        let file = SafeTensors::deserialize(&self.bytes).unwrap();
-        let t = file.tensor(name).ok()?;
-        let values = t.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-        Some((t.shape().to_vec(), values))
+        let bytes = std::fs::read(path).unwrap();
+        let floats = |b: &[u8]| b.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = file.iter().map(|(name, t)| (name.into(), (t.shape().to_vec(), floats(t.data())))).collect();
+        Self { path: path.into(), tensors }
     }
 }
 
 impl ParamSource for Before {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.tensor(&format!("before/{name}")).map(|(s, _)| s)
+        self.tensors.get(&format!("before/{name}")).map(|(shape, _)| shape.clone())
     }
 
     fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
-        Ok(Cow::Owned(self.tensor(&format!("before/{name}")).unwrap().1))
+        Ok(Cow::Borrowed(&self.tensors[&format!("before/{name}")].1))
     }
 
     fn error(&self, name: &str, what: String) -> Error {
@@ -69,7 +67,7 @@ fn golden_train_outputs() {
             dims: features.try_into().unwrap(),
             strides: strides.try_into().unwrap(),
         };
-        let (shape, input) = source.tensor("input").unwrap();
+        let (shape, input) = &source.tensors["input"];
         let dims = [shape[1], shape[2], shape[3], shape[4], shape[5]];
         for &isa in Isa::available() {
             let device = Device::cpu_with(None, isa).unwrap();
@@ -79,9 +77,9 @@ fn golden_train_outputs() {
             let outs = net.forward_all(&mut cx, x).unwrap();
             assert_eq!(outs.len(), 5);
             for (i, out) in outs.iter().enumerate() {
-                let (_, truth) = source.tensor(&format!("output/{i}")).unwrap();
+                let (_, truth) = &source.tensors[&format!("output/{i}")];
                 let (mut err, mut norm) = (0f64, 0f64);
-                for (a, b) in out.value().to_host().iter().zip(&truth) {
+                for (a, b) in out.value().to_host().iter().zip(truth) {
                     err += (f64::from(*a) - f64::from(*b)).powi(2);
                     norm += f64::from(*b).powi(2);
                 }
