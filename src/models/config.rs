@@ -177,7 +177,8 @@ impl StuNetConfig {
     /// Builds the network with parameters from `source`.
     ///
     /// # Errors
-    /// [`Error::Model`](crate::Error::Model) when a parameter is missing or has another shape; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    /// [`Model`](crate::Error::Model) when a parameter is missing or has another shape,
+    /// [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn build(&self, source: &dyn ParamSource, device: &Device) -> Result<StuNet> {
         StuNet::load(self, source, device)
     }
@@ -185,7 +186,7 @@ impl StuNetConfig {
     /// Builds the network with seeded random parameters.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    /// [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn build_random(&self, device: &Device, seed: u64) -> Result<StuNet> {
         StuNet::load(self, &RandomParams::new(seed, self.parameters().into_iter().collect()), device)
     }
