@@ -2,6 +2,7 @@
 
 mod export;
 mod held;
+mod scores;
 mod sweep;
 mod window;
 
@@ -9,8 +10,10 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use export::Probabilities;
+pub use scores::labels_from_scores;
 
 use self::export::{Export, Planes, Scores};
+use self::scores::Stored;
 use self::sweep::{Gather, Sweep, SweepPlan};
 use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
@@ -327,28 +330,6 @@ impl Predictor {
         if in_use + asked > limit {
             return Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use, limit });
         }
-        Ok(())
-    }
-}
-
-/// Scores of a whole image, (z, y, x, channel).
-struct Stored<'a> {
-    scores: &'a [f32],
-    channels: usize,
-    shape: [usize; 3],
-}
-
-impl Planes for Stored<'_> {
-    fn channels(&self) -> usize {
-        self.channels
-    }
-
-    fn shape(&self) -> [usize; 3] {
-        self.shape
-    }
-
-    fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.scores[z * out.len()..][..out.len()]);
         Ok(())
     }
 }
