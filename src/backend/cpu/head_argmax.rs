@@ -4,7 +4,6 @@
 //! Kernels work on tiles of voxels turned to structure-of-arrays form, so that lanes are voxels, and on four classes at
 //! a time, so that every load feeds several multiplications. Which voxels share a tile depends on the row alone, never
 //! on threads.
-#![allow(unsafe_code)]
 
 use crate::error::{Error, Result};
 use crate::tensor::Isa;
