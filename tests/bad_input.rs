@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::binary::{stunet_in, tree};
 use crate::common::files;
-use crate::common::torch::Model;
+use crate::common::nnunet::Model;
 
 /// A folder with a model and an image that work.
 struct Bench {
@@ -18,7 +18,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let bench = Self { dir: tempfile::tempdir().unwrap() };
-        Model::new().write(&bench.path("model"));
+        Model::ct().write(&bench.path("model"), &["fold_0"]);
         std::fs::write(bench.path("good.nii"), files::nifti([12, 11, 10])).unwrap();
         std::fs::create_dir(bench.path("out")).unwrap();
         bench

@@ -8,7 +8,6 @@ mod bad_input;
 mod cli;
 mod conv3d;
 mod determinism;
-mod golden_networks;
 mod golden_predict;
 mod golden_preprocess;
 mod golden_v1;

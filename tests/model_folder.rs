@@ -7,8 +7,10 @@ use stunet::Error;
 use stunet::nnunet::model::{Architecture, Folds, ModelFolder, ModelKind, ModelOptions, convert, inspect};
 use stunet::nnunet::plans::{Decision, Normalization, Rules};
 
+use crate::common::nnunet::*;
+use crate::common::pickle::{Py, pickle};
 use crate::common::shared;
-use crate::common::torch_files::*;
+use crate::common::torch::Tensor;
 
 fn open(path: &Path) -> ModelFolder {
     ModelFolder::open(path, &ModelOptions::new()).unwrap()
@@ -155,14 +157,13 @@ fn conversion_keeps_everything() {
 #[test]
 fn failed_conversion_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let src = v2_folder(dir.path(), &["fold_0"], 1, 3);
-    let tensors = stunet_tensors(TINY, 1, 3);
-    let (state, mut storages) = state_dict(&tensors, "");
-    storages[7].1[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-    std::fs::write(src.join("fold_0/checkpoint_final.pth"), torch_zip(&v2_checkpoint(state), &storages)).unwrap();
+    let src = dir.path().join("src");
+    let mut model = Model::new(1, 3);
+    model.tensors[7].values[0] = f32::NAN;
+    model.write(&src, &["fold_0"]);
     let dst = dir.path().join("out");
     let e = convert(&src, &dst, &ModelOptions::new()).unwrap_err();
-    assert!(e.to_string().contains(&tensors[7].0), "{e}");
+    assert!(e.to_string().contains(&model.tensors[7].name), "{e}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
@@ -322,35 +323,33 @@ fn v2_plans_of_every_form() {
 #[test]
 fn weights_that_are_no_stunet() {
     let dir = tempfile::tempdir().unwrap();
-    let folder = v2_folder(dir.path(), &["fold_0"], 1, 3);
-    let good = stunet_tensors(TINY, 1, 3);
-    let with = |change: &dyn Fn(&mut Tensors)| {
-        let mut tensors = good.clone();
-        change(&mut tensors);
-        let (state, storages) = state_dict(&tensors, "");
-        std::fs::write(folder.join("fold_0/checkpoint_final.pth"), torch_zip(&v2_checkpoint(state), &storages))
-            .unwrap();
-        refusal(&folder).to_string()
+    let with = |change: &dyn Fn(&mut Vec<Tensor>)| {
+        let mut model = Model::new(1, 3);
+        change(&mut model.tensors);
+        model.write(dir.path(), &["fold_0"]);
+        refusal(dir.path()).to_string()
     };
-    let missing = with(&|t| drop(t.remove(11)));
-    assert!(missing.contains(&good[11].0) && missing.contains("missing"), "{missing}");
-    assert!(with(&|t| t[3].1 = vec![7]).contains("shape [7], expected [2]"));
-    assert!(with(&|t| t.push(("extra.weight".into(), vec![1]))).contains("extra.weight"));
-    assert!(with(&|t| t[0].1 = vec![2, 1, 3, 3]).contains("3D convolution"));
-    let plain = with(&|t| *t = vec![("encoder.stages.0.0.convs.0.conv.weight".into(), vec![1])]);
-    assert!(plain.contains("PlainConvUNet"), "{plain}");
-    assert!(with(&|t| *t = vec![("encoder.stem.convs.0.conv.weight".into(), vec![1])]).contains("ResidualEncoderUNet"));
-    assert!(with(&|t| *t = vec![("x".into(), vec![1])]).contains("\"x\""));
+    let zeros = |name: &str, shape: &[usize]| Tensor::new(name, shape, 999, vec![0.0; shape.iter().product()]);
+    let (filter, bias) = ("conv_blocks_context.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.bias");
+    let missing = with(&|t| t.retain(|t| t.name != bias));
+    assert!(missing.contains(bias) && missing.contains("missing"), "{missing}");
+    assert!(with(&|t| t[1] = zeros(bias, &[7])).contains("shape [7], expected [2]"));
+    assert!(with(&|t| t.push(zeros("extra.weight", &[1]))).contains("extra.weight"));
+    assert!(with(&|t| t[0] = zeros(filter, &[2, 1, 3, 3])).contains("3D convolution"));
+    let only = |name: &str| with(&|t| *t = vec![zeros(name, &[1])]);
+    assert!(only("encoder.stages.0.0.convs.0.conv.weight").contains("PlainConvUNet"));
+    assert!(only("encoder.stem.convs.0.conv.weight").contains("ResidualEncoderUNet"));
+    assert!(only("x").contains("\"x\""));
 }
 
 #[test]
 fn not_a_model() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(refusal(dir.path()).exit_code(), 2);
-    assert_eq!(refusal(&dir.path().join("absent")).exit_code(), 1);
+    assert_eq!(refusal(dir.path()).exit_code(), 4);
+    assert_eq!(refusal(&dir.path().join("absent")).exit_code(), 4);
     let file = dir.path().join("image.nii");
     std::fs::write(&file, "x").unwrap();
-    assert_eq!(refusal(&file).exit_code(), 2);
+    assert_eq!(refusal(&file).exit_code(), 4);
     // nnU-Net's folder with a note of another tool beside it is what it is.
     let folder = v2_folder(dir.path(), &["fold_0"], 1, 2);
     std::fs::write(folder.join("stunet.json"), "{}").unwrap();

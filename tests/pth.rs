@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use stunet::io::weights::Weights;
 use stunet::tensor::DType;
 
+use crate::common::nnunet::Model;
+use crate::common::pickle::{Py, dict, hostile, pickle};
 use crate::common::shared;
-use crate::common::torch_files::*;
+use crate::common::torch::*;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -61,6 +63,59 @@ fn aligned_f32_is_not_copied() {
     assert!(matches!(w.values("strided").unwrap(), std::borrow::Cow::Owned(_)));
 }
 
+/// Checkpoints that must be refused, with a piece of the message to expect.
+fn hostile_checkpoints() -> Vec<(String, Vec<u8>, &'static str)> {
+    let mut out = Vec::new();
+    for (name, value) in hostile() {
+        let object = dict([("network_weights", dict([])), ("x", value)]);
+        out.push((format!("calls {name}"), torch_zip(&object, &[]), name));
+    }
+    let data = vec![("0".to_string(), f32_bytes(&[1.0, 2.0, 3.0, 4.0]))];
+    let max = i64::MAX;
+    let bad_tensors: [(&str, Py); 12] = [
+        ("offset beyond", tensor("0", "FloatStorage", 4, 3, &[2], &[1])),
+        ("negative offset", tensor("0", "FloatStorage", 4, -1, &[2], &[1])),
+        ("huge offset", tensor("0", "FloatStorage", 4, max, &[2], &[1])),
+        ("stride beyond", tensor("0", "FloatStorage", 4, 0, &[2], &[4])),
+        ("huge stride", tensor("0", "FloatStorage", 4, 0, &[3], &[max])),
+        ("negative stride", tensor("0", "FloatStorage", 4, 3, &[2], &[-1])),
+        ("huge size", tensor("0", "FloatStorage", 4, 0, &[max, max], &[1, 1])),
+        ("repeated by stride 0", tensor("0", "FloatStorage", 4, 0, &[1 << 40], &[0])),
+        ("wrong rank", tensor("0", "FloatStorage", 4, 0, &[2, 2], &[1])),
+        ("storage too small", tensor("0", "FloatStorage", 5, 0, &[5], &[1])),
+        ("storage absent", tensor("1", "FloatStorage", 4, 0, &[4], &[1])),
+        ("storage of unknown class", tensor("0", "QInt8Storage", 4, 0, &[4], &[1])),
+    ];
+    for (name, t) in bad_tensors {
+        out.push((name.into(), torch_zip(&dict([("network_weights", dict([("conv", t)]))]), &data), "conv"));
+    }
+    let good = pickle(&dict([("network_weights", dict([("conv", tensor("0", "FloatStorage", 4, 0, &[4], &[1]))]))]));
+    let mut with = |name: &str, expected: &'static str, change: &dyn Fn(&mut Vec<Entry>)| {
+        let mut entries = torch_entries(&good, &data);
+        change(&mut entries);
+        out.push((name.to_string(), zip(&entries), expected));
+    };
+    with("path traversal", "refused", &|e| e.push(Entry::stored("archive/../../evil", b"x")));
+    with("absolute path", "refused", &|e| e.push(Entry::stored("/etc/passwd", b"x")));
+    with("drive letter", "refused", &|e| e.push(Entry::stored("C:\\evil", b"x")));
+    with("duplicate name", "same name", &|e| e.push(Entry::stored("archive/data/0", b"0123456789abcdef")));
+    with("second object", "data.pkl", &|e| e.push(Entry::stored("other/data.pkl", b"N.")));
+    with("no object", "data.pkl", &|e| e[0].name = "archive/model.pkl".into());
+    with("encrypted", "encrypted", &|e| e[2].flags = 1);
+    with("wrong checksum", "CRC", &|e| e[2].crc ^= 1);
+    with("wrong checksum of the object", "CRC", &|e| e[0].crc ^= 1);
+    with("big-endian", "big-endian", &|e| e[1] = Entry::stored("archive/byteorder", b"big"));
+    with("size lie", "", &|e| e[2].size = u32::MAX - 1);
+    with("deflated bomb", "compressed", &|e| {
+        e[2].method = 8;
+        e[2].size = 1 << 30;
+    });
+    out.push(("empty".into(), vec![], "empty"));
+    out.push(("text".into(), b"not a model at all, only text".to_vec(), ""));
+    out.push(("end of a zip only".into(), zip(&[]), "data.pkl"));
+    out
+}
+
 #[test]
 fn hostile_files_are_refused_with_a_reason() {
     let folder = tempfile::tempdir().unwrap();
@@ -76,7 +131,7 @@ fn hostile_files_are_refused_with_a_reason() {
 fn hostile_legacy_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let good = std::fs::read(fixture("torch_legacy.pth")).unwrap();
-    for (name, value) in hostile_values() {
+    for (name, value) in hostile() {
         // A plain pickle, and one behind the magic number, where PyTorch would still call it.
         let plain = pickle(&value);
         let text = open(folder.path(), &plain).unwrap_err().to_string();
@@ -170,9 +225,9 @@ fn mutated_files_do_not_panic() {
         state ^= state << 17;
         (state >> 11) as usize % n
     };
-    let t = |key: &str| tensor(key, "FloatStorage", 4, 0, &[2, 2], &[2, 1]);
-    let object = pickle(&v2_checkpoint(dict([("module.a", t("0")), ("b", t("1"))])));
-    let data: Vec<(String, Vec<u8>)> = ["0", "1"].map(|k| (k.to_string(), f32_bytes(&[1.0, 2.0, 3.0, 4.0]))).into();
+    let mut model = Model::new(1, 2);
+    model.tensors = vec![Tensor::new("a", &[2, 2], 0, vec![1.0; 4]), Tensor::new("b", &[4], 1, vec![2.0; 4])];
+    let (object, data) = (pickle(&model.object()), storages(&model.tensors));
     let whole = zip(&torch_entries(&object, &data));
     let legacy = std::fs::read(fixture("torch_legacy.pth")).unwrap();
     let mut accepted = 0;

@@ -17,22 +17,3 @@ pub(crate) fn chunks_mut<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize,
 pub(crate) fn map<T: Send>(n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     (0..n).into_par_iter().map(f).collect()
 }
-
-/// Sum of `f(i)` over `0..n` in index order, whatever the threads.
-#[cfg_attr(not(test), allow(dead_code, reason = "the reduction of later floors; its order is the contract"))]
-pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f64 + Sync + Send) -> f64 {
-    map(n, f).into_iter().sum()
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn sum_is_the_same_for_any_thread_count() {
-        let f = |i: usize| 1.0 / (i as f64 + 0.3);
-        let sums: Vec<u64> = [1, 2, 7]
-            .map(|t| rayon::ThreadPoolBuilder::new().num_threads(t).build().unwrap().install(|| super::sum(10_000, f)))
-            .map(f64::to_bits)
-            .to_vec();
-        assert!(sums.windows(2).all(|w| w[0] == w[1]));
-    }
-}

@@ -110,13 +110,9 @@ fn what_is_no_file_or_no_fit_is_refused() {
 #[test]
 fn channels_that_do_not_fit_each_other_are_refused() {
     let bench = Bench::new();
-    let mut model = crate::common::torch::Model::new();
+    let mut model = crate::common::nnunet::Model::new(2, 3);
     model.dataset["channel_names"] = serde_json::json!({"0": "T1", "1": "FLAIR"});
-    let conf = model.configuration();
-    conf["normalization_schemes"] = serde_json::json!(["ZScoreNormalization", "ZScoreNormalization"]);
-    conf["use_mask_for_norm"] = serde_json::json!([false, false]);
-    model.tensors = crate::common::torch::tensors(&crate::common::torch::tiny(2, 3));
-    model.write(&bench.path("two"));
+    model.write(&bench.path("two"), &["fold_0"]);
     std::fs::write(bench.path("other_shape.nii"), nifti([12, 11, 9])).unwrap();
     let other = with(nifti([12, 11, 10]), 76 + 4, &2f32.to_le_bytes());
     std::fs::write(bench.path("other_spacing.nii"), other).unwrap();

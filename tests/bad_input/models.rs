@@ -8,17 +8,19 @@ use serde_json::{Value, json};
 use super::Bench;
 use crate::common::binary::stunet_in;
 use crate::common::files;
-use crate::common::torch::{Model, dict, global, int, text};
+use crate::common::nnunet::Model;
+use crate::common::pickle::{Py, dict, hostile, pickle, s};
+use crate::common::torch::{Entry, zip};
 
 const PTH: &str = "checkpoint_final.pth";
 
 /// Writes a model changed by `change` and expects it to be refused with a line that has all of `mentions`.
 #[track_caller]
 fn spoilt(bench: &Bench, what: &str, mentions: &[&str], change: impl FnOnce(&mut Model)) {
-    let mut model = Model::new();
+    let mut model = Model::ct();
     change(&mut model);
     let _ = std::fs::remove_dir_all(bench.path("bad"));
-    model.write(&bench.path("bad"));
+    model.write(&bench.path("bad"), &["fold_0"]);
     bench.refused(what, "bad", &["good.nii"], 4, mentions);
 }
 
@@ -26,7 +28,7 @@ fn spoilt(bench: &Bench, what: &str, mentions: &[&str], change: impl FnOnce(&mut
 #[track_caller]
 fn with_file(bench: &Bench, what: &str, file: &str, bytes: &[u8], mentions: &[&str]) {
     let _ = std::fs::remove_dir_all(bench.path("bad"));
-    Model::new().write(&bench.path("bad"));
+    Model::ct().write(&bench.path("bad"), &["fold_0"]);
     std::fs::write(bench.path("bad").join(file), bytes).unwrap();
     bench.refused(what, "bad", &["good.nii"], 4, mentions);
 }
@@ -34,19 +36,20 @@ fn with_file(bench: &Bench, what: &str, file: &str, bytes: &[u8], mentions: &[&s
 #[test]
 fn damaged_checkpoints_are_refused() {
     let bench = Bench::new();
-    let (good, pickle) = (Model::new().checkpoint(), Model::new().pickle());
-    let archive = |pickle: &[u8]| files::zip(&[("archive/data.pkl", pickle), ("archive/version", b"3\n")]);
-    let twice = files::zip(&[("archive/data.pkl", &pickle), ("evil/data.pkl", &pickle)]);
+    let (good, object) = (Model::ct().checkpoint(), pickle(&Model::ct().object()));
+    let archive =
+        |entries: &[(&str, &[u8])]| zip(&entries.iter().map(|(n, b)| Entry::stored(n, b)).collect::<Vec<_>>());
+    let version: (&str, &[u8]) = ("archive/version", b"3\n");
     let list: [(&str, Vec<u8>); 9] = [
         ("empty", vec![]),
         ("ten bytes", good[..10].to_vec()),
         ("half", good[..good.len() / 2].to_vec()),
         ("all but a byte", good[..good.len() - 1].to_vec()),
         ("text", b"weights, honestly".repeat(40)),
-        ("no pickle", files::zip(&[("archive/version", b"3\n")])),
-        ("half a pickle", archive(&pickle[..pickle.len() / 2])),
-        ("two pickles", twice),
-        ("no storages", archive(&pickle)),
+        ("no pickle", archive(&[version])),
+        ("half a pickle", archive(&[("archive/data.pkl", &object[..object.len() / 2]), version])),
+        ("two pickles", archive(&[("archive/data.pkl", &object), ("evil/data.pkl", &object)])),
+        ("no storages", archive(&[("archive/data.pkl", &object), version])),
     ];
     for (what, bytes) in list {
         with_file(&bench, what, "fold_0/checkpoint_final.pth", &bytes, &[PTH]);
@@ -68,82 +71,13 @@ fn a_zip_bomb_is_refused() {
 /// Pickles that call what they must not; were one executed, it would leave a file behind.
 #[test]
 fn hostile_pickles_are_refused_and_not_executed() {
-    let call = |module: &str, name: &str, argument: &str| {
-        let mut p = Vec::new();
-        global(&mut p, module, name);
-        p.push(b'(');
-        text(&mut p, argument);
-        p.extend_from_slice(b"tR");
-        p
-    };
-    let shell = "touch pwned; echo pwned > out/pwned";
-    let python = "open('pwned','w').write('pwned')";
-    let by_stack = |module: &str, name: &str| {
-        let mut p = Vec::new();
-        text(&mut p, module);
-        text(&mut p, name);
-        p.extend_from_slice(b"\x93(");
-        text(&mut p, shell);
-        p.extend_from_slice(b"tR");
-        p
-    };
-    let popen = {
-        let mut p = Vec::new();
-        global(&mut p, "subprocess", "Popen");
-        p.push(b'(');
-        text(&mut p, shell);
-        p.extend_from_slice(b"t\x81");
-        p
-    };
-    let attribute = {
-        // getattr(__import__("os"), "system")("...")
-        let mut p = Vec::new();
-        global(&mut p, "builtins", "getattr");
-        p.push(b'(');
-        p.extend_from_slice(&call("builtins", "__import__", "os"));
-        text(&mut p, "system");
-        p.extend_from_slice(b"tR(");
-        text(&mut p, shell);
-        p.extend_from_slice(b"tR");
-        p
-    };
-    let inst = format!("(S'{shell}'\nios\nsystem\n").into_bytes();
-    let obj = {
-        let mut p = vec![b'('];
-        global(&mut p, "os", "system");
-        text(&mut p, shell);
-        p.push(b'o');
-        p
-    };
-    let set_state = {
-        let mut p = Vec::new();
-        global(&mut p, "torch.nn.modules.container", "Sequential");
-        p.extend_from_slice(b")\x81}b");
-        p
-    };
-    let list: [(&str, Vec<u8>, &str); 14] = [
-        ("os.system", call("os", "system", shell), "os.system"),
-        ("posix.system", call("posix", "system", shell), "posix.system"),
-        ("eval", call("builtins", "eval", python), "eval"),
-        ("python 2 eval", call("__builtin__", "eval", python), "eval"),
-        ("exec", call("builtins", "exec", python), "exec"),
-        ("runpy", call("runpy", "run_path", "x.py"), "runpy"),
-        ("pkgutil", call("pkgutil", "resolve_name", "os:system"), "pkgutil"),
-        ("torch.load", call("torch", "load", "x.pth"), "torch.load"),
-        ("stack global", by_stack("os", "system"), "os.system"),
-        ("nested name", by_stack("torch._utils", "_rebuild_tensor_v2.__globals__"), "torch._utils"),
-        ("new object", popen, "subprocess.Popen"),
-        ("getattr", attribute, "__import__"),
-        ("old instance", inst, "os.system"),
-        ("old object", obj, "os.system"),
-    ];
     let bench = Bench::new();
-    for (what, instructions, mention) in list {
-        spoilt(&bench, what, &[PTH, mention], |m| m.logging = instructions);
-        assert!(!bench.path("pwned").exists() && !bench.path("out/pwned").exists(), "{what} was executed");
+    for (name, value) in hostile() {
+        spoilt(&bench, name, &[PTH, name], |m| m.logging = value);
+        assert!(!bench.path("pwned").exists() && !bench.path("out/pwned").exists(), "{name} was executed");
     }
-    spoilt(&bench, "state of an object", &[PTH], |m| m.logging = set_state);
     for (what, instructions) in [
+        ("state of an object", b"ctorch.nn.modules.container\nSequential\n)\x81}b".to_vec()),
         ("empty stack", b"00000000".to_vec()),
         ("unknown instruction", vec![0xff]),
         ("memo that is not there", b"h\x63".to_vec()),
@@ -151,7 +85,7 @@ fn hostile_pickles_are_refused_and_not_executed() {
         ("extension", b"\x82\x01".to_vec()),
         ("mark without end", b"((((".to_vec()),
     ] {
-        spoilt(&bench, what, &[PTH], |m| m.logging = instructions);
+        spoilt(&bench, what, &[PTH], |m| m.logging = Py::Raw(instructions));
     }
 }
 
@@ -169,7 +103,7 @@ fn tensors_that_do_not_fit_are_refused() {
     spoilt(&bench, "offset behind the end", &mentions, |m| m.tensor(conv).offset = 1);
     spoilt(&bench, "negative offset", &mentions, |m| m.tensor(conv).offset = -4);
     spoilt(&bench, "negative size", &mentions, |m| m.tensor(conv).shape[0] = -4);
-    spoilt(&bench, "huge sizes", &mentions, |m| m.tensor(conv).shape = vec![i32::MAX; 5]);
+    spoilt(&bench, "huge sizes", &mentions, |m| m.tensor(conv).shape = vec![i64::from(i32::MAX); 5]);
     spoilt(&bench, "no sizes", &mentions, |m| m.tensor(conv).shape = vec![0; 5]);
     spoilt(&bench, "four axes", &mentions, |m| {
         m.tensor(conv).shape.pop();
@@ -192,19 +126,10 @@ fn tensors_that_do_not_fit_are_refused() {
 #[test]
 fn checkpoints_without_what_is_needed_are_refused() {
     let bench = Bench::new();
-    let mut wrong = Vec::new();
-    dict(&mut wrong, |p| {
-        text(p, "configuration");
-        int(p, 3);
-    });
-    let mut other = Vec::new();
-    dict(&mut other, |p| {
-        text(p, "configuration");
-        text(p, "3d_lowres");
-    });
-    spoilt(&bench, "no configuration", &[PTH, "init_args"], |m| m.init_args = b"}".to_vec());
-    spoilt(&bench, "configuration of a wrong type", &[PTH, "init_args"], |m| m.init_args = wrong);
-    spoilt(&bench, "unknown configuration", &["plans.json", "3d_lowres"], |m| m.init_args = other);
+    let other = |value: Py| dict([("configuration", value)]);
+    spoilt(&bench, "no configuration", &[PTH, "init_args"], |m| m.init_args = dict([]));
+    spoilt(&bench, "configuration of a wrong type", &[PTH, "init_args"], |m| m.init_args = other(Py::Int(3)));
+    spoilt(&bench, "unknown configuration", &["plans.json", "3d_lowres"], |m| m.init_args = other(s("3d_lowres")));
 }
 
 #[test]
@@ -269,7 +194,7 @@ fn descriptions_that_cannot_be_are_refused() {
     data("channels without 0", "channel_names", json!({"1": "CT"}));
     data("channel of a wrong name", "channel_names", json!({"first": "CT"}));
     for file in ["plans.json", "dataset.json"] {
-        let text = Model::new().plans.to_string();
+        let text = Model::ct().plans.to_string();
         let bytes = text.as_bytes();
         with_file(&bench, "half", file, &bytes[..bytes.len() / 2], &[file]);
         with_file(&bench, "empty", file, b"", &[file]);
@@ -277,7 +202,7 @@ fn descriptions_that_cannot_be_are_refused() {
         with_file(&bench, "nested without end", file, &b"[".repeat(200_000), &[file]);
         with_file(&bench, "no text", file, &[0xff; 100], &[file]);
         let _ = std::fs::remove_dir_all(bench.path("bad"));
-        Model::new().write(&bench.path("bad"));
+        Model::ct().write(&bench.path("bad"), &["fold_0"]);
         std::fs::remove_file(bench.path("bad").join(file)).unwrap();
         bench.refused("missing", "bad", &["good.nii"], 4, &[file]);
     }
@@ -359,27 +284,19 @@ fn spoilt_v1_folders_are_refused() {
     let bench = Bench::new();
     let fold = bench.path("v1/fold_0");
     std::fs::create_dir_all(&fold).unwrap();
-    std::fs::write(fold.join("model_final_checkpoint.model"), Model::new().checkpoint()).unwrap();
+    std::fs::write(fold.join("model_final_checkpoint.model"), Model::ct().checkpoint()).unwrap();
     let pkl = "model_final_checkpoint.model.pkl";
     bench.refused("no plans", "v1", &["good.nii"], 4, &[pkl]);
-    let mut hostile = vec![0x80, 2];
-    global(&mut hostile, "os", "system");
-    hostile.push(b'(');
-    text(&mut hostile, "touch pwned");
-    hostile.extend_from_slice(b"tR.");
-    let mut empty = vec![0x80, 2];
-    dict(&mut empty, |p| {
-        text(p, "name");
-        text(p, "STUNetTrainer_small");
-    });
-    empty.push(b'.');
+    let (name, value) = hostile().remove(0);
+    let hostile = pickle(&value);
+    let empty = pickle(&dict([("name", s("STUNetTrainer_small"))]));
     // A list in a list in a list ... and one that holds the one before it twice, forty times over.
     let deep = [b"\x80\x02".to_vec(), b"]".repeat(100_000), b"a".repeat(99_999), b".".to_vec()].concat();
     let laughs = [b"\x80\x02]".to_vec(), b"q\x00]h\x00ah\x00a".repeat(40), b".".to_vec()].concat();
     let list: [(&str, &[u8], &str); 6] = [
         ("nothing", b"", ""),
         ("text", b"plans", ""),
-        ("hostile", &hostile, "os.system"),
+        ("hostile", &hostile, name),
         ("no plans in it", &empty, "plans"),
         ("deep", &deep, ""),
         ("a billion laughs", &laughs, ""),

@@ -4,8 +4,9 @@ pub mod binary;
 pub mod bound;
 pub mod drive;
 pub mod files;
+pub mod nnunet;
+pub mod pickle;
 pub mod torch;
-pub mod torch_files;
 
 use std::path::PathBuf;
 
