@@ -7,6 +7,7 @@ use serde::Serialize;
 use stunet::autograd::Ctx;
 use stunet::models::{RandomParams, StuNetConfig};
 use stunet::nn::{Conv3d, Module};
+use stunet::nnunet::predict::labels_from_scores;
 use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Error, Result};
 
@@ -26,6 +27,8 @@ enum What {
     Conv3d(Options),
     /// A whole STU-Net, without its last 1x1x1 layer
     Forward(Options),
+    /// From scores on the network's grid to labels on the image's
+    Export(Export),
 }
 
 #[derive(Debug, clap::Args)]
@@ -48,6 +51,24 @@ struct Options {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct Export {
+    /// Voxels of the scores along z, y and x
+    #[arg(long, num_args = 3, value_names = ["Z", "Y", "X"], default_values_t = [224, 202, 244])]
+    from: Vec<usize>,
+    /// Voxels of the image along z, y and x
+    #[arg(long, num_args = 3, value_names = ["Z", "Y", "X"], default_values_t = [112, 101, 122])]
+    to: Vec<usize>,
+    /// Classes, background included
+    #[arg(long, value_name = "N", default_value_t = 105, value_parser = clap::value_parser!(u16).range(2..=4096))]
+    classes: u16,
+    /// Timed repetitions, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    runs: u16,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -92,12 +113,15 @@ struct Table {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let (What::Conv3d(options) | What::Forward(options)) = &args.what;
+    let options = match &args.what {
+        What::Conv3d(options) | What::Forward(options) => options,
+        What::Export(e) => return e.run(),
+    };
     let device = options.device.open()?;
     let config = options.config();
     let rows = match args.what {
         What::Conv3d(_) => options.layers(&config)?,
-        What::Forward(_) => vec![options.network(&config, &device)?],
+        What::Forward(_) | What::Export(_) => vec![options.network(&config, &device)?],
     };
     let table = Table {
         version: env!("CARGO_PKG_VERSION"),
@@ -121,6 +145,32 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let numbers = format!("{:>10.2} {:>10.2} {:>9.1} {memory:>12}", r.min_ms, r.median_ms, r.gflops_per_second);
         output::line(format!("{:<30} {numbers}", r.name))
     })
+}
+
+impl Export {
+    fn run(&self) -> Result<()> {
+        let device = self.device.open()?;
+        let grid = |v: &[usize]| <[usize; 3]>::try_from(v).map_err(|_| Error::Usage { what: "three sizes".into() });
+        let (from, to, classes) = (grid(&self.from)?, grid(&self.to)?, usize::from(self.classes));
+        if from.iter().chain(&to).any(|d| !(1..=4096).contains(d)) {
+            return Err(Error::Usage { what: "sizes of --from and --to must lie in 1 to 4096".into() });
+        }
+        let n = classes * from.iter().product::<usize>();
+        let scores: Vec<f32> = (0..n).map(|i| (i.wrapping_mul(2_654_435_761) >> 8 & 0xffff) as f32).collect();
+        let mut seconds = Vec::new();
+        for run in 0..=self.runs {
+            let begin = Instant::now();
+            labels_from_scores(&scores, classes, from, to, &device)?;
+            if run > 0 {
+                seconds.push(begin.elapsed().as_secs_f64());
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        let peak = system::peak_process_bytes().map(|b| b.saturating_sub(4 * n as u64)).map(system::human);
+        let peak = peak.map(|p| format!(", {p} above the scores")).unwrap_or_default();
+        let (min, median) = (seconds[0], seconds[seconds.len() / 2]);
+        output::line(format!("{classes} classes, {from:?} to {to:?}: min {min:.3} s, median {median:.3} s{peak}"))
+    }
 }
 
 impl Options {

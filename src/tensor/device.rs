@@ -14,7 +14,7 @@ pub struct MemoryReport {
     pub in_use: usize,
     /// Held by live tensors or kept for the next ones.
     pub reserved: usize,
-    /// Largest `in_use` so far.
+    /// Largest `in_use` since the device was made or [`Device::reset_peak`] was called.
     pub peak: usize,
     /// Limit, if one was set.
     pub limit: Option<usize>,
@@ -142,6 +142,12 @@ impl Device {
     pub fn set_memory_limit(&self, bytes: Option<usize>) {
         let Device::Cpu(d) = self;
         d.pool.set_limit(bytes);
+    }
+
+    /// Starts [`MemoryReport::peak`] over from what is in use now.
+    pub fn reset_peak(&self) {
+        let Device::Cpu(d) = self;
+        d.pool.reset_peak();
     }
 
     /// Gives memory that is kept for later tensors back to the system.

@@ -21,10 +21,17 @@ struct State {
     in_use: usize,
     idle: usize,
     peak: usize,
+    /// Largest `in_use` ever, which idle memory may fill up to.
+    high: usize,
     limit: Option<usize>,
 }
 
 impl State {
+    fn note_use(&mut self) {
+        self.peak = self.peak.max(self.in_use);
+        self.high = self.high.max(self.in_use);
+    }
+
     /// Frees the piece that has been idle longest; false when there is none.
     fn evict_oldest(&mut self) -> bool {
         let oldest = self.free.iter().filter_map(|(k, l)| Some((l.front()?.0, *k))).min();
@@ -52,7 +59,7 @@ impl Pool {
         let mut s = self.lock();
         // A piece up to a quarter too large is good enough; anything larger would hide memory from other sizes.
         let found = s.free.range(size..=size + size / 4).next().map(|(k, _)| *k);
-        if let Some(k) = found
+        if let Some(k) = found.filter(|k| s.limit.is_none_or(|limit| s.in_use + k <= limit))
             && let Some(list) = s.free.get_mut(&k)
             && let Some((_, m)) = list.pop_back()
         {
@@ -61,7 +68,7 @@ impl Pool {
             }
             s.idle -= k;
             s.in_use += k;
-            s.peak = s.peak.max(s.in_use);
+            s.note_use();
             return Ok(m);
         }
         if let Some(limit) = s.limit
@@ -71,11 +78,11 @@ impl Pool {
         }
         // Idle pieces must not push the process above its own peak: those that lay longest go first, and no more than
         // needed, since whatever goes is paid for again in page faults.
-        let most = s.peak.max(s.in_use + size);
+        let most = s.high.max(s.in_use + size);
         while s.in_use + s.idle + size > most && s.evict_oldest() {}
         let m = Memory::new(size)?;
         s.in_use += m.bytes();
-        s.peak = s.peak.max(s.in_use);
+        s.note_use();
         Ok(m)
     }
 
@@ -87,6 +94,12 @@ impl Pool {
         s.clock += 1;
         let now = s.clock;
         s.free.entry(n).or_default().push_back((now, m));
+    }
+
+    /// Starts the peak over from what is in use.
+    pub(super) fn reset_peak(&self) {
+        let mut s = self.lock();
+        s.peak = s.in_use;
     }
 
     pub(super) fn set_limit(&self, limit: Option<usize>) {

@@ -2,7 +2,7 @@
 //!
 //! A window of 128^3 voxels with 16 features is 134 MB and dozens of windows can wait at a time, so features are held in
 //! 24 bits: a float's sign, exponent and 15 bits of its mantissa, rounded to nearest (relative error at most 2^-16).
-//! The softmax of the scores made of them moves by less than 1e-5, a hundredth of what float16 accumulators cost.
+//! On a full-size STU-Net-S over a CT, one label in 1.38 million differs from holding them in 32 bits.
 
 use super::sweep::unshared;
 use crate::base::par;
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::tensor::{BLOCK, Device, Dims, Layout, Tensor};
 
 /// Planes that are freed together.
-const PLANES: usize = 8;
+pub(super) const PLANES: usize = 8;
 
 /// One pass through a network over one window.
 pub(super) struct Held {
@@ -71,7 +71,10 @@ impl Held {
     /// The row that lies at window position (z, y): `[x][lanes]`.
     pub(super) fn row(&self, z: usize, y: usize, out: &mut [f32]) {
         let ([nz, ny, nx], lanes) = (self.size, self.lanes);
-        let Some(Some(piece)) = self.pieces.get(z / PLANES) else { return };
+        let Some(Some(piece)) = self.pieces.get(z / PLANES) else {
+            debug_assert!(false, "plane {z} was freed before its last use");
+            return out.fill(f32::NAN);
+        };
         let n = PLANES.min(nz - z / PLANES * PLANES) * lanes * ny * nx;
         let (high, low) = piece.as_slice().split_at(n / 2);
         let (high, low): (&[u16], &[u8]) = (bytemuck::cast_slice(high), bytemuck::cast_slice(low));

@@ -2,23 +2,29 @@
 
 mod export;
 mod held;
+mod scores;
 mod sweep;
+#[cfg(test)]
+mod sweep_tests;
 mod window;
 
 use std::path::Path;
 use std::time::Instant;
 
 pub use export::Probabilities;
+pub use scores::labels_from_scores;
 
 use self::export::{Export, Planes, Scores};
+use self::scores::Stored;
 use self::sweep::{Gather, Sweep, SweepPlan};
 use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
 use super::postprocess::keep_largest_component;
+use super::preprocess::resample::new_shape;
 use super::preprocess::{Preprocessed, preprocess};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::io::{Image, Segmentation};
+use crate::io::{Geometry, Image, Segmentation};
 use crate::models::StuNet;
 use crate::ops::head::{Activation, LinearHead};
 use crate::tensor::Device;
@@ -48,7 +54,7 @@ pub struct PredictOptions {
     pub mode: Mode,
     /// Also return class probabilities; takes classes x volume of memory.
     pub probabilities: bool,
-    /// Refuse to start when more bytes than this would be needed.
+    /// Refuse to start when more bytes than this would be needed, everything counted, and never exceed it.
     pub memory_limit: Option<usize>,
 }
 
@@ -178,20 +184,28 @@ impl Predictor {
     /// # Errors
     /// As [`Predictor::predict`], and [`Error::Cancelled`].
     pub fn predict_with(&mut self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
-        self.check_options()?;
+        self.validate()?;
+        self.check_memory(&image.geometry, image.channels.len())?;
+        let before = self.device.memory().limit;
+        if self.options.memory_limit.is_some() {
+            self.device.set_memory_limit(self.options.memory_limit);
+        }
+        self.device.reset_peak();
         let this = &*self;
-        this.device.install(|| this.run(image, progress))
+        let result = this.device.install(|| this.run(image, progress));
+        self.device.set_memory_limit(before);
+        result
     }
 
     /// Segments an image and also returns the class scores on the network's own grid, before resampling:
     /// probabilities of a v1 model, logits of a v2 one. Takes classes x volume of memory; for comparisons.
     #[doc(hidden)]
     pub fn predict_with_scores(&mut self, image: &Image) -> Result<(Segmentation, Probabilities)> {
-        self.check_options()?;
+        self.validate()?;
         let this = &*self;
         this.device.install(|| {
             let case = preprocess(image, &this.plan)?;
-            let plan = this.plan_sweep(&case)?;
+            let plan = this.plan_sweep(case.shape)?;
             let head = this.combined_head(&plan)?;
             let (inputs, channels) = (plan.channels(), this.plan.heads);
             let [depth, area] = [case.shape[0], case.shape[1] * case.shape[2]];
@@ -229,10 +243,18 @@ impl Predictor {
         }
     }
 
-    fn check_options(&self) -> Result<()> {
+    /// Checks the options against the model.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when an option is out of range, or made for another kind of model.
+    pub fn validate(&self) -> Result<()> {
         let o = &self.options;
-        if !(o.step_size > 0.0 && o.step_size <= 1.0) {
-            return Err(Error::usage(format!("step size {} is out of range, expected 0 < step <= 1", o.step_size)));
+        // Windows less than a voxel apart would be the same window many times over.
+        let least = self.plan.patch.iter().map(|&p| 1.0 / p as f64).fold(0.0, f64::max);
+        if !(o.step_size >= least && o.step_size <= 1.0) {
+            let (step, patch) = (o.step_size, self.plan.patch);
+            let what = format!("step size {step} is out of range, expected {least} to 1 for the patch {patch:?}");
+            return Err(Error::usage(what));
         }
         if o.mode != Mode::Normal && self.plan.rules != Rules::NnunetV1 {
             return Err(Error::usage("mode fast and fastest exist for nnU-Net v1 models only, this is a v2 model"));
@@ -249,8 +271,7 @@ impl Predictor {
         let case = preprocess(image, &self.plan)?;
         let preprocessing = clock.elapsed().as_secs_f64();
 
-        let sweep = self.plan_sweep(&case)?;
-        self.check_memory(&sweep, &case, image)?;
+        let sweep = self.plan_sweep(case.shape)?;
         let (tiles, head) = (sweep.windows(), self.combined_head(&sweep)?);
         tell(progress, Event::Stage("network"))?;
         let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
@@ -281,7 +302,7 @@ impl Predictor {
         Ok(Prediction { segmentation, probabilities, report })
     }
 
-    fn plan_sweep(&self, case: &Preprocessed) -> Result<SweepPlan> {
+    fn plan_sweep(&self, shape: [usize; 3]) -> Result<SweepPlan> {
         let (p, o) = (&self.plan, &self.options);
         let activation = match (p.rules, &p.decision) {
             (Rules::NnunetV2, _) => Activation::Identity,
@@ -289,7 +310,7 @@ impl Predictor {
             (Rules::NnunetV1, Decision::Regions { .. }) => Activation::Sigmoid,
         };
         let flips = window::mirrors(if o.mirroring { &p.mirror_axes } else { &[] });
-        let mut plan = SweepPlan::new(case.shape, p.patch, o.step_size, flips, &self.nets, activation)?;
+        let mut plan = SweepPlan::new(shape, p.patch, o.step_size, flips, &self.nets, activation)?;
         // v1 counts a lone window's voxels alike (`_internal_predict_3D_3Dconv_tiled`); v2 always weights.
         plan.gaussian = p.rules == Rules::NnunetV2 || plan.windows() > 1;
         Ok(plan)
@@ -315,40 +336,44 @@ impl Predictor {
         LinearHead::new(&weight, &bias).map(Some)
     }
 
-    /// Refuses before anything runs what would not fit.
-    fn check_memory(&self, sweep: &SweepPlan, case: &Preprocessed, image: &Image) -> Result<()> {
-        let Some(limit) = self.options.memory_limit else { return Ok(()) };
+    /// Bytes that predicting an image of `channels` channels on this grid takes at most: the model, the network's
+    /// tensors, the aggregation, the image and the result. Known from sizes alone, so before the image is read.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the grid's spacing cannot be.
+    pub fn memory_needed(&self, geometry: &Geometry, channels: usize) -> Result<usize> {
+        let forward = self.plan.transpose_forward;
+        let (from, spacing) = (forward.map(|a| geometry.shape[a]), forward.map(|a| geometry.spacing_mm[a]));
+        // Cropping only makes it smaller.
+        let to = new_shape(from, spacing, self.plan.spacing_mm)?;
+        let sweep = self.plan_sweep(to)?;
+        let product = |v: [usize; 3]| v.iter().fold(4usize, |n, &d| n.saturating_mul(d));
+        let both = [0, 1, 2].map(|a| from[a].max(to[a]));
+        let images = channels.saturating_mul(product(from).saturating_add(product(to)));
+        // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
+        let preprocessing = product(both).saturating_mul(2);
         let activations = self.nets.iter().map(|n| n.config().activation_bytes(self.plan.patch)).max().unwrap_or(0);
-        let voxels = image.geometry.len();
-        let host = 4 * (image.channels.len() * voxels + case.data.len()) + 2 * voxels;
-        let classes = self.plan.heads * voxels * 4;
-        let asked = activations + sweep.bytes() + host + if self.options.probabilities { classes } else { 0 };
-        let in_use = self.device.memory().in_use;
-        if in_use + asked > limit {
+        let patch = product(self.plan.patch).saturating_mul(channels + 1);
+        let planes = product([2 * sweep.channels(), to[1], to[2]]);
+        let mut network = [sweep.bytes(), patch, planes, product(from)].iter().fold(activations, |n, b| n + b);
+        if self.options.probabilities {
+            network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
+        }
+        Ok(self.device.memory().in_use.saturating_add(images).saturating_add(network.max(preprocessing)))
+    }
+
+    /// Refuses what [`PredictOptions::memory_limit`] does not allow, before anything is read or run.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], and as [`Predictor::memory_needed`].
+    pub fn check_memory(&self, geometry: &Geometry, channels: usize) -> Result<()> {
+        let Some(limit) = self.options.memory_limit else { return Ok(()) };
+        let needed = self.memory_needed(geometry, channels)?;
+        if needed > limit {
+            let in_use = self.device.memory().in_use;
+            let asked = needed - in_use;
             return Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use, limit });
         }
-        Ok(())
-    }
-}
-
-/// Scores of a whole image, (z, y, x, channel).
-struct Stored<'a> {
-    scores: &'a [f32],
-    channels: usize,
-    shape: [usize; 3],
-}
-
-impl Planes for Stored<'_> {
-    fn channels(&self) -> usize {
-        self.channels
-    }
-
-    fn shape(&self) -> [usize; 3] {
-        self.shape
-    }
-
-    fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.scores[z * out.len()..][..out.len()]);
         Ok(())
     }
 }

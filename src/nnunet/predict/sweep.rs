@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::export::Planes;
-use super::held::Held;
+use super::held::{Held, PLANES};
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
 use crate::base::par;
@@ -127,7 +127,9 @@ impl SweepPlan {
                 // While a row of windows runs, earlier rows hold the planes that they share with it.
                 let shared = |row: usize| {
                     let now = self.starts[0][row];
-                    let left = |s: &usize| (s + self.patch[0]).saturating_sub(now);
+                    // Planes go in whole pieces, and one of the finished ones may still be wanted.
+                    let gone = |s: &usize| now.saturating_sub(s + 1) / PLANES * PLANES;
+                    let left = |s: &usize| self.patch[0].saturating_sub(gone(s));
                     self.starts[0][..row].iter().map(left).sum::<usize>()
                 };
                 let planes = self.patch[0] + (0..self.starts[0].len()).map(shared).max().unwrap_or(0);
@@ -160,6 +162,7 @@ pub(crate) struct Sweep<'a> {
     rows_done: usize,
     passes_done: usize,
     network: Duration,
+    exporting: bool,
     progress: &'a mut dyn Progress,
 }
 
@@ -199,6 +202,7 @@ impl<'a> Sweep<'a> {
             rows_done: 0,
             passes_done: 0,
             network: Duration::ZERO,
+            exporting: false,
             progress,
         })
     }
@@ -376,6 +380,20 @@ impl Planes for Sweep<'_> {
     }
 
     fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
+        self.fill(z, out)?;
+        // A comparison with NaN is false: it would pass for background.
+        let rows = out.len() / self.plan.shape[1].max(1);
+        let sound = par::map(self.plan.shape[1], |y| out[y * rows..][..rows].iter().all(|v| v.is_finite()));
+        if sound.contains(&false) {
+            let what = format!("plane {z} of the network's output holds values that are not finite numbers");
+            return Err(Error::Unsupported { what: format!("{what}: the image or the weights are too extreme") });
+        }
+        Ok(())
+    }
+}
+
+impl Sweep<'_> {
+    fn fill(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
         let p = z + self.plan.pad()[0];
         let clock = Instant::now();
         while self.rows_done < self.plan.starts[0].len() && self.plan.starts[0][self.rows_done] <= p {
@@ -383,6 +401,12 @@ impl Planes for Sweep<'_> {
             self.rows_done += 1;
         }
         self.network += clock.elapsed();
+        let total = self.plan.passes();
+        tell(self.progress, Event::Tiles { done: self.passes_done, total })?;
+        if self.passes_done == total && !self.exporting {
+            self.exporting = true;
+            tell(self.progress, Event::Stage("export"))?;
+        }
         if let Gather::Held(how) = self.plan.gather {
             let Store::Held(mut windows) = std::mem::replace(&mut self.store, Store::Held(Vec::new())) else {
                 return Err(Error::shape("sweep", "windows are not held"));
