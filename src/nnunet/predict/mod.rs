@@ -232,6 +232,14 @@ impl Predictor {
         }
     }
 
+    /// Checks the options against the model, which every prediction does too.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when one is out of range or not for this kind of model.
+    pub fn validate(&self) -> Result<()> {
+        self.check_options()
+    }
+
     fn check_options(&self) -> Result<()> {
         let o = &self.options;
         if !(o.step_size > 0.0 && o.step_size <= 1.0) {
