@@ -443,7 +443,7 @@ fn write_probabilities(path: &Path, p: &Probabilities, rules: Rules) -> Result<(
                 array.push(&half)
             })
         }),
-        Rules::NnunetV2 => npz.array("probabilities", &shape, |array| array.push(&p.values)),
+        _ => npz.array("probabilities", &shape, |array| array.push(&p.values)),
     })
 }
 
