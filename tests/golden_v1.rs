@@ -14,7 +14,7 @@ fn compare(folder: &str, mirroring: bool) {
     let (Some(root), Some(data)) = (shared("golden/stunet_v1"), shared("data")) else { return };
     let options = PredictOptions::default().mirroring(mirroring);
     let mut predictor = Predictor::open(root.join(MODEL), &Device::cpu()).unwrap().options(options);
-    let mut smallest = None;
+    let mut smallest: Option<(usize, io::Image, io::Segmentation)> = None;
     for case in cases(&root.join(folder)) {
         let file = ["ct", "mr"].map(|d| data.join(d).join(format!("{case}.nii.gz"))).into_iter().find(|p| p.exists());
         let image = io::read_nifti(&[file.unwrap()]).unwrap();

@@ -62,7 +62,7 @@ impl Bench {
         assert!(bytes.starts_with(b"\x93NUMPY\x01\x00"));
         let head = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
         let header = String::from_utf8(bytes[10..head].to_vec()).unwrap();
-        (entry.name().to_owned(), header, bytes.len() - head)
+        (entry.name().unwrap().into_owned(), header, bytes.len() - head)
     }
 }
 
@@ -216,4 +216,32 @@ fn inspect_and_convert_take_folds_and_checkpoints() {
     assert!(run(&["inspect", "model", "-f", "3"]).error(2).contains('3'));
     assert_ne!(run(&["convert", "model", "own", "-chk", "checkpoint_best.pth"]).code, 0);
     run(&["convert", "model", "own", "-f", "0", "--checkpoint", "checkpoint_final"]).ok();
+}
+
+/// Ctrl-C in a folder of images: the report says how far the run came.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_cohort_still_has_its_report() {
+    use std::process::{Command, Stdio};
+    let bench = Bench::new();
+    (0..80).for_each(|i| bench.image(format!("in/case{i:02}_0000.nii")));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_stunet"))
+        .args(["predict", "-m", "model", "-i", "in", "-o", "out", "--report", "r.json", "--threads", "1"])
+        .args(["--device", "cpu"])
+        .current_dir(bench.dir.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !bench.path("out/case00.nii.gz").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended early");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!((out.status.code(), out.stderr.as_slice()), (Some(130), &b"error: cancelled\n"[..]));
+    let report = bench.json("r.json");
+    assert_eq!(report["interrupted"], true);
+    let cases = report["cases"].as_array().unwrap();
+    assert!((1..80).contains(&cases.len()) && cases.iter().all(|c| c["outcome"] == "done"), "{report}");
 }
