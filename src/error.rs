@@ -35,6 +35,13 @@ pub enum Error {
         /// What is wrong and what is expected.
         what: String,
     },
+    /// An image in memory does not fit what is asked of it: channels, values or spacing. Who knows its file says
+    /// [`Error::Image`] instead.
+    #[error("the image: {what}")]
+    Input {
+        /// What is wrong and what is expected.
+        what: String,
+    },
     /// A model file (weights, plans, dataset description) is damaged, hostile or incomplete.
     #[error("{}: {field}: {what}", path.display())]
     Model {
@@ -90,7 +97,7 @@ impl Error {
         match self {
             Error::Io { .. } | Error::Shape { .. } => 1,
             Error::Usage { .. } => 2,
-            Error::Image { .. } => 3,
+            Error::Image { .. } | Error::Input { .. } => 3,
             Error::Model { .. } | Error::Unsupported { .. } => 4,
             Error::Device { .. } | Error::OutOfMemory { .. } => 5,
             Error::Cancelled => 130,
@@ -107,6 +114,10 @@ impl Error {
 
     pub(crate) fn image(path: &Path, field: impl Into<String>, what: impl Into<String>) -> Self {
         Error::Image { path: path.into(), field: field.into(), what: what.into() }
+    }
+
+    pub(crate) fn input(what: impl Into<String>) -> Self {
+        Error::Input { what: what.into() }
     }
 
     pub(crate) fn model(path: &Path, field: impl Into<String>, what: impl Into<String>) -> Self {

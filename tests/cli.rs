@@ -1,5 +1,8 @@
 //! The command line: arguments, help, streams, exit codes.
 
+mod demo;
+mod outputs;
+
 use std::path::Path;
 
 use crate::common::binary::{stunet, stunet_in, stunet_with, tree};
@@ -24,6 +27,7 @@ fn help_fits_the_screen_and_says_what_it_has_to() {
                 assert!(line.chars().count() <= 80, "{command} {flag}: {line}");
             }
             assert!(ran.err.is_empty());
+            assert!(ran.out.contains("Example"), "{command} {flag}");
         }
     }
     let help = stunet(&["--help"]).out;
@@ -177,7 +181,7 @@ fn cases_are_grouped_as_nnunet_does() {
     let found = cases::find(dir.path()).unwrap();
     let groups: Vec<(&str, usize)> = found.cases.iter().map(|c| (c.name.as_str(), c.files.len())).collect();
     assert_eq!(groups, [("a_1", 1), ("b", 2)]);
-    assert_eq!(found.ignored, [dir.path().join("c.nii.gz")]);
+    assert_eq!(found.ignored, ["c.nii.gz", "notes.txt"].map(|n| dir.path().join(n)));
 
     let all: Vec<String> = (0..7).map(|i| format!("case_{i}_0000.nii")).collect();
     let list: Vec<_> = all.iter().map(|f| cases::Case::from_files(&[f.into()]).unwrap()).collect();

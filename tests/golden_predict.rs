@@ -22,6 +22,13 @@ pub fn f16_tensor(path: &Path, name: &str) -> (Vec<usize>, Vec<f32>) {
     (t.shape().to_vec(), values)
 }
 
+/// The largest difference of two arrays of equal length; NaN where there is one.
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let d = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    d.fold(0.0, |worst: f32, d: f32| if d <= worst || worst.is_nan() { worst } else { d })
+}
+
 /// Cases of a predictions folder.
 pub fn cases(folder: &Path) -> Vec<String> {
     let names = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
@@ -64,7 +71,8 @@ fn golden_predict_stunet() {
             let (shape, p) = f16_tensor(&truth.join(format!("{case}.safetensors")), "probabilities");
             assert_eq!(shape[1..], probabilities.shape);
             let n = reference.labels.len();
-            let worst = p.iter().zip(&probabilities.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert_eq!([ours.labels.len(), with.segmentation.labels.len()], [n; 2]);
+            let worst = largest_difference(&p, &probabilities.values);
             let differing: Vec<usize> = (0..n).filter(|&i| ours.labels.get(i) != reference.labels.get(i)).collect();
             let clear = differing.iter().filter(|&&i| margin(&p, n, i, &plain.plan().decision) >= 0.001).count();
             let direct = (0..n).filter(|&i| ours.labels.get(i) != with.segmentation.labels.get(i)).count();

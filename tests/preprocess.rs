@@ -147,7 +147,7 @@ fn an_image_of_zeros_is_kept_whole_by_v2_and_refused_by_v1() {
     let done = preprocess(&zeros, &plan("nnunet_v2", json!([channel("z_score", true)]), [0, 1, 2])).unwrap();
     assert_eq!((done.shape, done.data), ([3; 3], vec![0.0; 27]));
     let error = preprocess(&zeros, &plan("nnunet_v1", json!([channel("z_score", false)]), [0, 1, 2])).unwrap_err();
-    assert!(error.to_string().contains("every voxel of the image is 0"));
+    assert!(error.to_string().contains("every voxel is 0"));
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn values_that_are_no_numbers() {
         preprocess(&image(vec![v.to_vec()], [3; 3]), &plan(rules, json!([channel("none", false)]), [0, 1, 2]))
     };
     let error = run("nnunet_v2", &values).unwrap_err().to_string();
-    assert_eq!(error, "channel 0 (MR): 2 voxels are not finite numbers");
+    assert_eq!(error, "the image: channel 0 (MR): 2 voxels are not finite numbers");
     let done = run("nnunet_v1", &values).unwrap().data;
     assert_eq!((done[2], done[3], done[4], done[5]), (2.0, 0.0, 0.0, 2.0));
     values[5] = f32::INFINITY;
@@ -179,8 +179,8 @@ fn values_that_are_no_numbers() {
 fn errors_name_what_was_expected() {
     let two = plan("nnunet_v2", json!([channel("none", false), channel("none", false)]), [0, 1, 2]);
     let error = preprocess(&image(vec![vec![1.0; 27]], [3; 3]), &two).unwrap_err();
-    assert!(matches!(error, Error::Usage { .. }));
-    assert_eq!(error.to_string(), "the model expects 2 channels (MR, MR), the image has 1");
+    assert!(matches!(error, Error::Input { .. }) && error.exit_code() == 3);
+    assert_eq!(error.to_string(), "the image: 1 channels, the model expects 2 (MR, MR)");
 
     let ct = plan("nnunet_v2", json!([channel("ct", false)]), [0, 1, 2]);
     let error = preprocess(&image(vec![vec![1.0; 27]], [3; 3]), &ct).unwrap_err().to_string();

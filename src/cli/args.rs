@@ -3,7 +3,38 @@
 use std::str::FromStr;
 
 use clap::ValueEnum;
+use stunet::nnunet::model::{Folds, ModelOptions};
 use stunet::{Device, Isa, Result};
+
+/// Which networks of a model.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(super) struct ModelArgs {
+    /// Folds whose networks are used: 0 1 .. or all [default: every one found]
+    #[arg(short, long, value_name = "FOLD", num_args = 1.., value_parser = fold, help_heading = "Model")]
+    folds: Vec<String>,
+    /// Checkpoint in each fold [-chk] [default: the final one]
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
+    checkpoint: Option<String>,
+}
+
+impl ModelArgs {
+    /// What to open.
+    pub(super) fn options(&self) -> ModelOptions {
+        let mut options = ModelOptions::new();
+        if !self.folds.is_empty() {
+            options = options.folds(Folds::Named(self.folds.clone()));
+        }
+        match &self.checkpoint {
+            Some(name) => options.checkpoint(name),
+            None => options,
+        }
+    }
+}
+
+fn fold(s: &str) -> Result<String, String> {
+    let number = !s.is_empty() && s.len() < 4 && s.bytes().all(|b| b.is_ascii_digit());
+    if number || s == "all" { Ok(s.into()) } else { Err("expected a number such as 0, or all".into()) }
+}
 
 /// Where to compute.
 #[derive(Debug, Clone, Default, clap::Args)]

@@ -16,6 +16,11 @@ use super::{output, system};
 
 /// Time a layer or a whole network with random weights on this machine
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stunet bench conv3d --threads 1
+  stunet bench forward --model base --runs 3 --json
+  stunet bench export --classes 105")]
 pub(super) struct Args {
     #[command(subcommand)]
     what: What,

@@ -64,6 +64,9 @@ const TABLE: &[(&str, Rule)] = &[
     ("--force_separate_z", Refused("the resampling follows the model's plans")),
 ];
 
+/// What `convert` and `inspect` share with `predict`.
+const OF_MODELS: &[(&str, Rule)] = &[("-chk", Is("--checkpoint"))];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -72,10 +75,14 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
     let mut rest: VecDeque<OsString> = argv.into_iter().collect();
     let (mut out, mut warnings) = (Vec::with_capacity(rest.len()), Vec::new());
     out.extend(rest.drain(..rest.len().min(2)));
-    if out.get(1).is_none_or(|command| command != "predict") {
-        out.extend(rest);
-        return Ok((out, warnings));
-    }
+    let table = match out.get(1).and_then(|command| command.to_str()) {
+        Some("predict") => TABLE,
+        Some("convert" | "inspect") => OF_MODELS,
+        _ => {
+            out.extend(rest);
+            return Ok((out, warnings));
+        }
+    };
     while let Some(arg) = rest.pop_front() {
         if arg == "--" {
             out.push(arg);
@@ -83,7 +90,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
             break;
         }
         let (name, value) = split(&arg);
-        match TABLE.iter().find(|(spelling, _)| Some(*spelling) == name) {
+        match table.iter().find(|(spelling, _)| Some(*spelling) == name) {
             None => out.push(arg),
             Some((_, Is(ours))) => {
                 let mut ours = OsString::from(ours);
@@ -139,6 +146,8 @@ mod tests {
         for line in ["stunet convert -tr x", "stunet predict -- -tr", "stunet", "stunet predict -i tr"] {
             assert_eq!(rewritten(line).unwrap(), (line.into(), 0));
         }
+        let (ours, _) = rewritten("stunet inspect model -f 0 -chk best").unwrap();
+        assert_eq!(ours, "stunet inspect model -f 0 --checkpoint best");
         assert_eq!(rewritten("stunet predict -t 4").unwrap_err().exit_code(), 2);
     }
 }

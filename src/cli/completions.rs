@@ -7,9 +7,11 @@ use stunet::Result;
 use super::{Cli, output};
 
 /// Print the completion script of a shell
-///
-/// For example: stunet completions bash > /etc/bash_completion.d/stunet
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stunet completions bash > /etc/bash_completion.d/stunet
+  stunet completions fish > ~/.config/fish/completions/stunet.fish")]
 pub(super) struct Args {
     /// The shell
     shell: Shell,

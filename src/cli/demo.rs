@@ -17,6 +17,10 @@ use super::{output, system};
 /// Writes ct.nii.gz, truth.nii.gz, segmentation.nii.gz, preview.png, report.json and the model that was used, a tiny
 /// STU-Net for these phantoms. It is of no use for patients.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stunet demo
+  stunet demo --seed 7 -o seven --device cpu --threads 4")]
 pub(super) struct Args {
     /// Folder to write to
     #[arg(short, long, value_name = "FOLDER", default_value = "stunet-demo")]
@@ -44,14 +48,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let folder = &args.output;
     let model = folder.join("model");
     demo::write_model(&model)?;
+    let options = PredictOptions::default();
+    let mut predictor = Predictor::open(&model, &device)?.options(options.clone());
     let (image, truth) = Phantom::new(args.seed).render();
     let paths = ["ct.nii.gz", "truth.nii.gz", "segmentation.nii.gz", "preview.png"].map(|n| folder.join(n));
     let [ct, reference, segmentation, picture] = &paths;
     io::write_image(ct, &image)?;
     io::write_nifti(reference, &truth)?;
 
-    let options = PredictOptions::default();
-    let mut predictor = Predictor::open(&model, &device)?.options(options.clone());
     let mut bar = Bar::new("demo", !args.no_progress, false);
     let prediction = predictor.predict_with(&image, &mut bar)?;
     drop(bar);

@@ -7,6 +7,10 @@ use super::{output, system};
 
 /// Show the processor, threads, memory, and the GPU or why it is not used
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  stunet info
+  stunet info --json")]
 pub(super) struct Args {
     /// Print JSON
     #[arg(long)]

@@ -1,18 +1,22 @@
 //! `stunet predict`.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::ValueEnum;
+use half::f16;
 use stunet::nnunet::cases::{self, Case};
 use stunet::nnunet::lookup::ModelName;
-use stunet::nnunet::model::{Folds, ModelFolder, ModelOptions};
+use stunet::nnunet::model::ModelFolder;
+use stunet::nnunet::plans::Rules;
+use stunet::nnunet::predict::Probabilities;
 use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
 use stunet::preview::{self, PreviewOptions};
 use stunet::{Error, Image, Mode, PredictOptions, Prediction, Predictor, Result, io};
 
-use super::args::{DeviceArgs, bytes, step_size};
+use super::args::{DeviceArgs, ModelArgs, bytes, step_size};
 use super::output::{self, say_error, say_warning};
 use super::progress::{self, Bar};
 use super::system;
@@ -54,12 +58,8 @@ pub(super) struct Args {
     /// With -d: plans
     #[arg(short, long, value_name = "PLANS", default_value = "nnUNetPlans", help_heading = MODEL)]
     plans: String,
-    /// Folds whose networks are averaged: 0 1 .. or all [default: every one found]
-    #[arg(short, long, value_name = "FOLD", num_args = 1.., value_parser = fold, help_heading = MODEL)]
-    folds: Vec<String>,
-    /// Checkpoint in each fold [default: the final one]
-    #[arg(long, value_name = "NAME", help_heading = MODEL)]
-    checkpoint: Option<String>,
+    #[command(flatten)]
+    opening: ModelArgs,
 
     /// Image files, one per channel, or a folder of them
     #[arg(short, long, value_name = "FILE|FOLDER", required = true, num_args = 1..)]
@@ -131,21 +131,36 @@ impl From<ModeChoice> for Mode {
     }
 }
 
-fn fold(s: &str) -> Result<String, String> {
-    let number = !s.is_empty() && s.len() < 4 && s.bytes().all(|b| b.is_ascii_digit());
-    if number || s == "all" { Ok(s.into()) } else { Err("expected a number such as 0, or all".into()) }
-}
-
 /// One case and where its files go.
 struct Job {
     case: Case,
     output: PathBuf,
+    probabilities: Option<PathBuf>,
     preview: Option<PathBuf>,
+}
+
+impl Job {
+    /// Every file that the case writes, the segmentation first.
+    fn outputs(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.output).chain(&self.probabilities).chain(&self.preview)
+    }
+
+    /// Whether nothing is left to do.
+    fn is_complete(&self) -> bool {
+        self.case.is_complete(&self.output) && self.outputs().all(|p| p.is_file())
+    }
+}
+
+/// What there is to do.
+struct Work {
+    jobs: Vec<Job>,
+    /// Files of the input folder that belong to no case.
+    ignored: Vec<PathBuf>,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
-    let jobs = args.jobs()?;
+    let Work { jobs, ignored } = args.work()?;
     let device = args.device.open()?;
     let model = args.model_path()?;
     let options = args.predict_options();
@@ -153,11 +168,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if !args.quiet {
         output::show_library_warnings();
     }
-    let mut predictor = Predictor::open_with(&model, &device, &args.model_options())?.options(options.clone());
+    let opening = args.opening.options();
+    let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
+    predictor.validate()?;
 
     let mut report = if args.report.is_some() || args.json {
-        let files = ModelFolder::open(&model, &args.model_options())?.sources;
-        Some(RunReport::new(ModelRecord::of(&model, &files, predictor.plan())?, &device, &options))
+        let files = ModelFolder::open(&model, &opening)?.sources;
+        let mut report = RunReport::new(ModelRecord::of(&model, &files, predictor.plan())?, &device, &options);
+        report.ignored = ignored.iter().map(|p| p.display().to_string()).collect();
+        Some(report)
     } else {
         None
     };
@@ -166,15 +185,25 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         cases::copy_descriptions(&model, &args.output)?;
     }
     let mut failed = Vec::new();
+    // What ends the run early; the report is written all the same.
+    let mut end = None;
     for (i, job) in jobs.iter().enumerate() {
         let title = format!("{}/{} {}", i + 1, jobs.len(), job.case.name);
         let record = match args.case(&mut predictor, job, &title) {
             Ok(record) => record,
-            Err(e) if !args.is_cohort() || matches!(e, Error::Cancelled) => return Err(e),
+            Err(e @ Error::Cancelled) => {
+                end = Some(e);
+                break;
+            }
             Err(e) => {
-                say_error(&format!("case {}: {e}", job.case.name));
-                failed.push(job.case.name.as_str());
-                CaseRecord::failed(&job.case.name, &e)
+                let record = CaseRecord::failed(&job.case.name, &e);
+                if args.is_cohort() {
+                    say_error(&format!("case {}: {e}", job.case.name));
+                    failed.push(job.case.name.as_str());
+                } else {
+                    end = Some(e);
+                }
+                record
             }
         };
         if let Some(r) = &mut report {
@@ -182,16 +211,17 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     if let Some(r) = &mut report {
+        r.interrupted = matches!(end, Some(Error::Cancelled));
         r.seconds = start.elapsed().as_secs_f64();
         r.peak_process_bytes = system::peak_process_bytes();
-        if let Some(path) = &args.report {
-            r.write(path)?;
+        match (args.publish(r), &end) {
+            (Err(e), None) => return Err(e),
+            (Err(e), Some(_)) => say_error(&e.to_string()),
+            (Ok(()), _) => {}
         }
-        match &args.report {
-            _ if args.json => output::text(&r.to_json()?)?,
-            Some(path) => output::path(path)?,
-            None => {}
-        }
+    }
+    if let Some(e) = end {
+        return Err(e);
     }
     if failed.is_empty() {
         return Ok(ExitCode::SUCCESS);
@@ -201,6 +231,18 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 impl Args {
+    /// Writes the report to its file and prints it, as asked.
+    fn publish(&self, report: &RunReport) -> Result<()> {
+        if let Some(path) = &self.report {
+            report.write(path)?;
+        }
+        match &self.report {
+            _ if self.json => output::text(&report.to_json()?),
+            Some(path) => output::path(path),
+            None => Ok(()),
+        }
+    }
+
     fn is_cohort(&self) -> bool {
         matches!(self.input.as_slice(), [one] if one.is_dir())
     }
@@ -224,17 +266,6 @@ impl Args {
         name.find(Path::new(&results))
     }
 
-    fn model_options(&self) -> ModelOptions {
-        let mut options = ModelOptions::new();
-        if !self.folds.is_empty() {
-            options = options.folds(Folds::Named(self.folds.clone()));
-        }
-        match &self.checkpoint {
-            Some(name) => options.checkpoint(name),
-            None => options,
-        }
-    }
-
     fn predict_options(&self) -> PredictOptions {
         PredictOptions::default()
             .step_size(self.step_size)
@@ -245,33 +276,57 @@ impl Args {
     }
 
     /// What there is to do, checked before anything is loaded.
-    fn jobs(&self) -> Result<Vec<Job>> {
+    fn work(&self) -> Result<Work> {
         for path in &self.input {
             if let Err(e) = std::fs::metadata(path) {
                 return Err(Error::Image { path: path.clone(), field: "file".into(), what: e.to_string() });
             }
         }
-        let jobs = if self.is_cohort() { self.cohort(&self.input[0])? } else { vec![self.single()?] };
-        let inputs: Vec<PathBuf> = jobs.iter().flat_map(|j| &j.case.files).filter_map(|(_, p)| real(p)).collect();
-        let outputs = jobs.iter().flat_map(|j| [Some(&j.output), j.preview.as_ref()]).flatten().chain(&self.report);
-        for path in outputs {
-            if real(path).is_some_and(|p| inputs.contains(&p)) {
-                let what = format!("{}: this output is also an input, which it would overwrite", path.display());
-                return Err(Error::Usage { what });
-            }
-        }
-        for path in self.report.iter().chain(self.preview.iter().filter(|_| !self.is_cohort())) {
+        let work = if self.is_cohort() {
+            self.cohort(&self.input[0])?
+        } else {
+            Work { jobs: vec![self.single()?], ignored: Vec::new() }
+        };
+        self.check_outputs(&work.jobs)?;
+        if let Some(path) = self.preview.as_ref().filter(|_| !self.is_cohort()) {
             check_parent(path)?;
         }
-        Ok(jobs)
+        if let Some(path) = &self.report {
+            let created = [Some(&self.output), self.preview.as_ref()].into_iter().flatten();
+            let folder = real(parent(path));
+            if !(self.is_cohort() && created.map(|p| real(p)).any(|p| p == folder)) {
+                check_parent(path)?;
+            }
+        }
+        Ok(work)
     }
 
-    fn cohort(&self, folder: &Path) -> Result<Vec<Job>> {
+    /// No output may overwrite an input or another output.
+    fn check_outputs(&self, jobs: &[Job]) -> Result<()> {
+        let inputs: HashSet<PathBuf> = jobs.iter().flat_map(|j| &j.case.files).map(|(_, p)| real(p)).collect();
+        let described = ["plans.json", "dataset.json"].map(|n| self.output.join(n));
+        let described = described.iter().filter(|_| self.is_cohort());
+        let mut outputs = HashSet::new();
+        for path in jobs.iter().flat_map(Job::outputs).chain(described).chain(&self.report) {
+            let real = real(path);
+            let complaint = if inputs.contains(&real) {
+                "this output is also an input, which it would overwrite"
+            } else if !outputs.insert(real) {
+                "two outputs have this name, expected one each"
+            } else {
+                continue;
+            };
+            return Err(Error::Usage { what: format!("{}: {complaint}", path.display()) });
+        }
+        Ok(())
+    }
+
+    fn cohort(&self, folder: &Path) -> Result<Work> {
         if self.output.is_file() || cases::stem(&self.output).is_some() {
             let what = format!("{}: the input is a folder, so the output has to be one", self.output.display());
             return Err(Error::Usage { what });
         }
-        if real(folder).is_some() && real(folder) == real(&self.output) {
+        if real(folder) == real(&self.output) {
             let what = format!("{}: the output folder is the input folder", self.output.display());
             return Err(Error::Usage { what });
         }
@@ -282,14 +337,20 @@ impl Args {
         let found = cases::find(folder)?;
         if !self.quiet {
             for path in &found.ignored {
-                say_warning(&format!("{}: not used, no channel number such as _0000", path.display()));
+                say_warning(&format!("{}: not used, expected a name like case_0000.nii.gz", path.display()));
             }
         }
         let jobs = cases::part(found.cases, self.num_parts, self.part_id)?.into_iter().map(|case| {
             let preview = self.preview.as_ref().map(|p| p.join(format!("{}.png", case.name)));
-            Job { output: case.output(&self.output), preview, case }
+            self.job(case.output(&self.output), preview, case)
         });
-        Ok(jobs.collect())
+        Ok(Work { jobs: jobs.collect(), ignored: found.ignored })
+    }
+
+    fn job(&self, output: PathBuf, preview: Option<PathBuf>, case: Case) -> Job {
+        let stem = cases::stem(&output).unwrap_or_default();
+        let probabilities = self.save_probabilities.then(|| output.with_file_name(format!("{stem}.npz")));
+        Job { case, output, probabilities, preview }
     }
 
     fn single(&self) -> Result<Job> {
@@ -302,12 +363,13 @@ impl Args {
         }
         let case = Case::from_files(&self.input)?;
         let output = if self.output.is_dir() { case.output(&self.output) } else { self.output.clone() };
-        if cases::stem(&output).is_none() {
+        let writable = output.to_str().is_some_and(|name| cases::ENDINGS.iter().any(|e| name.ends_with(e)));
+        if !writable || cases::stem(&output).is_none() {
             let what = format!("{}: the output has to end in .nii.gz or .nii, or be a folder", output.display());
             return Err(Error::Usage { what });
         }
         check_parent(&output)?;
-        Ok(Job { case, output, preview: self.preview.clone() })
+        Ok(self.job(output, self.preview.clone(), case))
     }
 
     fn create_folders(&self, jobs: &[Job]) -> Result<()> {
@@ -327,16 +389,16 @@ impl Args {
         if progress::interrupted() {
             return Err(Error::Cancelled);
         }
-        if self.resume && job.case.is_complete(&job.output) {
+        if self.resume && job.is_complete() {
             return Ok(CaseRecord::new(&job.case.name, Outcome::Skipped));
         }
         let mut bar = Bar::new(title, !self.no_progress, self.quiet);
         let begin = Instant::now();
         let image = job.case.read(&predictor.plan().channels)?;
         let read = begin.elapsed().as_secs_f64();
-        let mut prediction = predictor.predict_with(&image, &mut bar)?;
+        let mut prediction = predictor.predict_with(&image, &mut bar).map_err(|e| job.case.name_file(e))?;
         let begin = Instant::now();
-        let written = self.write(job, &image, &prediction)?;
+        let written = self.write(job, &image, &prediction, predictor.plan().rules)?;
         let write = begin.elapsed().as_secs_f64();
         drop(bar);
         if !self.json {
@@ -354,30 +416,44 @@ impl Args {
     }
 
     /// Writes a case's files, the segmentation last: where it is, the others are too.
-    fn write(&self, job: &Job, image: &Image, prediction: &Prediction) -> Result<Vec<PathBuf>> {
-        let mut written = vec![job.output.clone()];
-        if let Some(p) = &prediction.probabilities {
-            let path = job.output.with_file_name(format!("{}.npz", cases::stem(&job.output).unwrap_or_default()));
-            let [z, y, x] = p.shape;
-            io::write_npz(&path, |npz| npz.array("probabilities", &[p.channels, z, y, x], |a| a.push(&p.values)))?;
-            written.push(path);
+    fn write(&self, job: &Job, image: &Image, prediction: &Prediction, rules: Rules) -> Result<Vec<PathBuf>> {
+        if let (Some(p), Some(path)) = (&prediction.probabilities, &job.probabilities) {
+            write_probabilities(path, p, rules)?;
         }
         if let Some(path) = &job.preview {
             let how = PreviewOptions::default().with_title(&job.case.name);
             preview::render(image, &prediction.segmentation, &how)?.write_png(path)?;
-            written.push(path.clone());
         }
         io::write_nifti(&job.output, &prediction.segmentation)?;
-        Ok(written)
+        Ok(job.outputs().cloned().collect())
     }
 }
 
-/// The path behind links, also of a file that is yet to be made.
-fn real(path: &Path) -> Option<PathBuf> {
-    if let Ok(p) = path.canonicalize() {
-        return Some(p);
+/// nnU-Net's names and types: `softmax` in float16 (v1 `save_segmentation_nifti_from_softmax`), `probabilities` in
+/// float32 (v2 `export_prediction_from_logits`).
+fn write_probabilities(path: &Path, p: &Probabilities, rules: Rules) -> Result<()> {
+    let [z, y, x] = p.shape;
+    let shape = [p.channels, z, y, x];
+    io::write_npz(path, |npz| match rules {
+        Rules::NnunetV1 => npz.array("softmax", &shape, |array| {
+            let mut half = Vec::new();
+            p.values.chunks(1 << 16).try_for_each(|values| {
+                half.clear();
+                half.extend(values.iter().map(|&v| f16::from_f32(v)));
+                array.push(&half)
+            })
+        }),
+        _ => npz.array("probabilities", &shape, |array| array.push(&p.values)),
+    })
+}
+
+/// The path behind links, also of a file or folders that are yet to be made.
+fn real(path: &Path) -> PathBuf {
+    match (path.canonicalize(), path.file_name()) {
+        (Ok(real), _) => real,
+        (Err(_), Some(name)) => real(parent(path)).join(name),
+        (Err(_), None) => path.into(),
     }
-    Some(parent(path).canonicalize().ok()?.join(path.file_name()?))
 }
 
 fn parent(path: &Path) -> &Path {

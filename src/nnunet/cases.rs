@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::{Geometry, Image, read_nifti, read_nifti_header, read_segmentation};
 
-/// File name endings of images that can be read, the longer first.
+/// File name endings of images that can be read, in any case of letters, the longer first.
 pub const ENDINGS: [&str; 2] = [".nii.gz", ".nii"];
 
 /// One patient's image files.
@@ -29,7 +29,8 @@ pub struct Case {
 pub struct Found {
     /// Cases by name, in the order nnU-Net goes through them.
     pub cases: Vec<Case>,
-    /// Images whose names carry no channel number: they belong to no case.
+    /// Files that belong to no case: no channel number, another ending, a name that is not UTF-8. Hidden files and
+    /// folders are not listed.
     pub ignored: Vec<PathBuf>,
 }
 
@@ -44,9 +45,9 @@ pub fn find(folder: &Path) -> Result<Found> {
     let mut ignored = Vec::new();
     for entry in entries {
         let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
-        let Some(stem) = stem(&path) else { continue };
-        match split_channel(&stem) {
+        match stem(&path).as_deref().and_then(split_channel) {
             Some((name, channel)) => cases.entry(name.into()).or_default().push((channel, path)),
+            None if is_hidden(&path) || path.is_dir() => {}
             None => ignored.push(path),
         }
     }
@@ -168,7 +169,7 @@ impl Case {
     fn file_of(&self, channel: usize) -> PathBuf {
         let first = self.files.first().map_or(Path::new(""), |(_, p)| p.as_path());
         let name = first.to_string_lossy();
-        let ending = ENDINGS.into_iter().find(|e| name.ends_with(e)).unwrap_or(ENDINGS[0]);
+        let ending = ENDINGS.into_iter().find(|e| without(&name, e).is_some()).unwrap_or(ENDINGS[0]);
         first.with_file_name(format!("{}_{channel:04}{ending}", self.name))
     }
 
@@ -178,14 +179,25 @@ impl Case {
         folder.join(format!("{}.nii.gz", self.name))
     }
 
-    /// Whether `output` already holds a whole segmentation of this case: it decodes to its last byte and has the
-    /// image's shape. A leftover of a killed run is not complete (nnU-Net only asks whether the file exists).
+    /// Whether `output` already holds a whole segmentation of this case: it decodes to its last byte and lies where the
+    /// image lies, voxel for voxel. Neither a leftover of a killed run nor the result of another image of the same name
+    /// is complete (nnU-Net only asks whether the file exists).
     #[must_use]
     pub fn is_complete(&self, output: &Path) -> bool {
-        let shape = |g: &Geometry| g.shape;
         let image = self.files.first().and_then(|(_, p)| read_nifti_header(p).ok());
         let done = read_segmentation(output).ok();
-        matches!((image, done), (Some(i), Some(d)) if shape(&i) == shape(&d.geometry))
+        matches!((image, done), (Some(i), Some(d)) if same_place(&i, &d.geometry))
+    }
+
+    /// What is wrong with an image in memory, said of the file it came from.
+    #[must_use]
+    pub fn name_file(&self, error: Error) -> Error {
+        let Error::Input { what } = error else { return error };
+        let channel = what.strip_prefix("channel ").and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+        let channel: Option<usize> = channel.and_then(|digits| digits.parse().ok());
+        let of_channel = self.files.iter().find(|(c, _)| Some(*c) == channel);
+        let path = of_channel.or(self.files.first()).map_or(Path::new(""), |(_, p)| p.as_path());
+        Error::image(path, "image", what)
     }
 }
 
@@ -193,7 +205,25 @@ impl Case {
 #[must_use]
 pub fn stem(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
-    ENDINGS.iter().find_map(|e| name.strip_suffix(e)).filter(|s| !s.is_empty() && !s.starts_with('.')).map(Into::into)
+    ENDINGS.iter().find_map(|e| without(name, e)).filter(|s| !s.is_empty() && !s.starts_with('.')).map(Into::into)
+}
+
+/// `name` without `ending`, which it may spell with capital letters.
+fn without<'a>(name: &'a str, ending: &str) -> Option<&'a str> {
+    let (stem, end) = name.split_at_checked(name.len().checked_sub(ending.len())?)?;
+    end.eq_ignore_ascii_case(ending).then_some(stem)
+}
+
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."))
+}
+
+/// Equal grids, but for what float32 fields of a header round away.
+fn same_place(a: &Geometry, b: &Geometry) -> bool {
+    let close = |a: &f64, b: &f64| (a - b).abs() <= 1e-5 * a.abs().max(1.0);
+    let affines = a.affine.iter().flatten().zip(b.affine.iter().flatten());
+    let mut numbers = a.spacing_mm.iter().zip(&b.spacing_mm).chain(affines);
+    a.shape == b.shape && numbers.all(|(a, b)| close(a, b))
 }
 
 /// `case_0001` to (`case`, 1).

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 use super::plans::InferencePlan;
@@ -25,6 +25,7 @@ pub const SCHEMA: &str = "stunet-report/1";
 #[non_exhaustive]
 pub struct FileRecord {
     /// Where it is.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Lower-case hexadecimal sha256.
     pub sha256: String,
@@ -171,6 +172,7 @@ impl CaseRecord {
 #[non_exhaustive]
 pub struct ModelRecord {
     /// Folder or file that was opened.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Every file of it with its hash.
     pub files: Vec<FileRecord>,
@@ -242,6 +244,11 @@ pub struct RunReport {
     pub options: OptionsRecord,
     /// Every case, in the order of the work.
     pub cases: Vec<CaseRecord>,
+    /// Files of the input folder that belong to no case; bytes that are not UTF-8 are shown as the replacement
+    /// character.
+    pub ignored: Vec<String>,
+    /// The run was stopped: cases that are not listed were not begun or not finished.
+    pub interrupted: bool,
     /// Wall-clock seconds of the run.
     pub seconds: f64,
     /// Most memory the process held at once, if the system tells.
@@ -260,6 +267,8 @@ impl RunReport {
             device: device.into(),
             options: options.into(),
             cases: Vec::new(),
+            ignored: Vec::new(),
+            interrupted: false,
             seconds: 0.0,
             peak_process_bytes: None,
         }
@@ -289,6 +298,11 @@ impl RunReport {
         text.push('\n');
         Ok(text)
     }
+}
+
+/// A path as JSON can hold it: names of files need not be UTF-8, and no run is to lose its report for that.
+fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
 }
 
 impl ModelRecord {

@@ -13,28 +13,28 @@ fn damaged_files_are_refused() {
     let n = packed.len();
     let cut = |bytes: &[u8], keep: usize| bytes[..keep].to_vec();
     let list: Vec<Bad> = vec![
-        ("empty.nii", vec![], ""),
-        ("empty.nii.gz", vec![], ""),
+        ("empty.nii", vec![], "header"),
+        ("empty.nii.gz", vec![], "header"),
         ("ten_bytes.nii", cut(&good, 10), "header"),
         ("half_a_header.nii", cut(&good, 174), "header"),
-        ("header_only.nii", cut(&good, DATA), ""),
-        ("half.nii", cut(&good, good.len() / 2), ""),
-        ("all_but_a_byte.nii", cut(&good, good.len() - 1), ""),
-        ("half.nii.gz", cut(&packed, n / 2), ""),
-        ("no_trailer.nii.gz", cut(&packed, n - 8), ""),
-        ("half_a_trailer.nii.gz", cut(&packed, n - 4), ""),
-        ("all_but_a_byte.nii.gz", cut(&packed, n - 1), ""),
-        ("wrong_crc.nii.gz", with(packed.clone(), n - 8, &[!packed[n - 8]]), ""),
-        ("wrong_length.nii.gz", with(packed.clone(), n - 4, &[!packed[n - 4]]), ""),
+        ("header_only.nii", cut(&good, DATA), ": file: "),
+        ("half.nii", cut(&good, good.len() / 2), ": file: "),
+        ("all_but_a_byte.nii", cut(&good, good.len() - 1), ": file: "),
+        ("half.nii.gz", cut(&packed, n / 2), "gzip stream"),
+        ("no_trailer.nii.gz", cut(&packed, n - 8), "gzip stream"),
+        ("half_a_trailer.nii.gz", cut(&packed, n - 4), "gzip stream"),
+        ("all_but_a_byte.nii.gz", cut(&packed, n - 1), "gzip stream"),
+        ("wrong_crc.nii.gz", with(packed.clone(), n - 8, &[!packed[n - 8]]), "gzip stream"),
+        ("wrong_length.nii.gz", with(packed.clone(), n - 4, &[!packed[n - 4]]), "gzip stream"),
         (
             "spoilt_body.nii.gz",
             with(packed.clone(), n / 2, &packed[n / 2..n / 2 + 64].iter().map(|b| !b).collect::<Vec<_>>()),
-            "",
+            "gzip stream",
         ),
-        ("gzip_magic_only.nii.gz", vec![0x1f, 0x8b], ""),
+        ("gzip_magic_only.nii.gz", vec![0x1f, 0x8b], "gzip stream"),
         ("text.nii", b"this is a letter, not an image".repeat(30), "NIfTI"),
-        ("picture.nii.gz", [b"\x89PNG\r\n\x1a\n".to_vec(), vec![7; 1000]].concat(), ""),
-        ("packed_text.nii.gz", gzip(&b"nothing to see here ".repeat(60)), ""),
+        ("picture.nii.gz", [b"\x89PNG\r\n\x1a\n".to_vec(), vec![7; 1000]].concat(), "sizeof_hdr"),
+        ("packed_text.nii.gz", gzip(&b"nothing to see here ".repeat(60)), "sizeof_hdr"),
     ];
     refuse(&list);
 }
@@ -48,17 +48,17 @@ fn headers_that_cannot_be_are_refused() {
     let huge = [32767i16; 3].iter().enumerate().fold(good.clone(), |b, (i, n)| with(b, 42 + 2 * i, &n.to_le_bytes()));
     let nifti2 = with(with(vec![0; 2000], 0, &540i32.to_le_bytes()), 4, b"n+2\0\r\n\x1a\n");
     let list: Vec<Bad> = vec![
-        ("size_of_header.nii", with(good.clone(), 0, &349i32.to_le_bytes()), ""),
+        ("size_of_header.nii", with(good.clone(), 0, &349i32.to_le_bytes()), "sizeof_hdr"),
         ("magic.nii", with(good.clone(), 344, b"n+7\0"), "magic"),
-        ("nifti_2.nii", nifti2, ""),
+        ("nifti_2.nii", nifti2, "sizeof_hdr"),
         ("no_axes.nii", dim(0, 0), "dim"),
         ("nine_axes.nii", dim(0, 9), "dim"),
         ("minus_one_axis.nii", dim(0, -1), "dim"),
         ("zero_voxels.nii", dim(1, 0), "dim"),
         ("minus_ten_voxels.nii", dim(2, -10), "dim"),
-        ("one_slice_too_many.nii", dim(3, 11), ""),
-        ("huge.nii", huge.clone(), ""),
-        ("huge.nii.gz", gzip(&huge), ""),
+        ("one_slice_too_many.nii", dim(3, 11), ": file: "),
+        ("huge.nii", huge.clone(), "dim"),
+        ("huge.nii.gz", gzip(&huge), "dim"),
         ("unknown_type.nii", datatype(0), "datatype"),
         ("bits.nii", datatype(1), "datatype"),
         ("complex.nii", datatype(32), "datatype"),
@@ -70,7 +70,7 @@ fn headers_that_cannot_be_are_refused() {
         ("zero_spacing.nii", pixdim(3, 0.0), "pixdim"),
         ("data_in_the_header.nii", with(good.clone(), 108, &100f32.to_le_bytes()), "vox_offset"),
         ("data_nowhere.nii", with(good.clone(), 108, &f32::NAN.to_le_bytes()), "vox_offset"),
-        ("data_behind_the_end.nii", with(good.clone(), 108, &1e9f32.to_le_bytes()), ""),
+        ("data_behind_the_end.nii", with(good.clone(), 108, &1e9f32.to_le_bytes()), "vox_offset"),
         ("data_at_minus_one.nii", with(good.clone(), 108, &(-1f32).to_le_bytes()), "vox_offset"),
     ];
     refuse(&list);
@@ -81,7 +81,7 @@ fn headers_that_cannot_be_are_refused() {
 fn a_gzip_bomb_is_refused() {
     let mut bomb = nifti([12, 11, 10]);
     bomb.resize(bomb.len() + (200 << 20), 0);
-    refuse(&[("bomb.nii.gz", gzip(&bomb), "")]);
+    refuse(&[("bomb.nii.gz", gzip(&bomb), "gzip stream")]);
 }
 
 fn refuse(list: &[Bad]) {
@@ -90,6 +90,28 @@ fn refuse(list: &[Bad]) {
         std::fs::write(bench.path(name), bytes).unwrap();
         bench.refused(name, "model", &[name], 3, &[name, mention]);
     }
+}
+
+/// A whole file whose values no model can use.
+#[test]
+fn voxels_that_cannot_be_are_refused() {
+    let bench = Bench::new();
+    let header = with(with(nifti([12, 11, 10]), 70, &16i16.to_le_bytes()), 72, &32i16.to_le_bytes());
+    let volume = |odd: f32| {
+        let voxels = (0..12 * 11 * 10).map(|i| if i == 700 { odd } else { i as f32 });
+        [header[..DATA].to_vec(), voxels.flat_map(f32::to_le_bytes).collect()].concat()
+    };
+    for (name, odd) in [("nan.nii", f32::NAN), ("infinite.nii", f32::INFINITY)] {
+        std::fs::write(bench.path(name), volume(odd)).unwrap();
+        bench.refused(name, "model", &[name], 3, &[name, "CT", "not finite"]);
+    }
+    // nnU-Net v1 cannot crop an image without a nonzero voxel.
+    crate::common::binary::stunet_in(bench.dir.path(), &["convert", "model", "v1"]).ok();
+    let manifest = std::fs::read_to_string(bench.path("v1/model.json")).unwrap();
+    std::fs::write(bench.path("v1/model.json"), manifest.replace("nnunet_v2", "nnunet_v1")).unwrap();
+    let n = nifti([12, 11, 10]).len() - DATA;
+    std::fs::write(bench.path("zeros.nii"), with(nifti([12, 11, 10]), DATA, &vec![0; n])).unwrap();
+    bench.refused("zeros", "v1", &["zeros.nii"], 3, &["zeros.nii", "every voxel is 0"]);
 }
 
 #[test]

@@ -50,15 +50,16 @@ pub struct Properties {
 /// v2: transpose, crop to the nonzero region, normalise, resample. v1: crop, transpose, NaN to 0, resample, normalise.
 ///
 /// # Errors
-/// [`Error::Usage`], naming the channel, when the image has another number of channels than the plan, values that are
-/// not finite (v1 takes NaN for 0), only zeros (v1), or a spacing that cannot be; [`Error::Unsupported`] for spline
-/// orders other than 0, 1 and 3; [`Error::OutOfMemory`].
+/// [`Error::Input`], naming the channel, when the image has another number of channels than the plan, values that are
+/// not finite (v1 takes NaN for 0) or too large to be normalised, only zeros (v1), or a spacing that cannot be;
+/// [`Error::Usage`] for a plan whose parts do not fit each other; [`Error::Unsupported`] for spline orders other than 0,
+/// 1 and 3; [`Error::OutOfMemory`].
 pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
     let (found, expected) = (image.channels.len(), plan.channels.len());
     if found != expected {
         let names: Vec<&str> = plan.channels.iter().map(|c| c.name.as_str()).collect();
-        let what = format!("the model expects {expected} channels ({}), the image has {found}", names.join(", "));
-        return Err(Error::usage(what));
+        let what = format!("{found} channels, the model expects {expected} ({})", names.join(", "));
+        return Err(Error::input(what));
     }
     check_transpose(plan)?;
     let whole = View::whole(image.geometry.shape).transposed(plan.transpose_forward);
@@ -69,7 +70,7 @@ pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
         (Some(bbox), _) => bbox,
         (None, Rules::NnunetV2) => whole.shape.map(|n| [0, n]),
         (None, Rules::NnunetV1) => {
-            return Err(Error::usage("every voxel of the image is 0: there is nothing to segment"));
+            return Err(Error::input("every voxel is 0: there is nothing to segment"));
         }
     };
     let view = whole.cropped(bbox);
@@ -226,7 +227,7 @@ fn check_values(plan: &InferencePlan, scan: &Scan) -> Result<()> {
         let nan = if plan.rules == Rules::NnunetV1 { 0 } else { scan.nan[number] };
         let odd = nan + scan.infinite[number];
         if odd > 0 {
-            return Err(Error::usage(format!(
+            return Err(Error::input(format!(
                 "channel {number} ({}): {odd} voxels are not finite numbers",
                 channel.name
             )));

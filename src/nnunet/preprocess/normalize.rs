@@ -97,7 +97,7 @@ fn total(values: &[f32], f: impl Fn(f32) -> f64) -> f64 {
 /// The map that normalises channel `number`, whose values `source` gives.
 ///
 /// # Errors
-/// [`Error::Usage`] where the plan lacks what the scheme needs or the values do not fit it.
+/// [`Error::Usage`] where the plan lacks what the scheme needs, [`Error::Input`] where the values do not fit it.
 pub(crate) fn map<R: Rows + ?Sized>(
     rules: Rules,
     number: usize,
@@ -130,10 +130,9 @@ pub(crate) fn map<R: Rows + ?Sized>(
             Some((.., lo, hi)) => Map { clip: None, shift: lo, scale: (hi - lo).max(TINY as f32) },
         }),
         Normalization::RgbTo01 => match statistics(source, None) {
-            Some((.., lo, hi)) if lo < 0.0 || hi > 255.0 => Err(Error::usage(format!(
-                "{}: RGB normalisation expects values from 0 to 255, the image has {lo} to {hi}",
-                name()
-            ))),
+            Some((.., lo, hi)) if lo < 0.0 || hi > 255.0 => {
+                Err(Error::input(format!("{}: values from {lo} to {hi}, RGB normalisation expects 0 to 255", name())))
+            }
             _ => Ok(Map { clip: None, shift: 0.0, scale: 255.0 }),
         },
     }

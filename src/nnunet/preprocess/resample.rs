@@ -116,17 +116,17 @@ pub(crate) fn zeros<T: Clone + Default>(n: usize, what: &str) -> Result<Vec<T>> 
 /// (nnU-Net `compute_new_shape`).
 ///
 /// # Errors
-/// [`Error::Usage`] for spacings that are not positive, and when an axis would vanish or the volume explode.
+/// [`Error::Input`] for spacings that are not positive, and when an axis would vanish or the volume explode.
 pub(crate) fn new_shape(shape: [usize; 3], old: [f64; 3], new: [f64; 3]) -> Result<[usize; 3]> {
     if let Some(s) = old.iter().chain(&new).find(|s| !(s.is_finite() && **s > 0.0)) {
-        return Err(Error::usage(format!("a voxel spacing of {s} mm was found, a positive number is expected")));
+        return Err(Error::input(format!("a voxel spacing of {s} mm was found, a positive number is expected")));
     }
     let mut out = [0; 3];
     for k in 0..3 {
         let n = (old[k] / new[k] * shape[k] as f64).round_ties_even();
         if n < 1.0 {
-            return Err(Error::usage(format!(
-                "the image is too thin: {} voxels of {} mm along an axis are none at the model's {} mm",
+            return Err(Error::input(format!(
+                "too thin: {} voxels of {} mm along an axis are none at the model's {} mm",
                 shape[k], old[k], new[k]
             )));
         }
@@ -134,8 +134,8 @@ pub(crate) fn new_shape(shape: [usize; 3], old: [f64; 3], new: [f64; 3]) -> Resu
     }
     match out.iter().try_fold(1usize, |n, &s| n.checked_mul(s)) {
         Some(n) if n <= MAX_VOXELS => Ok(out),
-        _ => Err(Error::usage(format!(
-            "the image would have {out:?} voxels at the model's spacing of {new:?} mm; its own spacing, {old:?} mm, \
+        _ => Err(Error::input(format!(
+            "it would have {out:?} voxels at the model's spacing of {new:?} mm; its own spacing, {old:?} mm, \
              must be wrong"
         ))),
     }
