@@ -17,7 +17,7 @@ use self::scores::Stored;
 use self::sweep::{Gather, Sweep, SweepPlan};
 use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
-use super::postprocess::keep_largest_component;
+use super::postprocess::keep_largest_components;
 use super::preprocess::{Preprocessed, preprocess};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
@@ -267,9 +267,7 @@ impl Predictor {
             Mode::Fast => (export.labels_fast(&mut sweep, 1)?, None),
             Mode::Fastest => (export.labels_fast(&mut sweep, 0)?, None),
         };
-        for &label in &self.plan.keep_largest {
-            keep_largest_component(&mut labels, image.geometry.shape, label);
-        }
+        keep_largest_components(&mut labels, image.geometry.shape, &self.plan.keep_largest);
         let network = sweep.network_seconds();
         let total = clock.elapsed().as_secs_f64();
         let seconds =
