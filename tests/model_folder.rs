@@ -35,6 +35,12 @@ fn bits(m: &ModelFolder) -> Vec<(String, String, Vec<u32>)> {
     out
 }
 
+/// The value at a text key of a dictionary.
+fn entry<'a>(v: &'a mut Py, key: &str) -> &'a mut Py {
+    let Py::Dict(items) = v else { panic!("no dictionary") };
+    &mut items.iter_mut().find(|(k, _)| matches!(k, Py::Str(k) if k == key)).expect(key).1
+}
+
 fn named(folds: &[&str]) -> ModelOptions {
     ModelOptions::new().folds(Folds::Named(folds.iter().map(|f| f.to_string()).collect()))
 }
@@ -122,9 +128,92 @@ fn v1_stages() {
     std::fs::write(&pkl, pickle(&v1_info(3, Py::None))).unwrap();
     open(&folder);
     std::fs::write(&pkl, pickle(&v1_info(3, Py::Int(1)))).unwrap();
-    assert!(matches!(refusal(&folder), Error::Unsupported { .. }));
+    assert!(refusal(&folder).to_string().contains("no stage 1"));
+    // Two stages: the one that the trainer names, whichever it is, and never a guess.
+    let two = |stage: Py| {
+        let mut info = v1_info(3, stage);
+        let stages = entry(entry(&mut info, "plans"), "plans_per_stage");
+        let Py::Dict(list) = stages else { panic!("stages are a dictionary") };
+        let (_, Py::Dict(first)) = &list[0] else { panic!("a stage is a dictionary") };
+        let mut second = first.clone();
+        second.retain(|(k, _)| !matches!(k, Py::Str(k) if k == "current_spacing"));
+        second.push((s("current_spacing"), Py::Tuple(vec![Py::Float(0.75); 3])));
+        list.push((Py::Int(1), Py::Dict(second)));
+        std::fs::write(&pkl, pickle(&info)).unwrap();
+    };
+    for (stage, spacing, name) in [(0, 1.5, "3d_lowres"), (1, 0.75, "3d_fullres")] {
+        two(Py::Int(stage));
+        let plan = open(&folder).plan;
+        assert_eq!((plan.spacing_mm, plan.configuration.as_str()), ([spacing; 3], name));
+    }
+    two(Py::None);
+    assert!(refusal(&folder).to_string().contains("init[5]"));
     std::fs::remove_file(&pkl).unwrap();
     assert!(refusal(&folder).to_string().contains("x.model.pkl"));
+}
+
+#[test]
+fn v1_trainers_and_their_parameters() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = v1_folder(dir.path(), "fold_0", "x", 3);
+    let with = |change: &dyn Fn(&mut Py)| {
+        let mut info = v1_info(3, Py::Int(0));
+        change(&mut info);
+        std::fs::write(folder.join("fold_0/x.model.pkl"), pickle(&info)).unwrap();
+    };
+    with(&|info| *entry(info, "name") = s("nnUNetTrainerV2_noMirroring"));
+    assert_eq!(open(&folder).plan.mirror_axes, [0; 0]);
+    with(&|info| *entry(info, "name") = s("nnUNetTrainerV2CascadeFullRes"));
+    assert!(refusal(&folder).to_string().contains("3d_lowres"));
+    with(&|info| {
+        let Py::Dict(plans) = entry(info, "plans") else { panic!("plans are a dictionary") };
+        let params = [
+            ("force_separate_z", Py::Bool(true)),
+            ("interpolation_order", Py::Int(3)),
+            ("interpolation_order_z", Py::Int(1)),
+        ];
+        plans.push((s("segmentation_export_params"), dict(params)));
+    });
+    let rule = open(&folder).plan.resampling_probabilities;
+    assert_eq!((rule.order, rule.order_z, rule.force_separate_z), (3, 1, Some(true)));
+    with(&|info| {
+        let Py::Dict(stages) = entry(entry(info, "plans"), "plans_per_stage") else { panic!("a dictionary") };
+        *entry(&mut stages[0].1, "patch_size") = ints(&[32, 32]);
+        *entry(&mut stages[0].1, "pool_op_kernel_sizes") = Py::List(vec![ints(&[2, 2])]);
+    });
+    assert!(refusal(&folder).to_string().contains("2D"));
+}
+
+#[test]
+fn published_names_need_the_published_signature() {
+    let names = |trainer: &str, task: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = v1_folder(dir.path(), "fold_0", "x", 105);
+        let mut info = v1_info(105, Py::Int(0));
+        *entry(&mut info, "name") = s(trainer);
+        std::fs::write(folder.join("fold_0/x.model.pkl"), pickle(&info)).unwrap();
+        let task = dir.path().join(task);
+        std::fs::rename(dir.path().join("Task001_Tiny"), &task).unwrap();
+        open(&task.join(folder.file_name().unwrap())).plan.labels[39].1.clone()
+    };
+    assert_eq!(names("STUNetTrainer_small", "Task101_TotalSegmentator"), "liver");
+    assert_eq!(names("STUNetTrainer_huge", "bare"), "liver");
+    assert_eq!(names("STUNetTrainer_small", "Task001_Tiny"), "label_40");
+    assert_eq!(names("STUNetTrainer_small_ft", "Task101_TotalSegmentator"), "label_40");
+    assert_eq!(names("nnUNetTrainerV2", "Task101_TotalSegmentator"), "label_40");
+}
+
+#[test]
+fn a_checkpoint_file_is_one_fold() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = v2_folder(dir.path(), &["fold_2"], 1, 3).join("fold_2/checkpoint_final.pth");
+    for good in [named(&["2"]), ModelOptions::new().checkpoint("checkpoint_final")] {
+        ModelFolder::open(&file, &good).unwrap();
+    }
+    for bad in [named(&["0"]), named(&["2", "0"]), ModelOptions::new().checkpoint("checkpoint_best")] {
+        let e = ModelFolder::open(&file, &bad).map(|m| m.kind).unwrap_err();
+        assert!(matches!(e, Error::Usage { .. }), "{e}");
+    }
 }
 
 #[test]
@@ -209,7 +298,7 @@ fn v2_plans_are_checked() {
     let folder = v2_folder(dir.path(), &["fold_0"], 2, 3);
     // (expected in the message, change of plans.json, change of dataset.json)
     type Change = fn(&mut Value, &mut Value);
-    let cases: [(&str, Change); 26] = [
+    let cases: [(&str, Change); 32] = [
         ("configurations", |p, _| *p = json!({})),
         ("plans.json: JSON", |p, _| *p = Value::Null),
         ("no configuration \"3d_fullres\"", |p, _| p["configurations"] = json!({"2d": {}})),
@@ -229,6 +318,23 @@ fn v2_plans_are_checked() {
         }),
         ("resample_torch", |p, _| p["configurations"]["3d_fullres"]["resampling_fn_data"] = json!("resample_torch")),
         ("order", |p, _| p["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"]["order"] = json!(2)),
+        ("separate_z_anisotropy_threshold", |p, _| {
+            let kwargs = &mut p["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"];
+            kwargs["separate_z_anisotropy_threshold"] = json!(5);
+        }),
+        ("is_seg", |p, _| p["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"]["is_seg"] = json!(true)),
+        ("patch_size", |p, _| p["configurations"]["3d_fullres"]["patch_size"] = json!([4096, 4096, 4096])),
+        ("spacing", |p, _| p["configurations"]["3d_fullres"]["spacing"] = json!([1.0, 0.001, 1.0])),
+        ("intensity", |p, _| {
+            p["configurations"]["3d_fullres"]["normalization_schemes"][0] = json!("CTNormalization");
+            p["foreground_intensity_properties_per_channel"] =
+                json!({"0": {"mean": 1e300, "std": 2, "percentile_00_5": 0, "percentile_99_5": 1}});
+        }),
+        ("intensity", |p, _| {
+            p["configurations"]["3d_fullres"]["normalization_schemes"][0] = json!("CTNormalization");
+            p["foreground_intensity_properties_per_channel"] =
+                json!({"0": {"mean": 0, "std": 0, "percentile_00_5": 0, "percentile_99_5": 1e35}});
+        }),
         ("strides", |p, _| p["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = json!({})),
         ("strides", |p, _| {
             p["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"][1] = json!([3, 1, 1])
@@ -278,6 +384,12 @@ fn v2_plans_of_every_form() {
     conf.insert("median_image_size_in_voxels".into(), json!(["@NaN"]));
     old["configurations"] = json!({"base": conf, "3d_fullres": {"inherits_from": "base", "spacing": [1.5, 1.5, 1.5]}});
     assert_eq!(with(&old, &dataset), plain);
+
+    // A key that is absent has the default of nnU-Net's function, which is not null.
+    assert_eq!(plain.resampling_data.force_separate_z, None);
+    let mut absent = plans.clone();
+    absent["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"] = json!({"is_seg": false, "order": 3});
+    assert_eq!(with(&absent, &dataset).resampling_data.force_separate_z, Some(false));
 
     // Four poolings are padded, six are cut.
     let mut four = plans.clone();
@@ -397,6 +509,9 @@ fn golden_published_v1_plans() {
     for size in ["small", "base", "large", "huge"] {
         let dir = tempfile::tempdir().unwrap();
         let folder = v1_folder(dir.path(), "fold_0", &format!("{size}_ep4k"), 105);
+        let task = dir.path().join("Task101_TotalSegmentator");
+        std::fs::rename(dir.path().join("Task001_Tiny"), &task).unwrap();
+        let folder = task.join(folder.file_name().unwrap());
         let pkl = format!("{size}_ep4k.model.pkl");
         std::fs::copy(root.join(&pkl), folder.join("fold_0").join(&pkl)).unwrap();
         let m = open(&folder);

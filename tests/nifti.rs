@@ -8,7 +8,9 @@ use files::{Nii, gz, warnings_of};
 use proptest::prelude::*;
 use stunet::Error;
 use stunet::io::{Geometry, Image, LabelData, Segmentation};
-use stunet::io::{read_nifti, read_nifti_header, read_segmentation, write_image, write_nifti};
+use stunet::io::{
+    ReadOptions, read_nifti, read_nifti_header, read_nifti_with, read_segmentation, write_image, write_nifti,
+};
 use tempfile::tempdir;
 
 fn labels(geometry: Geometry) -> Segmentation {
@@ -144,6 +146,19 @@ fn channels_come_from_files_or_from_the_fourth_axis() {
     assert!(f.read("time.nii").unwrap_err().to_string().contains("dim"));
 
     assert!(matches!(read_nifti(&[""; 0]), Err(Error::Usage { .. })));
+}
+
+#[test]
+fn what_is_larger_than_the_limit_is_refused_by_its_header() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.nii");
+    let image = Image::new(vec![vec![1.0; 24]; 2], Geometry::new([2, 3, 4], [1.0; 3])).unwrap();
+    write_image(&path, &image).unwrap();
+    let with = |bytes| read_nifti_with(&[&path], &ReadOptions::default().max_bytes(bytes));
+    assert_eq!(with(192).unwrap().channels.len(), 2);
+    let e = with(191).unwrap_err();
+    assert_eq!(e.exit_code(), 3);
+    assert!(e.to_string().contains("192 bytes") && e.to_string().contains("limit is 191"), "{e}");
 }
 
 #[test]

@@ -176,6 +176,21 @@ fn values_that_are_no_numbers() {
 }
 
 #[test]
+fn values_too_far_apart_for_f32_are_refused() {
+    let mut values = vec![0.5; 27];
+    (values[0], values[1]) = (-3e38, 3e38);
+    for scheme in ["rescale_to01", "z_score"] {
+        let plan = plan("nnunet_v2", json!([channel(scheme, false)]), [0, 1, 2]);
+        match preprocess(&image(vec![values.clone()], [3; 3]), &plan) {
+            Ok(done) => assert!(done.data.iter().all(|v| v.is_finite()), "{scheme}"),
+            Err(e) => assert!(matches!(e, Error::Input { .. }) && e.to_string().contains("too far apart"), "{e}"),
+        }
+    }
+    let plan = plan("nnunet_v2", json!([channel("rescale_to01", false)]), [0, 1, 2]);
+    assert!(preprocess(&image(vec![values], [3; 3]), &plan).is_err());
+}
+
+#[test]
 fn errors_name_what_was_expected() {
     let two = plan("nnunet_v2", json!([channel("none", false), channel("none", false)]), [0, 1, 2]);
     let error = preprocess(&image(vec![vec![1.0; 27]], [3; 3]), &two).unwrap_err();

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use stunet::io::weights::Weights;
+use stunet::nnunet::model::{ModelFolder, ModelOptions};
 use stunet::tensor::DType;
 
 use crate::common::nnunet::Model;
@@ -291,3 +292,25 @@ fn golden_pth_values_match_pytorch() {
 const PLAIN: (usize, f64) = (240, 22865.395662);
 const RESENC: (usize, f64) = (740, 91344.940153);
 const STUNET: (usize, f64) = (130, 4562.286534);
+
+/// One long text that many scalars refer to: hours of decoding, were it not counted first.
+#[test]
+fn texts_that_are_decoded_again_and_again_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = v1_folder(dir.path(), "fold_0", "x", 3);
+    // The last letter is beyond latin1, so that every decoding fails at its end.
+    let mut text = "a".repeat(1 << 21).into_bytes();
+    text.extend("\u{100}".as_bytes());
+    let mut bytes = b"\x80\x02](c_codecs\nencode\nX".to_vec();
+    bytes.extend((text.len() as u32).to_le_bytes());
+    bytes.extend(&text);
+    bytes.extend(b"X\x06\x00\x00\x00latin1\x86Rq\x00");
+    bytes.extend(b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00f8\x85Rh\x00\x86Rq\x01");
+    bytes.extend(b"h\x01".repeat(200_000));
+    bytes.extend(b"e.");
+    std::fs::write(folder.join("fold_0/x.model.pkl"), bytes).unwrap();
+    let clock = std::time::Instant::now();
+    let e = ModelFolder::open(&folder, &ModelOptions::new()).map(|m| m.kind).unwrap_err().to_string();
+    assert!(e.contains("too large"), "{e}");
+    assert!(clock.elapsed().as_secs() < 20, "{:?}", clock.elapsed());
+}

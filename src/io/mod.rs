@@ -8,5 +8,7 @@ pub(crate) mod pth;
 pub mod weights;
 
 pub use image::{Geometry, Image, LabelData, Segmentation};
-pub use nifti::{read_nifti, read_nifti_header, read_segmentation, write_image, write_nifti};
+pub use nifti::{
+    ReadOptions, read_nifti, read_nifti_header, read_nifti_with, read_segmentation, write_image, write_nifti,
+};
 pub use npz::write_npz;

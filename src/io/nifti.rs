@@ -29,6 +29,30 @@ const MAX_TRAILING: u64 = 64 << 20;
 /// Voxels are streamed by planes up to this size, else by rows.
 const PLANE: usize = 4 << 20;
 
+/// Limits of reading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReadOptions {
+    /// Most bytes that the voxels of one file may take in memory, as f32 and all channels together. Compared with the
+    /// header before any memory is taken. 8 GiB by default.
+    pub max_bytes: u64,
+}
+
+impl Default for ReadOptions {
+    fn default() -> Self {
+        Self { max_bytes: 8 << 30 }
+    }
+}
+
+impl ReadOptions {
+    /// With this limit in bytes.
+    #[must_use]
+    pub fn max_bytes(mut self, max_bytes: u64) -> Self {
+        self.max_bytes = max_bytes;
+        self
+    }
+}
+
 /// Reads an image of one or more channels: one file per channel in order, or a 4-D file (or a 5-D file of vectors) with
 /// all of them. `.nii`, `.nii.gz` and `.hdr` with its `.img` are told apart by their content; a 2-D file gets one slice.
 ///
@@ -41,20 +65,28 @@ const PLANE: usize = 4 << 20;
 /// origin or direction is a warning.
 ///
 /// # Errors
-/// [`Error::Image`] naming file and field when a file is truncated, damaged, too large (more than 2^32 voxels), not
+/// [`Error::Image`] naming file and field when a file is truncated, damaged, too large (see [`ReadOptions`]), not
 /// NIfTI-1 or does not match the first; [`Error::Io`]; [`Error::Usage`] without a file.
 pub fn read_nifti(paths: &[impl AsRef<Path>]) -> Result<Image> {
+    read_nifti_with(paths, &ReadOptions::default())
+}
+
+/// As [`read_nifti`], within other limits.
+///
+/// # Errors
+/// Those of [`read_nifti`].
+pub fn read_nifti_with(paths: &[impl AsRef<Path>], options: &ReadOptions) -> Result<Image> {
     let Some((first, others)) = paths.split_first() else {
         return Err(Error::usage("no image file given, expected one per channel"));
     };
-    let (mut channels, geometry) = read_file(first.as_ref())?;
+    let (mut channels, geometry) = read_file(first.as_ref(), options)?;
     let per_file = channels.len();
     for path in others {
         let path = path.as_ref();
         // The header first: a file that does not match is refused before its voxels are read.
         let (_, header) = open(path)?;
         matches(path, &header, first.as_ref(), &geometry, per_file)?;
-        channels.extend(read_file(path)?.0);
+        channels.extend(read_file(path, options)?.0);
     }
     Image::new(channels, geometry)
 }
@@ -78,7 +110,7 @@ pub fn read_nifti_header(path: impl AsRef<Path>) -> Result<Geometry> {
 /// Those of [`read_nifti`], and [`Error::Image`] naming the first voxel that is no label.
 pub fn read_segmentation(path: impl AsRef<Path>) -> Result<Segmentation> {
     let path = path.as_ref();
-    let (channels, geometry) = read_file(path)?;
+    let (channels, geometry) = read_file(path, &ReadOptions::default())?;
     let [voxels] = channels.as_slice() else {
         let what = format!("{} channels, expected 1 for a label map", channels.len());
         return Err(Error::image(path, "dim", what));
@@ -143,8 +175,15 @@ fn too_short(path: &Path, header: &Header, source: &Source, expected: u64) -> Er
 }
 
 /// All channels of one file.
-fn read_file(path: &Path) -> Result<(Vec<Vec<f32>>, Geometry)> {
+fn read_file(path: &Path, options: &ReadOptions) -> Result<(Vec<Vec<f32>>, Geometry)> {
     let (source, header) = open(path)?;
+    let bytes = (header.geometry.len() as u64).saturating_mul(4 * header.channels as u64);
+    if bytes > options.max_bytes {
+        let [z, y, x] = header.geometry.shape;
+        let (c, limit) = (header.channels, options.max_bytes);
+        let what = format!("{x} x {y} x {z} x {c} voxels are {bytes} bytes as f32, the limit is {limit} (max_bytes)");
+        return Err(Error::image(path, "dim", what));
+    }
     warn(path, &header);
     if !header.pair {
         let channels = read_voxels(path, source, &header, HEADER_LEN as u64)?;

@@ -127,7 +127,7 @@ impl StuNetConfig {
 
     /// Voxels of each of the six stages for a patch of `patch` voxels.
     fn voxels(&self, patch: [usize; 3]) -> [usize; 6] {
-        let mut v = [patch.iter().product::<usize>(); 6];
+        let mut v = [patch.iter().fold(1, |n: usize, &p| n.saturating_mul(p)); 6];
         for s in 0..5 {
             v[s + 1] = v[s] / self.strides[s].iter().product::<usize>().max(1);
         }
@@ -135,21 +135,30 @@ impl StuNetConfig {
     }
 
     /// Multiply-accumulates of one forward pass over a patch (z, y, x), full-resolution head only. The 1x1x1
-    /// convolutions before upsampling are counted at the resolution they run at: before it.
+    /// convolutions before upsampling are counted at the resolution they run at: before it. Sizes too large to count
+    /// give `u64::MAX`.
     #[must_use]
     pub fn macs(&self, patch: [usize; 3]) -> u64 {
         let voxels = self.voxels(patch);
+        let product = |sizes: &[usize]| sizes.iter().fold(1u64, |n, &s| n.saturating_mul(s as u64));
         let stage = |blocks: usize, first_in: usize, w: usize, v: usize| {
-            ((first_in * w * 28 + w * w * 27 + (blocks - 1) * w * w * 54) * v) as u64
+            product(&[first_in, w, 28, v]).saturating_add(product(&[w, w, 27, v])).saturating_add(product(&[
+                blocks - 1,
+                w,
+                w,
+                54,
+                v,
+            ]))
         };
-        let mut total = 0;
+        let mut total = 0u64;
         for (k, (_, blocks, first_in, w)) in self.stages().into_iter().enumerate() {
-            total += stage(blocks.max(1), first_in, w, voxels[if k < 6 { k } else { 10 - k }]);
+            let macs = stage(blocks.max(1), first_in, w, voxels[if k < 6 { k } else { 10 - k }]);
+            total = total.saturating_add(macs);
         }
         for u in 0..5 {
-            total += (self.dims[5 - u] * self.dims[4 - u] * voxels[5 - u]) as u64;
+            total = total.saturating_add(product(&[self.dims[5 - u], self.dims[4 - u], voxels[5 - u]]));
         }
-        total + (self.dims[0] * self.classes * voxels[0]) as u64
+        total.saturating_add(product(&[self.dims[0], self.classes, voxels[0]]))
     }
 
     /// Bytes of tensors at the peak of a forward pass that ends in the last features, input included. Follows the

@@ -133,6 +133,9 @@ pub struct InferencePlan {
 /// Larger than any patch that fits a machine; keeps products of sizes far from overflow.
 const MAX_PATCH: usize = 4096;
 
+/// The largest patches in use have some 10^7 voxels; a channel of features with this many takes 1 GiB.
+const MAX_PATCH_VOXELS: usize = 1 << 28;
+
 impl InferencePlan {
     /// Checks that the parts fit each other, whatever file they came from.
     pub(crate) fn validate(&self, file: &Path) -> Result<()> {
@@ -147,7 +150,11 @@ impl InferencePlan {
                 }
                 continue;
             };
-            if ![i.mean, i.std, i.percentile_00_5, i.percentile_99_5].iter().all(|v| v.is_finite())
+            // Finite in f32, in which the voxels are normalised.
+            let [mean, lo, hi] = [i.mean, i.percentile_00_5, i.percentile_99_5].map(|v| v as f32);
+            let std = i.std.max(1e-8) as f32;
+            if ![mean, std, (lo - mean) / std, (hi - mean) / std].iter().all(|v| v.is_finite())
+                || !i.std.is_finite()
                 || i.std < 0.0
                 || i.percentile_00_5 > i.percentile_99_5
             {
@@ -166,8 +173,8 @@ impl InferencePlan {
             let (f, b) = (self.transpose_forward, self.transpose_backward);
             return bad("transpose_backward", format!("{b:?}, expected the inverse of transpose_forward {f:?}"));
         }
-        if self.spacing_mm.iter().any(|s| !(s.is_finite() && (1e-4..=1e4).contains(s))) {
-            return bad("spacing", format!("{:?}, expected three positive lengths in mm", self.spacing_mm));
+        if self.spacing_mm.iter().any(|s| !(s.is_finite() && (1e-2..=1e3).contains(s))) {
+            return bad("spacing", format!("{:?}, expected three lengths from 0.01 to 1000 mm", self.spacing_mm));
         }
         if self.strides.iter().flatten().any(|s| !matches!(s, 1 | 2)) {
             return Err(Error::unsupported(format!("strides {:?} of {}: only 1 and 2", self.strides, file.display())));
@@ -179,6 +186,10 @@ impl InferencePlan {
                     format!("{:?}, expected multiples of the strides' product {pooled} up to {MAX_PATCH}", self.patch);
                 return bad("patch_size", what);
             }
+        }
+        // At most MAX_PATCH each: no overflow.
+        if self.patch.iter().product::<usize>() > MAX_PATCH_VOXELS {
+            return bad("patch_size", format!("{:?}, expected at most {MAX_PATCH_VOXELS} voxels", self.patch));
         }
         if self.mirror_axes.iter().enumerate().any(|(i, a)| *a > 2 || self.mirror_axes[..i].contains(a)) {
             return bad("mirror_axes", format!("{:?}, expected different axes of 0, 1, 2", self.mirror_axes));

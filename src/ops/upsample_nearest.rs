@@ -25,7 +25,8 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&st
         return Ok(x);
     }
     let x = blocked("upsample_nearest", x.into_value())?;
-    let dims = Dims::from([n, c, d * factor[0], h * factor[1], w * factor[2]]);
+    let dims =
+        Dims::from([n, c, d.saturating_mul(factor[0]), h.saturating_mul(factor[1]), w.saturating_mul(factor[2])]);
     let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     let p = Problem { space: [d, h, w], factor };
     let to = memory("upsample_nearest", &mut out)?;

@@ -15,6 +15,11 @@ pub(super) struct Line([f32; 16]);
 /// From this size on, memory is mapped by itself, so that huge pages can back it and it goes back when freed.
 const MAP_FROM: usize = 1 << 20;
 
+/// Memory that the system, not a limit of ours, refuses.
+fn refused(what: String, asked: usize) -> Error {
+    Error::OutOfMemory { what, asked, in_use: 0, limit: isize::MAX as usize }
+}
+
 /// Owned memory, zero when fresh.
 pub(super) enum Memory {
     Small(Vec<Line>),
@@ -26,8 +31,7 @@ impl Memory {
         if bytes < MAP_FROM {
             return Ok(Memory::Small(vec![Line([0.0; 16]); bytes.div_ceil(64)]));
         }
-        let map =
-            MmapMut::map_anon(bytes).map_err(|e| Error::Device { what: format!("cannot map {bytes} bytes: {e}") })?;
+        let map = MmapMut::map_anon(bytes).map_err(|e| refused(format!("a tensor ({e})"), bytes))?;
         // First touch by 4 KiB pages costs up to half of a memory-bound pass. Advice only: a refusal is harmless.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -65,7 +69,18 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     pub(super) fn new(len: usize, pool: &Arc<Pool>) -> Result<Self> {
-        Ok(Self { memory: Some(pool.take(len * 4)?), len, pool: pool.clone() })
+        // No object is larger than isize::MAX bytes; the margin leaves room for rounding up.
+        let bytes = len.saturating_mul(4);
+        let memory =
+            if bytes > isize::MAX as usize - 64 { Err(refused("a tensor".into(), bytes)) } else { pool.take(bytes) };
+        let memory = memory.map_err(|e| match e {
+            // Only the pool knows what is in use.
+            Error::OutOfMemory { what, asked, in_use: 0, limit } => {
+                Error::OutOfMemory { what, asked, in_use: pool.report().in_use, limit }
+            }
+            e => e,
+        })?;
+        Ok(Self { memory: Some(memory), len, pool: pool.clone() })
     }
 
     pub(crate) fn as_slice(&self) -> &[f32] {

@@ -16,10 +16,10 @@ impl Dims {
         &self.size[..usize::from(self.rank)]
     }
 
-    /// Number of elements.
+    /// Number of elements; `usize::MAX`, which no memory has, where that is more.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.as_slice().iter().product()
+        product(self.as_slice())
     }
 
     /// True when some size is zero.
@@ -41,6 +41,11 @@ impl Dims {
     }
 }
 
+/// Product of sizes, saturating. One size of zero makes it zero, wherever it stands.
+pub(super) fn product(sizes: &[usize]) -> usize {
+    if sizes.contains(&0) { 0 } else { sizes.iter().fold(1, |n: usize, &s| n.saturating_mul(s)) }
+}
+
 impl<const N: usize> From<[usize; N]> for Dims {
     /// # Panics
     /// When `N` is greater than 5 (at compile time in practice: `N` is a constant of the calling code).
@@ -55,5 +60,24 @@ impl<const N: usize> From<[usize; N]> for Dims {
 impl fmt::Debug for Dims {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::{Device, Layout, Tensor};
+
+    #[test]
+    fn a_product_that_overflows_is_never_small() {
+        let dims = Dims::from([1, 16, 1 << 62, 4, 1]);
+        assert_eq!((dims.len(), Layout::BLOCKED.len(&dims)), (usize::MAX, usize::MAX));
+        assert_eq!(Dims::from([usize::MAX, usize::MAX, 0]).len(), 0);
+        assert_eq!(Layout::BLOCKED.padded(usize::MAX), usize::MAX);
+        assert!(Tensor::from_host(&[], dims, &Device::cpu()).is_err());
+        for dims in [dims, Dims::from([1, 1, 1 << 61, 1, 1])] {
+            let e = Tensor::empty(dims, Layout::PLAIN, &Device::cpu()).unwrap_err();
+            assert!(matches!(e, crate::Error::OutOfMemory { .. }), "{e}");
+        }
     }
 }

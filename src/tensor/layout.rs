@@ -1,6 +1,7 @@
 //! The physical order of a tensor: one integer.
 
 use super::Dims;
+use super::dims::product;
 
 /// Channels per block of the CPU's compute layout: one AVX-512 register, two AVX2 or four NEON ones.
 pub const BLOCK: usize = 16;
@@ -22,14 +23,14 @@ impl Layout {
     /// Channels rounded up to whole blocks.
     #[must_use]
     pub const fn padded(self, channels: usize) -> usize {
-        channels.div_ceil(self.block) * self.block
+        channels.div_ceil(self.block).saturating_mul(self.block)
     }
 
-    /// Elements of memory for `dims`, pad lanes included.
+    /// Elements of memory for `dims`, pad lanes included; `usize::MAX` where that is more.
     #[must_use]
     pub fn len(self, dims: &Dims) -> usize {
         let [n, c, d, h, w] = dims.five();
-        n * self.padded(c) * d * h * w
+        product(&[n, self.padded(c), d, h, w])
     }
 
     /// Position in memory of element `[n, c, z, y, x]`.

@@ -45,6 +45,8 @@ impl Kind {
 /// The plain value of a noted call: a NumPy scalar or array; null for everything else (a tensor, a device). `None`
 /// when the budget is spent.
 pub(super) fn to_json(call: View<'_>, left: &mut usize) -> Option<Value> {
+    // Before decoding, which reads all of the text and may fail every time the same call is referred to.
+    *left = left.checked_sub(encoded_len(call))?;
     let Some(array) = decode(call) else { return Some(Value::Null) };
     let n = array.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
     // Charged by the byte: many scalars may refer to one long buffer.
@@ -138,6 +140,17 @@ fn kind(dtype: View<'_>) -> Option<Kind> {
         "f8" => Kind::Float(8),
         _ => return None,
     })
+}
+
+/// Length of the texts that decoding the call would read: the arguments of `_codecs.encode` among its own.
+fn encoded_len(call: View<'_>) -> usize {
+    let Some((_, args, state)) = call.call() else { return 0 };
+    let state = state.and_then(|s| s.items(5)).unwrap_or_default();
+    let len = |v: &View<'_>| match v.call() {
+        Some((Callable::Encode, args, _)) => args.first().and_then(|t| t.str()).map_or(0, str::len),
+        _ => 0,
+    };
+    args.iter().chain(&state).map(len).fold(0, usize::saturating_add)
 }
 
 /// Bytes as protocol 3 and later hold them, or `_codecs.encode(text, 'latin1')` of protocol 2.

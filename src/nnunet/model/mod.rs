@@ -137,7 +137,7 @@ impl ModelFolder {
     fn open_any(path: &Path, options: &ModelOptions) -> Result<Self> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
         if meta.is_file() {
-            return open_file(path);
+            return open_file(path, options);
         }
         if path.join(own::FILE).is_file() {
             return own::open(path, options);
@@ -173,11 +173,20 @@ impl ParamSource for Weights {
 /// A fold's name and its checkpoint file.
 type Checkpoint = (String, PathBuf);
 
-fn open_file(path: &Path) -> Result<ModelFolder> {
+fn open_file(path: &Path, options: &ModelOptions) -> Result<ModelFolder> {
     let fold_folder = path.parent().unwrap_or(Path::new(""));
     // The name of a relative folder such as "." is only known once resolved.
     let resolved = fold_folder.canonicalize().unwrap_or_else(|_| fold_folder.into());
     let fold = resolved.file_name().and_then(|n| fold_name(n.to_str()?)).unwrap_or_else(|| "0".into());
+    // A file is one fold and one checkpoint: another choice contradicts it.
+    if let Folds::Named(names) = &options.folds {
+        pick_folds(path, names, vec![(fold.clone(), ())])?;
+    }
+    if let Some(wanted) = &options.checkpoint
+        && ![path.file_name(), path.file_stem()].contains(&Some(wanted.as_ref()))
+    {
+        return Err(Error::usage(format!("{}: not the checkpoint {wanted:?} that is asked for", path.display())));
+    }
     let folds = vec![(fold, path.to_path_buf())];
     match path.extension().and_then(|e| e.to_str()) {
         Some("model") => open_v1(resolved.parent(), folds),

@@ -16,6 +16,8 @@ const MAX_VALUES: usize = 1 << 20;
 /// Class names of the published STU-Net weights, which were trained with labels in alphabetical order.
 const STUNET_LABELS: &str = include_str!("../data/stunet_labels.json");
 const STUNET_HEADS: usize = 105;
+const STUNET_TRAINERS: [&str; 4] =
+    ["STUNetTrainer_small", "STUNetTrainer_base", "STUNetTrainer_large", "STUNetTrainer_huge"];
 
 /// Reads the plan of `NAME.model.pkl`. `folder` is the trainer's folder, for names and its post-processing.
 pub(super) fn plan(pkl: &Path, folder: Option<&Path>) -> Result<(InferencePlan, Pickle)> {
@@ -31,10 +33,12 @@ pub(super) fn plan(pkl: &Path, folder: Option<&Path>) -> Result<(InferencePlan, 
 fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<InferencePlan> {
     let trainer = info.need("name")?.str()?.to_string();
     if trainer.contains("Cascade") {
-        return Err(Error::unsupported(format!("trainer {trainer:?}: a cascade, which needs its previous stage")));
+        return Err(Error::unsupported(format!(
+            "trainer {trainer:?}: the second stage of a cascade, which needs the labels of stage 0 (3d_lowres)"
+        )));
     }
     let plans = info.need("plans")?;
-    let stage = stage(info, &plans, &trainer)?;
+    let (stage, configuration) = stage(info, &plans)?;
 
     let heads = plans.need("num_classes")?.usize(usize::from(u16::MAX) - 1)? + 1;
     let dataset = folder.unwrap_or(pkl).components().rev().find_map(|c| {
@@ -42,22 +46,28 @@ fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<Infe
         (c.starts_with("Task") && c[4..].starts_with(|d: char| d.is_ascii_digit())).then(|| c.to_string())
     });
     let dataset = dataset.unwrap_or_default();
-    let published = heads == STUNET_HEADS && (trainer.starts_with("STUNet") || dataset.contains("TotalSegmentator"));
+    // Other names and folders belong to networks that were trained further on other labels.
+    let published = heads == STUNET_HEADS
+        && STUNET_TRAINERS.contains(&trainer.as_str())
+        && matches!(dataset.as_str(), "" | "Task101_TotalSegmentator");
     let labels = if published { stunet_labels()? } else { numbered_labels(heads) };
 
-    let pools = stage.need("pool_op_kernel_sizes")?;
-    let strides = cut_strides(pools.items()?.iter().map(|s| s.three(|v| v.usize(64))))?;
+    // First: the poolings of a 2D network have two sizes as well.
     let patch = stage.need("patch_size")?;
     if patch.items()?.len() == 2 {
         return Err(Error::unsupported(format!("trainer {trainer:?}: a 2D network; 3D networks are")));
     }
+    let pools = stage.need("pool_op_kernel_sizes")?;
+    let strides = cut_strides(pools.items()?.iter().map(|s| s.three(|v| v.usize(64))))?;
     let axis = |f: &Field<'_>| f.usize(2);
     let transpose = |key: &str| plans.get(key).map_or(Ok([0, 1, 2]), |t| t.three(axis));
     Ok(InferencePlan {
         rules: Rules::NnunetV1,
         dataset,
+        // nnU-Net v1 keeps no list; its trainers mirror all axes of 3D images, but for the variants named so.
+        mirror_axes: if trainer.to_lowercase().contains("nomirror") { Vec::new() } else { vec![0, 1, 2] },
         trainer,
-        configuration: "3d_fullres".into(),
+        configuration: configuration.into(),
         channels: channels(&plans)?,
         labels,
         decision: Decision::Argmax,
@@ -67,16 +77,28 @@ fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<Infe
         transpose_forward: transpose("transpose_forward")?,
         transpose_backward: transpose("transpose_backward")?,
         strides,
-        // nnU-Net v1 keeps no list; its trainers mirror all axes of 3D images.
-        mirror_axes: vec![0, 1, 2],
         resampling_data: Resampling { order: 3, order_z: 0, force_separate_z: None },
-        resampling_probabilities: Resampling { order: 1, order_z: 0, force_separate_z: None },
+        resampling_probabilities: export(&plans)?,
         keep_largest: keep_largest(folder, heads)?,
     })
 }
 
-/// The plans of the stage that the network was trained for, which must be the one of full resolution.
-fn stage<'a>(info: &Field<'a>, plans: &Field<'a>, trainer: &str) -> Result<Field<'a>> {
+/// How the network's output comes back to the image's grid (nnU-Net v1 `predict_cases`).
+fn export(plans: &Field<'_>) -> Result<Resampling> {
+    let Some(params) = plans.get("segmentation_export_params") else {
+        return Ok(Resampling { order: 1, order_z: 0, force_separate_z: None });
+    };
+    // The key must be there; None is the rule of 3:1.
+    params.need("force_separate_z")?;
+    Ok(Resampling {
+        order: params.need("interpolation_order")?.usize(5)? as u8,
+        order_z: params.need("interpolation_order_z")?.usize(5)? as u8,
+        force_separate_z: params.get("force_separate_z").map(|f| f.bool()).transpose()?,
+    })
+}
+
+/// The plans of the stage that the network was trained for, and the name of its configuration.
+fn stage<'a>(info: &Field<'a>, plans: &Field<'a>) -> Result<(Field<'a>, &'static str)> {
     let stages = plans.need("plans_per_stage")?;
     let mut all: Vec<(usize, Field<'a>)> = Vec::new();
     for (key, value) in stages.entries()? {
@@ -84,17 +106,20 @@ fn stage<'a>(info: &Field<'a>, plans: &Field<'a>, trainer: &str) -> Result<Field
         all.push((number, value));
     }
     all.sort_by_key(|(n, _)| *n);
-    let Some((last, stage)) = all.pop() else { return Err(stages.error("empty, expected at least one stage")) };
+    let known: Vec<usize> = all.iter().map(|(n, _)| *n).collect();
+    let Some(&last) = known.last() else { return Err(stages.error("empty, expected at least one stage")) };
     // The sixth argument of the trainer is the stage; the shortest known list has six.
     let init = info.get("init").map(|i| i.items()).transpose()?.unwrap_or_default();
-    if let Some(wanted) = init.get(5).filter(|s| !s.value.is_null()) {
-        let wanted = wanted.usize(16)?;
-        if wanted != last {
-            let what = format!("stage {wanted} of {} (3d_lowres) of trainer {trainer:?}; 3d_fullres is", all.len() + 1);
-            return Err(Error::unsupported(what));
-        }
-    }
-    Ok(stage)
+    let wanted = match init.get(5).filter(|s| !s.value.is_null()) {
+        Some(stage) => stage.usize(16)?,
+        None if known.len() == 1 => last,
+        None => return Err(stages.error(format!("stages {known:?}, but init[5] names none of them"))),
+    };
+    let configuration = if wanted == last { "3d_fullres" } else { "3d_lowres" };
+    let found = all.into_iter().find(|(n, _)| *n == wanted);
+    found
+        .map(|(_, stage)| (stage, configuration))
+        .ok_or_else(|| stages.error(format!("no stage {wanted} of init[5], there are {known:?}")))
 }
 
 fn channels(plans: &Field<'_>) -> Result<Vec<Channel>> {

@@ -8,6 +8,7 @@ use super::json::Field;
 use super::{cut_strides, json};
 use crate::error::{Error, Result};
 use crate::io::pth::Pickle;
+use crate::io::weights::printable;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
 
 /// What a checkpoint says beside its weights.
@@ -271,9 +272,25 @@ fn resampling(conf: &Field<'_>, key: &str) -> Result<Resampling> {
         return Err(Error::unsupported(what));
     }
     let kwargs = conf.need(&format!("{key}_kwargs"))?;
+    for (name, value) in kwargs.entries()? {
+        match name {
+            "order" | "order_z" | "force_separate_z" => {}
+            "is_seg" if !value.bool()? => {}
+            _ => {
+                let name = printable(name);
+                let what = format!("{key}_kwargs.{name}; order, order_z, force_separate_z and is_seg false are");
+                return Err(Error::unsupported(what));
+            }
+        }
+    }
+    // Defaults of nnU-Net's function. A null is not an absent key: it asks for the rule of 3:1.
+    let force_separate_z = match kwargs.value.get("force_separate_z") {
+        None => Some(false),
+        Some(_) => kwargs.get("force_separate_z").map(|f| f.bool()).transpose()?,
+    };
     Ok(Resampling {
-        order: kwargs.need("order")?.usize(5)? as u8,
+        order: kwargs.get("order").map_or(Ok(3), |o| o.usize(5))? as u8,
         order_z: kwargs.get("order_z").map_or(Ok(0), |o| o.usize(5))? as u8,
-        force_separate_z: kwargs.get("force_separate_z").map(|f| f.bool()).transpose()?,
+        force_separate_z,
     })
 }

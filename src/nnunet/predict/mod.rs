@@ -19,9 +19,8 @@ use self::scores::Stored;
 use self::sweep::{Gather, Sweep, SweepPlan};
 use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
-use super::postprocess::keep_largest_component;
-use super::preprocess::resample::new_shape;
-use super::preprocess::{Preprocessed, preprocess};
+use super::postprocess::keep_largest_components;
+use super::preprocess::{Preprocessed, plan_shape, preprocess};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{Geometry, Image, Segmentation};
@@ -285,9 +284,7 @@ impl Predictor {
             Mode::Fast => (export.labels_fast(&mut sweep, 1)?, None),
             Mode::Fastest => (export.labels_fast(&mut sweep, 0)?, None),
         };
-        for &label in &self.plan.keep_largest {
-            keep_largest_component(&mut labels, image.geometry.shape, label);
-        }
+        keep_largest_components(&mut labels, image.geometry.shape, &self.plan.keep_largest);
         let network = sweep.network_seconds();
         let total = clock.elapsed().as_secs_f64();
         let seconds =
@@ -340,12 +337,11 @@ impl Predictor {
     /// tensors, the aggregation, the image and the result. Known from sizes alone, so before the image is read.
     ///
     /// # Errors
-    /// [`Error::Usage`] when the grid's spacing cannot be.
+    /// [`Error::Input`] when the grid's spacing cannot be.
     pub fn memory_needed(&self, geometry: &Geometry, channels: usize) -> Result<usize> {
         let forward = self.plan.transpose_forward;
-        let (from, spacing) = (forward.map(|a| geometry.shape[a]), forward.map(|a| geometry.spacing_mm[a]));
-        // Cropping only makes it smaller.
-        let to = new_shape(from, spacing, self.plan.spacing_mm)?;
+        let from = forward.map(|a| geometry.shape[a]);
+        let to = plan_shape(geometry.shape, geometry.spacing_mm, &self.plan)?;
         let sweep = self.plan_sweep(to)?;
         let product = |v: [usize; 3]| v.iter().fold(4usize, |n, &d| n.saturating_mul(d));
         let both = [0, 1, 2].map(|a| from[a].max(to[a]));

@@ -61,7 +61,8 @@ pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
         let what = format!("{found} channels, the model expects {expected} ({})", names.join(", "));
         return Err(Error::input(what));
     }
-    check_transpose(plan)?;
+    // Before the voxels are looked at: a wrong spacing is told from the header alone.
+    plan_shape(image.geometry.shape, image.geometry.spacing_mm, plan)?;
     let whole = View::whole(image.geometry.shape).transposed(plan.transpose_forward);
     let found = crop::scan(&image.channels, &whole);
     check_values(plan, &found)?;
@@ -92,6 +93,17 @@ pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
         shape_after_cropping: view.shape,
     };
     Ok(Preprocessed { data, channels: expected, shape, properties })
+}
+
+/// Largest shape that an image of `shape` voxels and `spacing_mm`, both (z, y, x), can have on the network's grid
+/// (transposed axes): that of the whole image, of which [`preprocess`] keeps the nonzero region.
+///
+/// # Errors
+/// [`Error::Input`] for spacings that cannot be; [`Error::Usage`] for a plan whose transposes do not undo each other.
+pub(crate) fn plan_shape(shape: [usize; 3], spacing_mm: [f64; 3], plan: &InferencePlan) -> Result<[usize; 3]> {
+    check_transpose(plan)?;
+    let axes = plan.transpose_forward;
+    resample::new_shape(axes.map(|a| shape[a]), axes.map(|a| spacing_mm[a]), plan.spacing_mm)
 }
 
 /// One image's way, once its grids are known.

@@ -105,35 +105,63 @@ pub(crate) fn map<R: Rows + ?Sized>(
     source: &R,
     mask: Option<&Mask>,
 ) -> Result<Map> {
+    let map = scheme(rules, number, channel, source, mask)?;
+    let Map { clip, shift, scale } = map.map;
+    let (lo, hi) = clip.unwrap_or(map.range);
+    if [shift, scale, (lo - shift) / scale, (hi - shift) / scale].iter().all(|v| v.is_finite()) {
+        return Ok(map.map);
+    }
+    let name = &channel.name;
+    let what = format!("channel {number} ({name}): values from {lo} to {hi} are too far apart to be normalised");
+    Err(if clip.is_some() { Error::usage(what) } else { Error::input(what) })
+}
+
+/// A map and the range of what it is given.
+struct Ranged {
+    map: Map,
+    range: (f32, f32),
+}
+
+fn scheme<R: Rows + ?Sized>(
+    rules: Rules,
+    number: usize,
+    channel: &Channel,
+    source: &R,
+    mask: Option<&Mask>,
+) -> Result<Ranged> {
+    let ranged = |map, range| Ok(Ranged { map, range });
+    let same = || ranged(Map::SAME, (0.0, 0.0));
     let name = || format!("channel {number} ({})", channel.name);
     let floor = |std: f64| match rules {
         Rules::NnunetV1 => std + TINY,
         Rules::NnunetV2 => std.max(TINY),
     };
     match channel.normalization {
-        Normalization::None => Ok(Map::SAME),
+        Normalization::None => same(),
         Normalization::Ct => {
             let Some(i) = &channel.intensity else {
                 let what = "CT normalisation needs the training set's intensity statistics, the plans have none";
                 return Err(Error::usage(format!("{}: {what}", name())));
             };
             let clip = (i.percentile_00_5 as f32, i.percentile_99_5 as f32);
-            Ok(Map { clip: Some(clip), shift: i.mean as f32, scale: i.std.max(TINY) as f32 })
+            ranged(Map { clip: Some(clip), shift: i.mean as f32, scale: i.std.max(TINY) as f32 }, clip)
         }
-        Normalization::ZScore => Ok(match statistics(source, mask) {
+        Normalization::ZScore => match statistics(source, mask) {
             // No voxel inside the mask: nothing to change.
-            None => Map::SAME,
-            Some((mean, std, ..)) => Map { clip: None, shift: mean as f32, scale: floor(std) as f32 },
-        }),
-        Normalization::RescaleTo01 => Ok(match statistics(source, None) {
-            None => Map::SAME,
-            Some((.., lo, hi)) => Map { clip: None, shift: lo, scale: (hi - lo).max(TINY as f32) },
-        }),
+            None => same(),
+            Some((mean, std, lo, hi)) => {
+                ranged(Map { clip: None, shift: mean as f32, scale: floor(std) as f32 }, (lo, hi))
+            }
+        },
+        Normalization::RescaleTo01 => match statistics(source, None) {
+            None => same(),
+            Some((.., lo, hi)) => ranged(Map { clip: None, shift: lo, scale: (hi - lo).max(TINY as f32) }, (lo, hi)),
+        },
         Normalization::RgbTo01 => match statistics(source, None) {
             Some((.., lo, hi)) if lo < 0.0 || hi > 255.0 => {
                 Err(Error::input(format!("{}: values from {lo} to {hi}, RGB normalisation expects 0 to 255", name())))
             }
-            _ => Ok(Map { clip: None, shift: 0.0, scale: 255.0 }),
+            _ => ranged(Map { clip: None, shift: 0.0, scale: 255.0 }, (0.0, 255.0)),
         },
     }
 }

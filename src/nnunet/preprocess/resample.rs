@@ -264,7 +264,7 @@ fn in_plane<R: Rows + ?Sized>(source: &R, ay: &Axis, ax: &Axis, clip: bool, out:
             });
         }
         let (lo, hi) = if clip && !(ay.is_same() && ax.is_same()) { *range } else { (f32::MIN, f32::MAX) };
-        let keep = |v: f64| (v as f32).clamp(lo, hi);
+        let keep = |v: f64| (v as f32).max(lo).min(hi);
         if ay.is_same() {
             plane.iter_mut().zip(&half).for_each(|(p, v)| *p = keep(*v));
             return;
@@ -306,7 +306,7 @@ fn through_planes(between: &[f32], az: &Axis, plane: usize, (lo, hi): (f32, f32)
             }
             az.run(&mut panel, |o, v| {
                 for (p, v) in parts[o][c..c + lanes].iter_mut().zip(v) {
-                    *p = (*v as f32).clamp(lo, hi);
+                    *p = (*v as f32).max(lo).min(hi);
                 }
             });
         }
