@@ -8,7 +8,7 @@ use stunet::nnunet::model::{Architecture, Folds, ModelFolder, ModelKind, ModelOp
 use stunet::nnunet::plans::{Decision, Normalization, Rules};
 
 use crate::common::nnunet::*;
-use crate::common::pickle::{Py, pickle};
+use crate::common::pickle::{Py, dict, ints, pickle, s};
 use crate::common::shared;
 use crate::common::torch::Tensor;
 

@@ -6,7 +6,7 @@ use stunet::io::weights::Weights;
 use stunet::nnunet::model::{ModelFolder, ModelOptions};
 use stunet::tensor::DType;
 
-use crate::common::nnunet::Model;
+use crate::common::nnunet::{Model, v1_folder};
 use crate::common::pickle::{Py, dict, hostile, pickle};
 use crate::common::shared;
 use crate::common::torch::*;

@@ -77,7 +77,7 @@ pub(super) struct Args {
     /// nnU-Net v1 models: fast and fastest decide on the network's grid
     #[arg(long, value_enum, default_value = "normal", help_heading = RESULT)]
     mode: ModeChoice,
-    /// Refuse to take more memory for tensors, as in 4GiB
+    /// Refuse what needs more memory, as in 4GiB [default: what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = RESULT)]
     memory_limit: Option<usize>,
 
@@ -272,7 +272,7 @@ impl Args {
             .mirroring(!self.no_tta)
             .mode(self.mode.into())
             .probabilities(self.save_probabilities)
-            .memory_limit(self.memory_limit)
+            .memory_limit(self.memory_limit.or_else(available_memory))
     }
 
     /// What there is to do, checked before anything is loaded.
@@ -394,6 +394,12 @@ impl Args {
         }
         let mut bar = Bar::new(title, !self.no_progress, self.quiet);
         let begin = Instant::now();
+        // The grid tells what the prediction will take: nothing is read that could not be predicted.
+        if let Some(first) = job.case.paths().first() {
+            let geometry = io::read_nifti_header(first)?;
+            let channels = predictor.plan().channels.len();
+            predictor.check_memory(&geometry, channels).map_err(|e| job.case.name_file(e))?;
+        }
         let image = job.case.read(&predictor.plan().channels)?;
         let read = begin.elapsed().as_secs_f64();
         let mut prediction = predictor.predict_with(&image, &mut bar).map_err(|e| job.case.name_file(e))?;
@@ -466,4 +472,9 @@ fn check_parent(path: &Path) -> Result<()> {
         return Ok(());
     }
     Err(Error::Usage { what: format!("{}: its folder does not exist", path.display()) })
+}
+
+/// What the machine has left: more than that is refused too, rather than left to the system's killer of processes.
+fn available_memory() -> Option<usize> {
+    system::memory_bytes().and_then(|(_, available)| usize::try_from(available).ok())
 }

@@ -8,7 +8,7 @@ use stunet::{Device, Error, Event, Flow, Mode, PredictOptions, Predictor, io};
 
 use crate::common::binary::{Ran, stunet_in, tree};
 use crate::common::files::nifti;
-use crate::common::torch::Model;
+use crate::common::nnunet::Model;
 
 /// A folder with a tiny model and one image.
 struct Bench {
@@ -18,7 +18,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let bench = Self { dir: tempfile::tempdir().unwrap() };
-        Model::new().write(&bench.path("model"));
+        Model::ct().write(&bench.path("model"), &["fold_0"]);
         bench.image("a_0000.nii");
         bench
     }
