@@ -72,7 +72,8 @@ pub enum Error {
         /// Why.
         what: String,
     },
-    /// More memory would be needed than the limit allows. Nothing was started.
+    /// More memory would be needed than the limit allows, or than the system gives. A prediction under a limit is refused
+    /// before it starts; where an allocation fails all the same, nothing of its result is kept.
     #[error("out of memory: {what} needs {asked} bytes, {in_use} are in use, the limit is {limit}")]
     OutOfMemory {
         /// What the memory is for.

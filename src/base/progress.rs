@@ -1,4 +1,4 @@
-//! Progress, warnings and cancellation through a caller's trait: the library never prints.
+//! Progress and cancellation through a caller's trait: the library never prints.
 
 use crate::error::{Error, Result};
 
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// A stage begins: "read", "preprocess", "network", "export", "write".
+    /// A stage of a prediction begins: "preprocess", "network" (which also interpolates finished planes), "export".
     Stage(&'a str),
     /// `done` of `total` windows have run through the network.
     Tiles {
@@ -15,8 +15,6 @@ pub enum Event<'a> {
         /// Windows of this image, mirrored passes and folds included.
         total: usize,
     },
-    /// Something a user should know, in one line.
-    Warning(&'a str),
 }
 
 /// Whether to go on.

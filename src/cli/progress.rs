@@ -43,17 +43,16 @@ pub(super) fn above_bar(print: impl FnOnce()) {
 /// One case's progress.
 pub(super) struct Bar {
     bar: ProgressBar,
-    quiet: bool,
 }
 
 impl Bar {
-    /// A bar headed by `name`; `show` is false for `--no-progress`, `quiet` drops warnings too.
+    /// A bar headed by `name`; `show` is false for `--no-progress`, and nothing shows when `quiet`.
     pub(super) fn new(name: &str, show: bool, quiet: bool) -> Self {
         let target = if show && !quiet { ProgressDrawTarget::stderr_with_hz(8) } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(None, target).with_prefix(name.to_owned());
         bar.set_style(style("{prefix} {spinner} {msg} {elapsed}"));
         *SHOWN.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
-        Self { bar, quiet }
+        Self { bar }
     }
 }
 
@@ -76,7 +75,6 @@ impl Progress for Bar {
                 }
                 self.bar.set_position(done as u64);
             }
-            Event::Warning(what) if !self.quiet => say_warning(what),
             _ => {}
         }
         if interrupted() { Flow::Cancel } else { Flow::Continue }

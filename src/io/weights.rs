@@ -282,11 +282,11 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
     if file.metadata().map_err(io)?.len() == 0 {
         return Err(Error::model(path, "file", "empty"));
     }
+    #[allow(unsafe_code, reason = "mapping a file is unsafe by nature; this is the only place that does")]
     // SAFETY: the map is read-only and of a regular file that is not empty. The bytes are only ever read as plain
     // numbers, of which every bit pattern is valid, and every range is checked against the length of the map. Should
     // another process change the file meanwhile, values change with it; should it cut the file short, the system stops
     // this process with a signal. Neither can be excluded by any user of a map; `Weights` says so to its callers.
-    #[allow(unsafe_code, reason = "mapping a file is unsafe by nature; this is the only place that does")]
     unsafe { Mmap::map(&file) }.map_err(io)
 }
 

@@ -52,7 +52,7 @@ fn dense(nets: &[StuNet], device: &Device, plan: &SweepPlan, how: Activation) ->
     let (mut sum, mut weight) = (vec![0f64; volume * CLASSES], vec![0f64; volume]);
     let inside = |p: [usize; 3], s: [usize; 3]| (p[0] * s[1] + p[1]) * s[2] + p[2];
     let patch_len: usize = PATCH.iter().product();
-    for (fold, net) in nets.iter().enumerate() {
+    for net in nets {
         for &z in &plan.starts[0] {
             for &y in &plan.starts[1] {
                 for &x in &plan.starts[2] {
@@ -90,7 +90,6 @@ fn dense(nets: &[StuNet], device: &Device, plan: &SweepPlan, how: Activation) ->
                 }
             }
         }
-        assert!(fold < nets.len());
     }
     let mut out = Vec::new();
     for i in 0..SHAPE.iter().product::<usize>() {
@@ -159,8 +158,8 @@ fn every_aggregation_gives_the_weighted_mean() {
                     assert!(error <= tolerance, "{folds} folds, {gather:?}, value {i}: {g} against {e}");
                 }
                 let planned = plan.bytes() + nets[0].config().activation_bytes(PATCH);
-                // Small tensors are rounded up to whole cache lines and pieces.
-                assert!(peak <= planned + planned / 8, "{gather:?}: peak {peak} above the plan {planned}");
+                // A recycled piece of memory may be a quarter larger than what was asked for (`Pool::take`).
+                assert!(peak <= planned + planned / 4, "{gather:?}: peak {peak} above the plan {planned}");
                 for threads in [1, 4] {
                     let other = Device::cpu_with_threads(threads).unwrap();
                     let again = other.install(|| swept(&nets, &other, plan.clone()).0);
