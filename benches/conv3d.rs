@@ -55,8 +55,8 @@ pub fn bench(c: &mut Criterion) {
             let title = format!("{first}+{second}->{out} k{kernel} s{stride} @{side} {name}");
             measure(c, &device, "conv3d", &title, work, || {
                 let x = match &y {
-                    Some(y) => Sources::Two(x.clone(), y.clone()),
-                    None => Sources::One(x.clone()),
+                    Some(y) => Sources::Two(x.clone().into(), y.clone().into()),
+                    None => x.clone().into(),
                 };
                 testing::conv3d(name, &mut cx, x, &w, None, how)
             });

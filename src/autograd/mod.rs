@@ -1,7 +1,10 @@
 //! Floor 3: the context of a forward pass. Names no operation.
 
 use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
+use crate::error::Result;
 use crate::tensor::{Device, Dims, Tensor};
 
 /// What a forward pass needs and no tensor knows: where it runs. `'m` is the borrow of the model whose parameters
@@ -10,13 +13,76 @@ use crate::tensor::{Device, Dims, Tensor};
 pub struct Ctx<'m> {
     device: Device,
     model: PhantomData<&'m ()>,
+    strict: bool,
+    steps: Option<Vec<Step>>,
+}
+
+/// One operation of a pass, as [`Ctx::traced`] records it.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Step {
+    /// The operation.
+    pub operation: &'static str,
+    /// Its sizes.
+    pub what: String,
+    /// Which implementation ran.
+    pub implementation: &'static str,
+    /// Wall time.
+    pub seconds: f64,
+    /// Multiply-accumulates that the operation stands for, however few were done; 0 where it has none.
+    pub macs: u64,
 }
 
 impl Ctx<'_> {
     /// A pass that remembers nothing: a value's memory is free as soon as its last use is over.
     #[must_use]
     pub fn infer(device: &Device) -> Self {
-        Self { device: device.clone(), model: PhantomData }
+        Self { device: device.clone(), model: PhantomData, strict: false, steps: None }
+    }
+
+    /// With `on`, only implementations as accurate as adding up all products one after the other. Without, which is
+    /// how a pass begins, faster ones whose rounding errors are a few times larger.
+    #[must_use]
+    pub fn strict(mut self, on: bool) -> Self {
+        self.strict = on;
+        self
+    }
+
+    /// A pass that records what runs; see [`Ctx::steps`].
+    #[must_use]
+    pub fn traced(mut self) -> Self {
+        self.steps = Some(Vec::new());
+        self
+    }
+
+    /// What has run so far, if the pass is [`Ctx::traced`].
+    #[must_use]
+    pub fn steps(&self) -> &[Step] {
+        self.steps.as_deref().unwrap_or_default()
+    }
+
+    pub(crate) fn is_strict(&self) -> bool {
+        self.strict
+    }
+
+    /// The time, if anyone wants to know.
+    pub(crate) fn clock(&self) -> Option<Instant> {
+        self.steps.is_some().then(Instant::now)
+    }
+
+    /// Records an operation that began at `clock`.
+    pub(crate) fn note(
+        &mut self,
+        operation: &'static str,
+        clock: Option<Instant>,
+        implementation: &'static str,
+        macs: u64,
+        what: impl FnOnce() -> String,
+    ) {
+        if let (Some(steps), Some(clock)) = (&mut self.steps, clock) {
+            let seconds = clock.elapsed().as_secs_f64();
+            steps.push(Step { operation, what: what(), implementation, seconds, macs });
+        }
     }
 
     /// The device of this pass.
@@ -58,12 +124,14 @@ impl Var {
 pub struct Param {
     value: Tensor,
     dims: Dims,
+    /// Other forms of the values that an operation keeps, by its key.
+    derived: Mutex<Vec<(u64, Arc<Tensor>)>>,
 }
 
 impl Param {
     /// `value` holds a parameter of logical size `dims`, packed for its device.
     pub(crate) fn new(value: Tensor, dims: Dims) -> Self {
-        Self { value, dims }
+        Self { value, dims, derived: Mutex::default() }
     }
 
     /// Logical sizes: `[O, I, kD, kH, kW]` of a filter, `[C]` of a vector.
@@ -75,5 +143,17 @@ impl Param {
     /// The packed values.
     pub(crate) fn value(&self) -> &Tensor {
         &self.value
+    }
+
+    /// The form of the values that belongs to `key`, made by `make` when it is asked for first.
+    pub(crate) fn derived(&self, key: u64, make: impl FnOnce() -> Result<Tensor>) -> Result<Arc<Tensor>> {
+        // Held while the form is made, so that two passes never make it twice. A panic inside leaves nothing half done.
+        let mut forms = self.derived.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, form)) = forms.iter().find(|(k, _)| *k == key) {
+            return Ok(form.clone());
+        }
+        let form = Arc::new(make()?);
+        forms.push((key, form.clone()));
+        Ok(form)
     }
 }

@@ -17,3 +17,8 @@ pub(crate) fn chunks_mut<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize,
 pub(crate) fn map<T: Send>(n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     (0..n).into_par_iter().map(f).collect()
 }
+
+/// Calls `f(index, item)` for all items, in any order.
+pub(crate) fn each<T: Send>(items: Vec<T>, f: impl Fn(usize, T) + Sync + Send) {
+    items.into_par_iter().enumerate().for_each(|(i, t)| f(i, t));
+}

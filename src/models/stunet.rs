@@ -5,7 +5,7 @@ use super::StuNetConfig;
 use crate::autograd::{Ctx, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Conv3d, InstanceNorm, Module, ParamSource};
-use crate::ops::{self, Sources};
+use crate::ops::{Source, Sources};
 use crate::tensor::Device;
 
 /// Negative slope of every leaky ReLU of the network.
@@ -48,18 +48,21 @@ impl ResBlock {
         })
     }
 
+    /// Normalisations happen where their input is read next: the first in the second convolution, the second together
+    /// with the shortcut, which comes last so that it can be added in the same pass.
     fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Sources) -> Result<Var> {
-        let y = self.conv1.run(cx, x.share())?;
-        // The shortcut runs before the second convolution: it is the input's last use, so the input's memory is
-        // free while the larger part of the block runs.
-        let shortcut = match (&self.conv3, x) {
-            (Some(c), x) => c.run(cx, x)?,
-            (None, Sources::One(x)) => x,
-            (None, Sources::Two(..)) => return Err(Error::shape("stunet", "a block of two inputs needs a shortcut")),
-        };
-        let y = self.norm1.run(cx, y, None, Some(SLOPE))?;
-        let y = self.conv2.run(cx, Sources::One(y))?;
-        self.norm2.run(cx, y, Some(shortcut), Some(SLOPE))
+        let (y, moments) = self.conv1.run_measured(cx, x.clone())?;
+        let norm = self.norm1.affine(&moments, Some(SLOPE))?;
+        let (y, moments) = self.conv2.run_measured(cx, Sources::One(Source::normalised(y, norm.into())))?;
+        let norm = self.norm2.affine(&moments, Some(SLOPE))?;
+        match (&self.conv3, x) {
+            (Some(c), x) => c.run_residual(cx, y, &norm, x),
+            (None, Sources::One(x)) => {
+                let x = x.into_var(cx)?;
+                norm.apply(cx, y, Some(x))
+            }
+            (None, Sources::Two(..)) => Err(Error::shape("stunet", "a block of two inputs needs a shortcut")),
+        }
     }
 }
 
@@ -91,10 +94,10 @@ impl Stage {
     fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Sources) -> Result<Var> {
         let mut x = x;
         for block in &self.0 {
-            x = Sources::One(block.run(cx, x)?);
+            x = block.run(cx, x)?.into();
         }
         match x {
-            Sources::One(y) => Ok(y),
+            Sources::One(y) => y.into_var(cx),
             Sources::Two(..) => Err(Error::shape("stunet", "a stage without a block")),
         }
     }
@@ -192,7 +195,7 @@ impl StuNet {
         let mut x = x;
         let mut skips = Vec::with_capacity(5);
         for (s, stage) in self.encoder.iter().enumerate() {
-            x = stage.run(cx, Sources::One(x))?;
+            x = stage.run(cx, x.into())?;
             if s < 5 {
                 skips.push(x.clone());
             }
@@ -200,14 +203,14 @@ impl StuNet {
         for (u, stage) in self.decoder.iter().enumerate() {
             // Nearest upsampling only repeats voxels, so the 1x1x1 convolution gives the same numbers before it, for
             // an eighth of the work.
-            let low = self.up[u].run(cx, Sources::One(x))?;
-            let up = ops::upsample_nearest(cx, low, self.config.strides[4 - u])?;
+            let low = self.up[u].run(cx, x)?;
+            let up = Source::repeated(low, self.config.strides[4 - u]);
             let skip = skips.pop().ok_or_else(|| Error::shape("stunet", "skip missing"))?;
-            x = stage.run(cx, Sources::Two(up, skip))?;
+            x = stage.run(cx, Sources::Two(up, skip.into()))?;
             if u < 4
                 && let Some(outs) = &mut outs
             {
-                outs.push(self.heads[u].run(cx, Sources::One(x.clone()))?);
+                outs.push(self.heads[u].run(cx, x.clone())?);
             }
         }
         Ok(x)

@@ -3,7 +3,7 @@
 use super::{Module, ParamSource, filter, vector};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
-use crate::ops::{self, Sources};
+use crate::ops::{self, Affine, Moments, Sources};
 use crate::tensor::Device;
 
 /// 3D convolution with bias. The padding keeps the size at stride 1 (half the kernel per axis).
@@ -43,14 +43,30 @@ impl Conv3d {
     ///
     /// # Errors
     /// As [`Module::forward`].
-    pub fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Sources) -> Result<Var> {
+    pub fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: impl Into<Sources>) -> Result<Var> {
         ops::conv3d(cx, x, &self.weight, self.bias.as_ref(), self.how)
+    }
+
+    /// Runs without the bias, which a normalisation takes out again, and takes the moments for it.
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    pub fn run_measured<'m>(&'m self, cx: &mut Ctx<'m>, x: impl Into<Sources>) -> Result<(Var, Moments)> {
+        ops::conv3d_measured(cx, x, &self.weight, None, self.how)
+    }
+
+    /// `leaky_relu(normalised(y) + run(x))`: the end of a residual block, in the memory of `y`.
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    pub fn run_residual<'m>(&'m self, cx: &mut Ctx<'m>, y: Var, norm: &Affine, x: impl Into<Sources>) -> Result<Var> {
+        ops::conv3d_residual(cx, y, norm, x, &self.weight, self.bias.as_ref(), self.how)
     }
 }
 
 impl Module for Conv3d {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
-        self.run(cx, Sources::One(x))
+        self.run(cx, x)
     }
 }
 
@@ -79,6 +95,16 @@ impl InstanceNorm {
     /// As [`Module::forward`].
     pub fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, residual: Option<Var>, slope: Option<f32>) -> Result<Var> {
         ops::instance_norm(cx, x, &self.weight, &self.bias, residual, ops::InstanceNorm { eps: 1e-5, slope })
+    }
+}
+
+impl InstanceNorm {
+    /// The normalisation of an activation with these moments, and leaky ReLU of `slope` where given, to be applied later.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] when the channels do not fit.
+    pub fn affine(&self, moments: &Moments, slope: Option<f32>) -> Result<Affine> {
+        Affine::new(moments, &self.weight, &self.bias, ops::InstanceNorm { eps: 1e-5, slope })
     }
 }
 

@@ -1,11 +1,14 @@
 //! 3D convolution.
 
+use super::lazy::{Affine, Moments, Source, Sources};
 use super::{activation, blocked, memory};
 use crate::autograd::{Ctx, Param, Var};
-use crate::backend::cpu::conv3d::{Geometry, Problem, Source, packed_len};
-use crate::backend::dispatch;
+use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Wish, packed_len};
+use crate::backend::{dispatch, no_implementation};
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Dims, Layout, Tensor};
+
+const OP: &str = "conv3d";
 
 /// Stride and zero padding per axis (z, y, x); the kernel size comes from the filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,26 +52,6 @@ impl Conv3d {
     }
 }
 
-/// One input, or two that are read as if concatenated along the channels, which is never done in memory.
-#[derive(Debug)]
-pub enum Sources {
-    /// One tensor.
-    One(Var),
-    /// The first tensor's channels, then the second's.
-    Two(Var, Var),
-}
-
-impl Sources {
-    /// The same sources once more; no data is copied.
-    #[must_use]
-    pub fn share(&self) -> Self {
-        match self {
-            Sources::One(a) => Sources::One(a.clone()),
-            Sources::Two(a, b) => Sources::Two(a.clone(), b.clone()),
-        }
-    }
-}
-
 /// Cross-correlation with a filter and an optional bias per output channel (PyTorch's `Conv3d`, one group, dilation 1):
 /// inputs `[N, C, D, H, W]` with C in total as many as the filter's, `w` of sizes `[O, C, kD, kH, kW]` from
 /// [`pack_filter`], `b` of size `[O]` from [`pack_vector`], result as [`Conv3d::output_dims`]. A 2D convolution is one
@@ -76,8 +59,101 @@ impl Sources {
 ///
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit; [`Error::OutOfMemory`].
-pub fn conv3d<'m>(cx: &mut Ctx<'m>, x: Sources, w: &'m Param, b: Option<&'m Param>, how: Conv3d) -> Result<Var> {
-    run(cx, x, w, b, how, None)
+pub fn conv3d<'m>(
+    cx: &mut Ctx<'m>,
+    x: impl Into<Sources>,
+    w: &'m Param,
+    b: Option<&'m Param>,
+    how: Conv3d,
+) -> Result<Var> {
+    Ok(run(cx, x.into(), w, b, how, None, false)?.0)
+}
+
+/// [`conv3d`], and the moments of its result, taken while it is written.
+///
+/// # Errors
+/// As [`conv3d`].
+pub fn conv3d_measured<'m>(
+    cx: &mut Ctx<'m>,
+    x: impl Into<Sources>,
+    w: &'m Param,
+    b: Option<&'m Param>,
+    how: Conv3d,
+) -> Result<(Var, Moments)> {
+    run(cx, x.into(), w, b, how, None, true)
+}
+
+/// The end of a residual block in one pass: `leaky_relu(normalised(y) + conv3d(x))`, in place in `y` when it has no other
+/// owner. Of two sources the first may be repeated: it is convolved before, at its own size, which gives the same
+/// numbers if the kernel is one voxel.
+///
+/// # Errors
+/// As [`conv3d`].
+pub fn conv3d_residual<'m>(
+    cx: &mut Ctx<'m>,
+    y: Var,
+    norm: &Affine,
+    x: impl Into<Sources>,
+    w: &'m Param,
+    b: Option<&'m Param>,
+    how: Conv3d,
+) -> Result<Var> {
+    let mut inputs = x.into().into_vec();
+    let (mut g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
+    let [d, h, width] = g.output;
+    let expected = Dims::from([g.batch, g.out_channels, d, h, width]);
+    if *y.value().dims() != expected {
+        let what = format!("residual of {expected:?} for {:?}", y.value().dims());
+        return Err(Error::shape(OP, what));
+    }
+    norm.fits(OP, &expected)?;
+    // A repeated first source becomes an addend that is repeated.
+    let mut addend: Option<(Var, [usize; 3])> = None;
+    let mut bias = b;
+    let pointwise = g.kernel == [1; 3] && g.stride == [1; 3];
+    if pointwise && inputs.len() == 2 && inputs[0].norm.is_none() && inputs[0].factor != [1; 3] {
+        let low = inputs.remove(0);
+        let space = low.value.value().dims().space();
+        let channels = low.value.value().dims().five()[1];
+        let part = Geometry { in_channels: channels, input: space, output: space, ..g };
+        let factor = low.factor;
+        let (low, _) = compute(cx, vec![Source::from(low.value)], part, w, bias.take(), Wish::default(), false)?;
+        addend = Some((low, factor));
+        g.filter_first = channels;
+        g.in_channels -= channels;
+    }
+    let inputs = inputs.into_iter().map(|s| if s.is_plain() { Ok(s) } else { s.made(cx) }).collect::<Result<_>>()?;
+    let inputs = one_layout(inputs)?;
+    let clock = cx.clock();
+    let mut y = owned(y)?;
+    let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
+    let wish = Wish { residual: true, strict: cx.is_strict(), name: None };
+    let choice = choose(cx, &g, &channels, wish)?;
+    let sources: Vec<_> = inputs.iter().map(read).collect();
+    let residual =
+        Residual { norm: norm.norm(), addend: addend.as_ref().map(|(low, factor)| (low.value().as_slice(), *factor)) };
+    let p = Problem {
+        geometry: g,
+        sources: &sources,
+        filter: w.value().as_slice(),
+        bias: bias.map(|b| b.value().as_slice()),
+        residual: Some(residual),
+    };
+    let to = memory(OP, &mut y)?;
+    dispatch!(cx.device(), conv3d::forward(&choice, &p, &[], &mut [], to, false));
+    cx.note("conv3d_residual", clock, choice.name(), macs(&g), || describe(&g));
+    Ok(cx.leaf(y))
+}
+
+/// The tensor itself if no one else has it, else a copy.
+fn owned(y: Var) -> Result<Tensor> {
+    let y = blocked(OP, y.into_value())?;
+    if y.is_unique() {
+        return Ok(y);
+    }
+    let mut copy = Tensor::empty(*y.dims(), Layout::BLOCKED, y.device())?;
+    memory(OP, &mut copy)?.copy_from_slice(y.as_slice());
+    Ok(copy)
 }
 
 pub(super) fn run(
@@ -87,61 +163,135 @@ pub(super) fn run(
     b: Option<&Param>,
     how: Conv3d,
     name: Option<&str>,
-) -> Result<Var> {
-    let mut inputs = match x {
-        Sources::One(a) => vec![a.into_value()],
-        Sources::Two(a, b) => vec![a.into_value(), b.into_value()],
+    measure: bool,
+) -> Result<(Var, Moments)> {
+    let inputs = x.into_vec();
+    let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
+    compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), residual: false }, measure)
+}
+
+/// One convolution of checked sizes.
+fn compute(
+    cx: &mut Ctx<'_>,
+    inputs: Vec<Source>,
+    g: Geometry,
+    w: &Param,
+    b: Option<&Param>,
+    wish: Wish<'_>,
+    measure: bool,
+) -> Result<(Var, Moments)> {
+    let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
+    let choice = choose(cx, &g, &channels, wish)?;
+    let lazy = choice.reads_lazily();
+    let inputs: Vec<Source> =
+        inputs.into_iter().map(|s| if lazy || s.is_plain() { Ok(s) } else { s.made(cx) }).collect::<Result<_>>()?;
+    let inputs = if lazy { all_blocked(inputs)? } else { one_layout(inputs)? };
+    let clock = cx.clock();
+    let [d, h, width] = g.output;
+    let out_dims = Dims::from([g.batch, g.out_channels, d, h, width]);
+    let kept = match choice.kept_filter() {
+        None => None,
+        Some((len, key)) => Some(w.derived(key, || {
+            let mut out = Tensor::empty(Dims::from([len]), Layout::PLAIN, cx.device())?;
+            let to = memory(OP, &mut out)?;
+            dispatch!(cx.device(), conv3d::prepare_filter(&choice, &g, w.value().as_slice(), to));
+            Ok(out)
+        })?),
     };
-    let dims = concatenated(&inputs)?;
-    let geometry = geometry(&dims, w, b, how)?;
-    // Only sources of one layout can be walked together.
-    if inputs.iter().any(|t| t.layout() == Layout::BLOCKED) {
-        inputs = inputs.into_iter().map(|t| blocked("conv3d", t)).collect::<Result<_>>()?;
-    }
-    let sources: Vec<Source<'_>> = inputs
-        .iter()
-        .map(|t| Source { data: t.as_slice(), channels: t.dims().five()[1], layout: t.layout() })
-        .collect();
-    let [d, h, width] = geometry.output;
-    let out_dims = Dims::from([geometry.batch, geometry.out_channels, d, h, width]);
     let mut out = Tensor::empty(out_dims, Layout::BLOCKED, cx.device())?;
-    let p =
-        Problem { geometry, sources: &sources, filter: w.value().as_slice(), bias: b.map(|b| b.value().as_slice()) };
-    dispatch!(cx.device(), conv3d::forward(name, &p, memory("conv3d", &mut out)?))?;
-    Ok(cx.leaf(out))
+    let mut work = match choice.workspace(cx.device().threads()) {
+        0 => None,
+        n => Some(Tensor::empty(Dims::from([n]), Layout::PLAIN, cx.device())?),
+    };
+    let sources: Vec<_> = inputs.iter().map(read).collect();
+    let p = Problem {
+        geometry: g,
+        sources: &sources,
+        filter: w.value().as_slice(),
+        bias: b.map(|b| b.value().as_slice()),
+        residual: None,
+    };
+    let work: &mut [f32] = match &mut work {
+        Some(t) => memory(OP, t)?,
+        None => &mut [],
+    };
+    let kept = kept.as_ref().map_or(&[][..], |t| t.as_slice());
+    let to = memory(OP, &mut out)?;
+    let moments = dispatch!(cx.device(), conv3d::forward(&choice, &p, kept, work, to, measure));
+    cx.note(OP, clock, choice.name(), macs(&g), || describe(&g));
+    Ok((cx.leaf(out), Moments::new(g.out_channels, moments)))
+}
+
+fn choose(cx: &Ctx<'_>, g: &Geometry, channels: &[usize], wish: Wish<'_>) -> Result<Choice> {
+    let found = dispatch!(cx.device(), conv3d::choose(g, channels, wish));
+    found.ok_or_else(|| no_implementation(OP, wish.name))
+}
+
+/// A source as the backend reads it.
+fn read(s: &Source) -> backend::Source<'_> {
+    let t = s.value.value();
+    backend::Source {
+        data: t.as_slice(),
+        channels: t.dims().five()[1],
+        layout: t.layout(),
+        norm: s.norm.as_deref().map(Affine::norm),
+        factor: s.factor,
+    }
+}
+
+/// Only sources of one layout can be walked together.
+fn one_layout(inputs: Vec<Source>) -> Result<Vec<Source>> {
+    if inputs.iter().any(|s| s.value.value().layout() == Layout::BLOCKED) { all_blocked(inputs) } else { Ok(inputs) }
+}
+
+fn all_blocked(inputs: Vec<Source>) -> Result<Vec<Source>> {
+    let each = |s: Source| Ok(Source { value: Var { value: blocked(OP, s.value.into_value())? }, ..s });
+    inputs.into_iter().map(each).collect()
+}
+
+fn macs(g: &Geometry) -> u64 {
+    let n = [g.batch, g.in_channels, g.out_channels].into_iter().chain(g.kernel).chain(g.output);
+    n.fold(1, |n, v| n.saturating_mul(v as u64))
+}
+
+fn describe(g: &Geometry) -> String {
+    let by = |v: [usize; 3]| format!("{}x{}x{}", v[0], v[1], v[2]);
+    format!("{}->{} {} stride {} at {}", g.in_channels, g.out_channels, by(g.kernel), by(g.stride), by(g.output))
 }
 
 /// Sizes of the sources side by side.
-fn concatenated(inputs: &[Tensor]) -> Result<Dims> {
+fn concatenated(inputs: &[Source]) -> Result<Dims> {
     let mut all: Option<[usize; 5]> = None;
-    for t in inputs {
-        let [n, c, d, h, w] = activation("conv3d", t.dims())?;
+    for s in inputs {
+        let [n, c, d, h, w] = s.dims(OP)?;
         all = match all {
             None => Some([n, c, d, h, w]),
             Some([n0, c0, d0, h0, w0]) if [n0, d0, h0, w0] == [n, d, h, w] => Some([n, c0 + c, d, h, w]),
             Some(first) => {
-                let what =
-                    format!("sources of sizes {first:?} and {:?}, expected to differ in channels only", t.dims());
-                return Err(Error::shape("conv3d", what));
+                let what = format!(
+                    "sources of sizes {first:?} and {:?}, expected to differ in channels only",
+                    [n, c, d, h, w]
+                );
+                return Err(Error::shape(OP, what));
             }
         };
     }
-    all.map(Dims::from).ok_or_else(|| Error::shape("conv3d", "no source"))
+    all.map(Dims::from).ok_or_else(|| Error::shape(OP, "no source"))
 }
 
-/// The problem's sizes, with every buffer's length checked against them.
-pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<Geometry> {
+/// The problem's sizes, with every buffer's length checked against them, and those of the output.
+pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<(Geometry, Dims)> {
     let out = how.output_dims(x, w.dims())?;
     let [o, i, ..] = w.dims().five();
     if w.value().as_slice().len() != packed_len(w.dims().five()) {
-        return Err(Error::shape("conv3d", format!("filter {:?} is not packed", w.dims())));
+        return Err(Error::shape(OP, format!("filter {:?} is not packed", w.dims())));
     }
     if let Some(b) = b
         && (b.dims().as_slice() != [o] || b.value().as_slice().len() != Layout::BLOCKED.padded(o))
     {
-        return Err(Error::shape("conv3d", format!("bias of size {:?}, expected [{o}]", b.dims())));
+        return Err(Error::shape(OP, format!("bias of size {:?}, expected [{o}]", b.dims())));
     }
-    Ok(Geometry {
+    let g = Geometry {
         batch: x.five()[0],
         in_channels: i,
         out_channels: o,
@@ -150,7 +300,10 @@ pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> R
         kernel: w.dims().space(),
         stride: how.stride,
         padding: how.padding,
-    })
+        filter_inputs: i,
+        filter_first: 0,
+    };
+    Ok((g, out))
 }
 
 /// Packs a filter given in `[O, I, kD, kH, kW]` order for `device`. One packing serves one source and any two.

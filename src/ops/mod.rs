@@ -7,14 +7,16 @@ mod add;
 mod conv3d;
 pub(crate) mod head;
 mod instance_norm;
+mod lazy;
 mod leaky_relu;
 #[doc(hidden)]
 pub mod testing;
 mod upsample_nearest;
 
 pub use add::add;
-pub use conv3d::{Conv3d, Sources, conv3d, pack_filter, pack_vector};
+pub use conv3d::{Conv3d, conv3d, conv3d_measured, conv3d_residual, pack_filter, pack_vector};
 pub use instance_norm::{InstanceNorm, instance_norm};
+pub use lazy::{Affine, Moments, Source, Sources};
 pub use leaky_relu::leaky_relu;
 pub use upsample_nearest::upsample_nearest;
 

@@ -1,7 +1,7 @@
 //! The door for tests and benchmarks: every implementation of every operation by name, and what no user sees of a
 //! tensor. No promise of stability.
 
-use super::{Conv3d, InstanceNorm, Sources};
+use super::{Conv3d, InstanceNorm, Moments, Sources};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::{cpu, dispatch, names};
 use crate::error::Result;
@@ -11,7 +11,7 @@ use crate::tensor::{Device, Layout, Tensor};
 #[must_use]
 pub fn conv3d_implementations(device: &Device, x: [usize; 5], w: &Param, how: Conv3d) -> Vec<&'static str> {
     let geometry = super::conv3d::geometry(&x.into(), w, None, how);
-    geometry.map_or_else(|_| Vec::new(), |g| names(cpu::conv3d::CONV3D, device.isa(), &g))
+    geometry.map_or_else(|_| Vec::new(), |(g, _)| cpu::conv3d::names(device.isa(), &g))
 }
 
 /// Implementations of the elementwise and normalising operations, and of upsampling.
@@ -21,8 +21,15 @@ pub fn implementations(device: &Device) -> Vec<&'static str> {
 }
 
 /// [`super::conv3d`] by one implementation.
-pub fn conv3d(name: &str, cx: &mut Ctx<'_>, x: Sources, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<Var> {
-    super::conv3d::run(cx, x, w, b, how, Some(name))
+pub fn conv3d(
+    name: &str,
+    cx: &mut Ctx<'_>,
+    x: impl Into<Sources>,
+    w: &Param,
+    b: Option<&Param>,
+    how: Conv3d,
+) -> Result<(Var, Moments)> {
+    super::conv3d::run(cx, x.into(), w, b, how, Some(name), true)
 }
 
 /// [`super::instance_norm`] by one implementation.

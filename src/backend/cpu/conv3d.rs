@@ -1,14 +1,15 @@
-//! 3D convolution: the problem, the packed filter, the list of implementations and the reference.
+//! 3D convolution: the problem, the packed filter, the list of implementations, which of them to take, and the reference.
 //!
 //! Packed filter: output channels in groups of two blocks (the last group has one if their number is odd), per group
 //! `[kD][kH][kW][I][16 or 32]`. The input channels stay whole, so one packing serves any split of them into sources.
 
 mod direct;
 mod tile;
+mod winograd;
 
-use crate::backend::{Impl, no_implementation, pick};
+use self::winograd::{Plan, Scheme};
+use super::moments::{Moments, moments};
 use crate::base::par;
-use crate::error::Result;
 use crate::tensor::{BLOCK, Dims, Isa, Layout};
 
 /// Sizes of a convolution; batch 1 or more, nothing else is zero.
@@ -28,6 +29,19 @@ pub(crate) struct Geometry {
     pub(crate) stride: [usize; 3],
     /// At most half the kernel per axis.
     pub(crate) padding: [usize; 3],
+    /// Input channels that the filter was packed with, and which of them is the sources' first.
+    pub(crate) filter_inputs: usize,
+    pub(crate) filter_first: usize,
+}
+
+/// `leaky_relu((x - mean) * scale + shift)`, vectors of `[batch][channels padded to blocks]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Norm<'a> {
+    pub(crate) mean: &'a [f32],
+    pub(crate) scale: &'a [f32],
+    pub(crate) shift: &'a [f32],
+    /// In [0, 1]; 1 is no activation.
+    pub(crate) slope: f32,
 }
 
 /// One input. Its channels follow those of the source before it.
@@ -37,6 +51,18 @@ pub(crate) struct Source<'a> {
     pub(crate) channels: usize,
     /// Plain or blocked; the same for all sources of a problem.
     pub(crate) layout: Layout,
+    /// Applied to values as they are read, not to the padding.
+    pub(crate) norm: Option<Norm<'a>>,
+    /// Every voxel stands for this many along each axis.
+    pub(crate) factor: [usize; 3],
+}
+
+/// What becomes of a result: `leaky_relu(normalised(out) + result + addend)`, where `out` is what the output holds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Residual<'a> {
+    pub(crate) norm: Norm<'a>,
+    /// A blocked tensor of the output's channels, each of whose voxels stands for as many along each axis.
+    pub(crate) addend: Option<(&'a [f32], [usize; 3])>,
 }
 
 /// All but the output, which is blocked.
@@ -49,28 +75,181 @@ pub(crate) struct Problem<'a> {
     pub(crate) filter: &'a [f32],
     /// Padded to whole blocks.
     pub(crate) bias: Option<&'a [f32]>,
+    /// Direct implementations only.
+    pub(crate) residual: Option<Residual<'a>>,
 }
 
-type Run = fn(&Problem<'_>, &mut [f32]);
+/// One implementation.
+pub(crate) struct Algorithm {
+    /// Unique within the list.
+    name: &'static str,
+    /// What the processor must have.
+    isa: Isa,
+    /// As accurate as adding up the products one after the other.
+    strict: bool,
+    how: How,
+}
 
-pub(crate) static CONV3D: &[Impl<Geometry, Run>] = &[
+enum How {
+    Direct(&'static tile::Kernels),
+    /// Minimal filtering with so many outputs per tile along z, and along y and x.
+    Winograd(usize, usize),
+    Reference,
+}
+
+/// Where several would take the same time, the first is chosen.
+static CONV3D: &[Algorithm] = &[
     #[cfg(target_arch = "x86_64")]
-    Impl { name: "direct_avx512", isa: Isa::Avx512, supports: any, run: |p, out| direct::run(&tile::AVX512, p, out) },
+    Algorithm { name: "winograd_444_avx512", isa: Isa::Avx512, strict: false, how: How::Winograd(4, 4) },
     #[cfg(target_arch = "x86_64")]
-    Impl { name: "direct_avx2", isa: Isa::Avx2, supports: any, run: |p, out| direct::run(&tile::AVX2, p, out) },
-    Impl { name: "direct_scalar", isa: Isa::Scalar, supports: any, run: |p, out| direct::run(&tile::SCALAR, p, out) },
-    Impl { name: "reference", isa: Isa::Scalar, supports: any, run: reference },
+    Algorithm { name: "winograd_244_avx512", isa: Isa::Avx512, strict: false, how: How::Winograd(2, 4) },
+    #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_222_avx512", isa: Isa::Avx512, strict: true, how: How::Winograd(2, 2) },
+    #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "direct_avx512", isa: Isa::Avx512, strict: true, how: How::Direct(&tile::AVX512) },
+    #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_444_avx2", isa: Isa::Avx2, strict: false, how: How::Winograd(4, 4) },
+    #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_244_avx2", isa: Isa::Avx2, strict: false, how: How::Winograd(2, 4) },
+    #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_222_avx2", isa: Isa::Avx2, strict: true, how: How::Winograd(2, 2) },
+    #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "direct_avx2", isa: Isa::Avx2, strict: true, how: How::Direct(&tile::AVX2) },
+    Algorithm { name: "winograd_444_scalar", isa: Isa::Scalar, strict: false, how: How::Winograd(4, 4) },
+    Algorithm { name: "winograd_244_scalar", isa: Isa::Scalar, strict: false, how: How::Winograd(2, 4) },
+    Algorithm { name: "winograd_222_scalar", isa: Isa::Scalar, strict: true, how: How::Winograd(2, 2) },
+    Algorithm { name: "direct_scalar", isa: Isa::Scalar, strict: true, how: How::Direct(&tile::SCALAR) },
+    Algorithm { name: "reference", isa: Isa::Scalar, strict: true, how: How::Reference },
 ];
 
-fn any(_: &Geometry) -> bool {
-    true
+/// How far down the list to look.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Wish<'n> {
+    /// Only this implementation.
+    pub(crate) name: Option<&'n str>,
+    /// Only implementations as accurate as adding up the products one after the other.
+    pub(crate) strict: bool,
+    /// Only those that can finish a residual block.
+    pub(crate) residual: bool,
 }
 
-/// Writes the convolution of `p` to `out`, pad lanes too.
-pub(crate) fn forward(isa: Isa, name: Option<&str>, p: &Problem<'_>, out: &mut [f32]) -> Result<()> {
-    let i = pick(CONV3D, isa, &p.geometry, name).ok_or_else(|| no_implementation("conv3d", name))?;
-    (i.run)(p, out);
-    Ok(())
+/// An implementation for a problem, with what it needs.
+pub(crate) struct Choice {
+    algorithm: &'static Algorithm,
+    plan: Option<Plan>,
+    cycles: f64,
+}
+
+impl Choice {
+    fn new(algorithm: &'static Algorithm, g: &Geometry, channels: &[usize]) -> Option<Self> {
+        let whole = g.filter_inputs == g.in_channels;
+        let (plan, cycles) = match algorithm.how {
+            // Fewer channels than lanes of a register leave most of the work empty.
+            How::Winograd(..) if !whole || g.in_channels < BLOCK / 2 => return None,
+            How::Winograd(z, xy) => {
+                let plan = Plan::new(Scheme::of(g, z, xy)?, algorithm.isa, g, channels);
+                let cycles = plan.cycles();
+                (Some(plan), cycles)
+            }
+            How::Direct(_) => (None, direct_cycles(g)),
+            How::Reference => (None, f64::INFINITY),
+        };
+        Some(Self { algorithm, plan, cycles })
+    }
+
+    /// The implementation's name.
+    pub(crate) fn name(&self) -> &'static str {
+        self.algorithm.name
+    }
+
+    /// Sources may be normalised or repeated while they are read, and have to be blocked.
+    pub(crate) fn reads_lazily(&self) -> bool {
+        self.plan.is_some()
+    }
+
+    /// Floats of a transformed filter that is worth keeping, and what tells it from others.
+    pub(crate) fn kept_filter(&self) -> Option<(usize, u64)> {
+        let plan = self.plan.as_ref().filter(|p| p.kept_filter() > 0)?;
+        Some((plan.kept_filter(), plan.scheme().key()))
+    }
+
+    /// Floats of working memory for `threads` threads.
+    pub(crate) fn workspace(&self, threads: usize) -> usize {
+        self.plan.as_ref().map_or(0, |p| p.workspace(threads))
+    }
+}
+
+/// Multiply-adds of 16 outputs, at the share of the peak that the tiles reach; taps in the padding are left out.
+fn direct_cycles(g: &Geometry) -> f64 {
+    let taps: f64 = (0..3)
+        .map(|a| {
+            let inside = |o: usize, k: usize| {
+                let i = o * g.stride[a] + k;
+                i >= g.padding[a] && i < g.input[a] + g.padding[a]
+            };
+            (0..g.output[a]).map(|o| (0..g.kernel[a]).filter(|k| inside(o, *k)).count() as f64).sum::<f64>()
+        })
+        .product();
+    let share = if g.stride == [1; 3] { 0.92 } else { 0.85 };
+    taps * (g.batch * g.in_channels * g.out_channels.div_ceil(BLOCK)) as f64 / share
+}
+
+/// The implementation of least estimated time that the device and `wish` allow. `channels` are those of each source.
+pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], wish: Wish<'_>) -> Option<Choice> {
+    let allowed = |a: &&'static Algorithm| {
+        a.isa <= isa
+            && wish.name.is_none_or(|n| n == a.name)
+            && (a.strict || !wish.strict)
+            && (!wish.residual || matches!(a.how, How::Direct(_)))
+    };
+    let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels));
+    choices.reduce(|best, c| if c.cycles < best.cycles { c } else { best })
+}
+
+/// The names of all implementations that fit.
+pub(crate) fn names(isa: Isa, g: &Geometry) -> Vec<&'static str> {
+    let fits = CONV3D.iter().filter(|a| a.isa <= isa);
+    fits.filter_map(|a| Choice::new(a, g, &[g.in_channels])).map(|c| c.name()).collect()
+}
+
+/// Transforms a packed filter into the form that `choice` keeps.
+pub(crate) fn prepare_filter(_: Isa, choice: &Choice, g: &Geometry, packed: &[f32], out: &mut [f32]) {
+    if let Some(plan) = &choice.plan {
+        winograd::prepare(choice.algorithm.isa, plan.scheme(), g, packed, out);
+    }
+}
+
+/// Writes the convolution of `p` to `out`, pad lanes too. `kept` is what [`prepare_filter`] made, `work` has the floats
+/// that [`Choice::workspace`] asks for. With `measure`, returns the moments of `[sample][output block]`.
+pub(crate) fn forward(
+    isa: Isa,
+    choice: &Choice,
+    p: &Problem<'_>,
+    kept: &[f32],
+    work: &mut [f32],
+    out: &mut [f32],
+    measure: bool,
+) -> Vec<Moments> {
+    let g = &p.geometry;
+    let blocks = g.batch * g.out_channels.div_ceil(BLOCK);
+    match (&choice.algorithm.how, &choice.plan) {
+        (How::Direct(kernels), _) => direct::run(kernels, isa, p, out, measure),
+        (_, Some(plan)) => {
+            let sums = winograd::run(plan, p, kept, work, out);
+            let per_sample = sums.len() / g.batch;
+            let of = |i: usize| {
+                let (n, block) = (i / (blocks / g.batch), i % (blocks / g.batch));
+                let parts = sums[n * per_sample..][..per_sample].iter().skip(block).step_by(blocks / g.batch);
+                parts.fold(Moments::default(), |m, s| m.merge(s.moments()))
+            };
+            if measure { (0..blocks).map(of).collect() } else { Vec::new() }
+        }
+        _ => {
+            reference(p, out);
+            let len = out.len() / blocks.max(1);
+            if measure { out.chunks_exact(len).map(|x| moments(isa, x)).collect() } else { Vec::new() }
+        }
+    }
 }
 
 /// Floats of a packed filter.
@@ -78,14 +257,14 @@ pub(crate) fn packed_len([o, i, kd, kh, kw]: [usize; 5]) -> usize {
     Layout::BLOCKED.padded(o) * i * kd * kh * kw
 }
 
-/// Where the weights of output block `block` start: the place of tap 0, input channel 0, and the distance between
-/// input channels.
+/// Where the weights of output block `block` start: the place of tap 0 and the sources' first channel, and the distance
+/// between input channels.
 fn packed_place(g: &Geometry, block: usize) -> (usize, usize) {
     let blocks = g.out_channels.div_ceil(BLOCK);
     let first = block / 2 * 2;
     let width = BLOCK * (blocks - first).min(2);
     let taps: usize = g.kernel.iter().product();
-    (first * BLOCK * taps * g.in_channels + (block - first) * BLOCK, width)
+    (first * BLOCK * taps * g.filter_inputs + g.filter_first * width + (block - first) * BLOCK, width)
 }
 
 /// Packs `values` in `[O, I, kD, kH, kW]` order into `out` of [`packed_len`] floats. Lanes past O become zero.
@@ -145,7 +324,7 @@ fn dot(p: &Problem<'_>, n: usize, at: [usize; 3], weights: &[f32], width: usize)
             let dims = Dims::from([g.batch, s.channels, g.input[0], g.input[1], g.input[2]]);
             for channel in 0..s.channels {
                 let x = s.data[s.layout.offset(&dims, [n, channel, x[0], x[1], x[2]])];
-                sum += x * weights[(tap * g.in_channels + c) * width];
+                sum += x * weights[(tap * g.filter_inputs + c) * width];
                 c += 1;
             }
         }

@@ -1,15 +1,13 @@
 //! Instance normalisation: one pass for the statistics, one that normalises, adds and applies leaky ReLU.
 
 use super::PIECE;
+use super::conv3d::Norm;
 use super::isa::{Simd, simd_entry};
+use super::moments::{Moments, moments};
 use crate::backend::{Impl, levels, no_implementation, pick};
 use crate::base::par;
 use crate::error::Result;
 use crate::tensor::{BLOCK, Isa};
-
-/// Voxels whose moments are taken at once: they fit the level-1 cache, so that looking at them twice costs no memory
-/// traffic, and are few enough for sums in f32.
-const VOXELS: usize = 256;
 
 /// Where an operand is.
 #[derive(Debug, Clone, Copy)]
@@ -55,21 +53,61 @@ fn run(isa: Isa, p: &Problem<'_>, out: &mut [f32]) {
     if len <= PIECE {
         par::chunks_mut(out, len, |i, out| {
             let (x, residual) = (p.x.part(i * len, len), p.residual.map(|r| r.part(i * len, len)));
-            let m = Affine::new(p, i % p.blocks, moments::on(isa, x.slice(out)));
-            apply::on(isa, &m, x, residual, out);
+            let m = Affine::new(p, i % p.blocks, moments(isa, x.slice(out)));
+            applied::on(isa, &m, x, residual, out);
         });
         return;
     }
     for (i, out) in out.chunks_exact_mut(len).enumerate() {
         let (x, residual) = (p.x.part(i * len, len), p.residual.map(|r| r.part(i * len, len)));
         let x_all = x.slice(out);
-        let parts = par::map(len.div_ceil(PIECE), |j| moments::on(isa, &x_all[j * PIECE..len.min((j + 1) * PIECE)]));
+        let parts = par::map(len.div_ceil(PIECE), |j| moments(isa, &x_all[j * PIECE..len.min((j + 1) * PIECE)]));
         let m = Affine::new(p, i % p.blocks, parts.into_iter().reduce(Moments::merge).unwrap_or_default());
         par::chunks_mut(out, PIECE, |j, out| {
             let (at, n) = (j * PIECE, out.len());
-            apply::on(isa, &m, x.part(at, n), residual.map(|r| r.part(at, n)), out);
+            applied::on(isa, &m, x.part(at, n), residual.map(|r| r.part(at, n)), out);
         });
     }
+}
+
+/// Writes `leaky_relu(normalised(x) + residual)` to `out`; without `x`, the input is in `out`. `space` voxels per
+/// channel.
+pub(crate) fn apply(
+    isa: Isa,
+    norm: &Norm<'_>,
+    space: usize,
+    x: Option<&[f32]>,
+    residual: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    known(isa, norm, space, x.map_or(Operand::Out, Operand::At), residual.map(Operand::At), out);
+}
+
+/// Writes `leaky_relu(normalised(x) + out)` to `out`.
+pub(crate) fn apply_into_residual(isa: Isa, norm: &Norm<'_>, space: usize, x: &[f32], out: &mut [f32]) {
+    known(isa, norm, space, Operand::At(x), Some(Operand::Out), out);
+}
+
+fn known(isa: Isa, norm: &Norm<'_>, space: usize, x: Operand<'_>, residual: Option<Operand<'_>>, out: &mut [f32]) {
+    let len = space * BLOCK;
+    let vector = |v: &[f32], i: usize| {
+        let mut block = [0.0; BLOCK];
+        block.copy_from_slice(&v[i * BLOCK..][..BLOCK]);
+        block
+    };
+    let per_block = len.div_ceil(PIECE);
+    let blocks: Vec<&mut [f32]> = out.chunks_mut(len).flat_map(|b| b.chunks_mut(PIECE)).collect();
+    par::each(blocks, |i, out| {
+        let (block, at) = (i / per_block, i % per_block * PIECE);
+        let m = Affine {
+            mean: vector(norm.mean, block),
+            scale: vector(norm.scale, block),
+            shift: vector(norm.shift, block),
+            slope: Some(norm.slope),
+        };
+        let (at, n) = (block * len + at, out.len());
+        applied::on(isa, &m, x.part(at, n), residual.map(|r| r.part(at, n)), out);
+    });
 }
 
 impl<'a> Operand<'a> {
@@ -89,88 +127,6 @@ impl<'a> Operand<'a> {
             Operand::At(x) => x,
         }
     }
-}
-
-/// Count, mean and sum of squared deviations from it, for 16 channels.
-#[derive(Clone, Copy, Default)]
-struct Moments {
-    count: f64,
-    mean: [f64; BLOCK],
-    squares: [f64; BLOCK],
-}
-
-impl Moments {
-    /// Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
-    fn merge(self, other: Moments) -> Moments {
-        let mut m = self;
-        m.count += other.count;
-        for c in 0..BLOCK {
-            let delta = other.mean[c] - self.mean[c];
-            let share = other.count / m.count;
-            m.mean[c] += delta * share;
-            m.squares[c] += other.squares[c] + delta * delta * self.count * share;
-        }
-        m
-    }
-}
-
-simd_entry!(moments = moments_of(x: &[f32]) -> Moments);
-
-#[inline(always)]
-fn moments_of<S: Simd>(s: S, x: &[f32]) -> Moments {
-    let mut all: Option<Moments> = None;
-    for part in x.as_chunks::<BLOCK>().0.chunks(VOXELS) {
-        let m = part_moments(s, part);
-        all = Some(match all {
-            Some(a) => a.merge(m),
-            None => m,
-        });
-    }
-    all.unwrap_or_default()
-}
-
-/// Corrected two-pass: deviations from a mean taken in f32, whose own error is then removed from both sums.
-#[inline(always)]
-fn part_moments<S: Simd>(s: S, x: &[[f32; BLOCK]]) -> Moments {
-    let n = x.len() as f64;
-    let zero = s.splat(0.0);
-    let (fours, rest) = x.as_chunks::<4>();
-    // Four sums each, to hide the latency of the addition.
-    let mut sum = [zero; 4];
-    for v in fours {
-        for k in 0..4 {
-            sum[k] = s.add(sum[k], s.load(&v[k]));
-        }
-    }
-    for v in rest {
-        sum[0] = s.add(sum[0], s.load(v));
-    }
-    let total = s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3]));
-    let about = s.mul(total, s.splat((1.0 / n) as f32));
-    let (mut first, mut second) = ([zero; 4], [zero; 4]);
-    for v in fours {
-        for k in 0..4 {
-            let d = s.sub(s.load(&v[k]), about);
-            first[k] = s.add(first[k], d);
-            second[k] = s.fma(d, d, second[k]);
-        }
-    }
-    for v in rest {
-        let d = s.sub(s.load(v), about);
-        first[0] = s.add(first[0], d);
-        second[0] = s.fma(d, d, second[0]);
-    }
-    let (mut mean, mut f, mut q) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
-    s.store(about, &mut mean);
-    s.store(s.add(s.add(first[0], first[1]), s.add(first[2], first[3])), &mut f);
-    s.store(s.add(s.add(second[0], second[1]), s.add(second[2], second[3])), &mut q);
-    let mut m = Moments { count: n, ..Moments::default() };
-    for c in 0..BLOCK {
-        let off = f64::from(f[c]) / n;
-        m.mean[c] = f64::from(mean[c]) + off;
-        m.squares[c] = (f64::from(q[c]) - off * f64::from(f[c])).max(0.0);
-    }
-    m
 }
 
 /// `(x - mean) * scale + shift`, which, unlike `x * scale + shift'`, loses nothing when the mean is large.
@@ -196,7 +152,7 @@ impl Affine {
     }
 }
 
-simd_entry!(apply = apply_to(m: &Affine, x: Operand<'_>, residual: Option<Operand<'_>>, out: &mut [f32]));
+simd_entry!(applied = apply_to(m: &Affine, x: Operand<'_>, residual: Option<Operand<'_>>, out: &mut [f32]));
 
 #[inline(always)]
 fn apply_to<S: Simd>(s: S, m: &Affine, x: Operand<'_>, residual: Option<Operand<'_>>, out: &mut [f32]) {

@@ -292,7 +292,49 @@ mod x86 {
 /// `simd_entry!(name = algorithm(argument: Type, ..) -> Result)`: a module `name` with one function per instruction set
 /// (`scalar`, `avx2`, `avx512`, all of one type and safe to call where the processor has the set), each of which is
 /// `algorithm(simd, argument, ..)` compiled for that set, and `name::on(isa, argument, ..)`, which calls the one of `isa`.
+/// With `unsafe` before the name, the algorithm has a safety contract, and so has `name::on`.
 macro_rules! simd_entry {
+    (unsafe $name:ident = $algorithm:ident ( $($a:ident : $t:ty),* )) => {
+        pub(super) mod $name {
+            #[allow(unused_imports, reason = "not every entry names a type of its file")]
+            use super::*;
+            use $crate::tensor::Isa;
+
+            /// # Safety
+            /// The contract of the algorithm, and the processor must have AVX2 and FMA.
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2($($a: $t),*) {
+                // SAFETY: this function's own contract.
+                unsafe { $algorithm($crate::backend::cpu::isa::Avx2::new(), $($a),*) }
+            }
+
+            /// # Safety
+            /// The contract of the algorithm, and the processor must have AVX-512 F, VL, BW and DQ.
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            unsafe fn avx512($($a: $t),*) {
+                // SAFETY: this function's own contract.
+                unsafe { $algorithm($crate::backend::cpu::isa::Avx512::new(), $($a),*) }
+            }
+
+            /// # Safety
+            /// The contract of the algorithm.
+            pub(in super::super) unsafe fn on(isa: Isa, $($a: $t),*) {
+                // SAFETY: this function's own contract; devices and implementation lists hand out only sets that this
+                // processor has.
+                unsafe {
+                    match isa {
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx512 => avx512($($a),*),
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx2 => avx2($($a),*),
+                        _ => $algorithm($crate::backend::cpu::isa::Scalar, $($a),*),
+                    }
+                }
+            }
+        }
+    };
     ($name:ident = $algorithm:ident ( $($a:ident : $t:ty),* ) $(-> $r:ty)?) => {
         mod $name {
             #[allow(unused_imports, reason = "not every entry names a type of its file")]

@@ -1,10 +1,11 @@
 //! Direct convolution: which tiles cover the output, and in which order.
 
-use super::tile::{Kernels, STEPS, Stream, Tile, TileFn};
+use super::tile::{Finish, Kernels, STEPS, Stream, Tile, TileFn};
 use super::{Geometry, Problem, packed_place};
 use crate::backend::cpu::Shared;
+use crate::backend::cpu::moments::{Moments, moments};
 use crate::base::par;
-use crate::tensor::{BLOCK, Layout};
+use crate::tensor::{BLOCK, Isa, Layout};
 
 /// Multiplications and additions per work item, about a millisecond: enough to make handing it out cheap, little
 /// enough to share evenly.
@@ -17,10 +18,25 @@ const FILTER_IN_CACHE: usize = 512 << 10;
 /// Longest piece of a row that is done in one go: a multiple of all tile widths. A pointwise convolution is one row.
 const SEGMENT: usize = 480;
 
-/// Writes the convolution of `p` to `out`.
-pub(super) fn run(kernels: &Kernels, p: &Problem<'_>, out: &mut [f32]) {
+/// Writes the convolution of `p` to `out`. With `measure`, returns the moments of `[sample][output block]`.
+pub(super) fn run(kernels: &Kernels, isa: Isa, p: &Problem<'_>, out: &mut [f32], measure: bool) -> Vec<Moments> {
     let plan = Plan::new(kernels, p, out);
-    par::for_each(plan.items(), |i| plan.item(i));
+    if !measure {
+        par::for_each(plan.items(), |i| plan.item(i));
+        return Vec::new();
+    }
+    // What an item has written is still in the cache.
+    let parts = par::map(plan.items(), |i| {
+        plan.item(i);
+        plan.written(i).map(|(n, block, x)| (n, block, moments(isa, x))).collect::<Vec<_>>()
+    });
+    let blocks = p.geometry.out_channels.div_ceil(BLOCK);
+    let mut all = vec![Moments::default(); p.geometry.batch * blocks];
+    for (n, block, m) in parts.into_iter().flatten() {
+        let of = &mut all[n * blocks + block];
+        *of = of.merge(m);
+    }
+    all
 }
 
 /// A tile in a segment: first voxel, width, function.
@@ -40,7 +56,7 @@ struct Plan<'a> {
     /// First output block and number of blocks of each group.
     groups: Vec<(usize, usize)>,
     cover: Cover,
-    /// Segments per row, in all, and per item.
+    /// Segments per row, per sample, and per item. An item belongs to one sample.
     per_row: usize,
     segments: usize,
     per_item: usize,
@@ -51,7 +67,8 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn new(kernels: &Kernels, p: &'a Problem<'a>, out: &mut [f32]) -> Self {
         let mut g = p.geometry;
-        if g.kernel == [1; 3] && g.stride == [1; 3] {
+        let repeated = p.residual.is_some_and(|r| r.addend.is_some());
+        if g.kernel == [1; 3] && g.stride == [1; 3] && !repeated {
             // Neighbourhood does not matter: one long row.
             g.input = [1, 1, g.input.iter().product()];
             g.output = g.input;
@@ -64,7 +81,7 @@ impl<'a> Plan<'a> {
         let step = STEPS.iter().position(|s| *s == step).unwrap_or(0);
         let [od, oh, ow] = g.output;
         let per_row = ow.div_ceil(SEGMENT);
-        let cover = |len| [kernels.one, kernels.two].map(|widths| cover(widths, step, len));
+        let cover = |len| [kernels.one, kernels.two].map(|widths| cover(widths, step, p.residual.is_some(), len));
         let by_group = p.filter.len() * 4 > FILTER_IN_CACHE;
         let taps: usize = g.kernel.iter().product();
         let lanes = BLOCK * if by_group { blocks.min(2) } else { blocks };
@@ -76,39 +93,58 @@ impl<'a> Plan<'a> {
             groups,
             cover: Cover { full: cover(SEGMENT.min(ow)), last: cover(ow - (per_row - 1) * SEGMENT) },
             per_row,
-            segments: g.batch * od * oh * per_row,
+            segments: od * oh * per_row,
             per_item: (ITEM_FLOPS / flops.max(1)).max(1),
             by_group,
         }
     }
 
-    /// Items of one group, or of all groups together.
+    /// Items of one sample and one group, or of all groups together.
     fn ranges(&self) -> usize {
         self.segments.div_ceil(self.per_item)
     }
 
     fn items(&self) -> usize {
-        self.ranges() * if self.by_group { self.groups.len() } else { 1 }
+        self.g.batch * self.ranges() * if self.by_group { self.groups.len() } else { 1 }
+    }
+
+    /// Sample, groups and segments of an item. Groups are outermost, so that their filters stay in the cache.
+    fn part(&self, i: usize) -> (usize, &[(usize, usize)], std::ops::Range<usize>) {
+        let (n, range) = (i / self.ranges() % self.g.batch, i % self.ranges());
+        let group = i / self.ranges() / self.g.batch;
+        let groups = if self.by_group { &self.groups[group..=group] } else { &self.groups[..] };
+        (n, groups, range * self.per_item..self.segments.min((range + 1) * self.per_item))
     }
 
     fn item(&self, i: usize) {
-        let (group, range) = (i / self.ranges(), i % self.ranges());
-        for segment in range * self.per_item..self.segments.min((range + 1) * self.per_item) {
-            if self.by_group {
-                self.segment(segment, self.groups[group]);
-            } else {
-                for group in &self.groups {
-                    self.segment(segment, *group);
-                }
+        let (n, groups, segments) = self.part(i);
+        for segment in segments {
+            for group in groups {
+                self.segment(n, segment, *group);
             }
         }
     }
 
+    /// Sample, block and values of what an item has written: its segments lie one after the other.
+    fn written(&self, i: usize) -> impl Iterator<Item = (usize, usize, &[f32])> {
+        let (n, groups, segments) = self.part(i);
+        let [od, oh, ow] = self.g.output;
+        let voxel = |s: usize| s / self.per_row * ow + s % self.per_row * SEGMENT;
+        let (first, last) = (voxel(segments.start), voxel(segments.end));
+        let blocks = self.g.out_channels.div_ceil(BLOCK);
+        groups.iter().flat_map(|(block, blocks)| *block..block + blocks).map(move |block| {
+            let at = (n * blocks + block) * od * oh * ow;
+            let values = self.out.ptr().wrapping_add((at + first) * BLOCK);
+            // SAFETY: the item's own segments of this block, which it has just written and no one else touches.
+            (n, block, unsafe { std::slice::from_raw_parts(values, (last - first) * BLOCK) })
+        })
+    }
+
     /// One piece of a row, for one group of output channels.
-    fn segment(&self, i: usize, (block, blocks): (usize, usize)) {
-        let [od, oh, _] = self.g.output;
+    fn segment(&self, n: usize, i: usize, (block, blocks): (usize, usize)) {
+        let oh = self.g.output[1];
         let (part, row) = (i % self.per_row, i / self.per_row);
-        let (n, z, y) = (row / (od * oh), row / oh % od, row % oh);
+        let (z, y) = (row / oh, row % oh);
         let cover = if part + 1 == self.per_row { &self.cover.last } else { &self.cover.full };
         self.tiles(n, block, z, y, part * SEGMENT, &cover[blocks - 1]);
     }
@@ -124,7 +160,7 @@ impl<'a> Plan<'a> {
             sources: [self.stream(0, n, z, y), self.stream(1, n, z, y)],
             filter: self.p.filter[filter..].as_ptr(),
             channel,
-            tap: channel * g.in_channels,
+            tap: channel * g.filter_inputs,
             z: valid(z, kd, g.stride[0], g.padding[0], g.input[0]),
             y: valid(y, kh, g.stride[1], g.padding[1], g.input[1]),
             kernel: (kh, kw),
@@ -133,6 +169,7 @@ impl<'a> Plan<'a> {
             out: self.out.ptr().wrapping_add(out),
             block: od * oh * ow * BLOCK,
             bias: self.p.bias.map_or(std::ptr::null(), |b| b[block * BLOCK..].as_ptr()),
+            finish: self.finish(n, block, z, y),
         };
         let (starts, out) = (tile.sources.map(|s| s.start), tile.out);
         for &(x, width, f) in spans {
@@ -143,6 +180,9 @@ impl<'a> Plan<'a> {
             tile.left = x == 0 && g.padding[2] > 0;
             tile.right = (x + width - 1) * g.stride[2] + kw - 1 - g.padding[2] >= g.input[2];
             tile.out = out.wrapping_add(x * BLOCK);
+            if let Some(f) = &mut tile.finish {
+                f.x = x;
+            }
             // SAFETY: the sources, the filter and the bias have the sizes of the problem (checked by the operation
             // that built it); taps outside the input are excluded by `z`, `y`, `left` and `right` (padding is at most
             // one, so at most one voxel at either end of a row is concerned); the spans cover each segment once and each
@@ -150,6 +190,24 @@ impl<'a> Plan<'a> {
             // only to devices with its instruction set.
             unsafe { f(&tile) }
         }
+    }
+
+    /// What becomes of the results of a row.
+    fn finish(&self, n: usize, block: usize, z: usize, y: usize) -> Option<Finish> {
+        let r = self.p.residual?;
+        let all = self.g.out_channels.div_ceil(BLOCK);
+        let vector = |v: &[f32]| v[(n * all + block) * BLOCK..].as_ptr();
+        let (addend, addend_block, factor) = match r.addend {
+            Some((values, f)) => {
+                let [d, h, w] = [0, 1, 2].map(|a| self.g.output[a] / f[a]);
+                let row = (((n * all + block) * d + z / f[0]) * h + y / f[1]) * w * BLOCK;
+                (values[row..].as_ptr(), d * h * w * BLOCK, f[2])
+            }
+            None => (std::ptr::null(), 0, 1),
+        };
+        let n = &r.norm;
+        let (mean, scale, shift) = (vector(n.mean), vector(n.scale), vector(n.shift));
+        Some(Finish { mean, scale, shift, slope: n.slope, addend, addend_block, factor, x: 0 })
     }
 
     /// Source `i` as the first tile of a row sees it.
@@ -176,7 +234,7 @@ fn valid(at: usize, kernel: usize, stride: usize, padding: usize, input: usize) 
 }
 
 /// Covers `len` voxels with the cheapest sequence of tiles, wide ones first.
-fn cover(widths: &[(usize, [TileFn; 4])], step: usize, len: usize) -> Vec<Span> {
+fn cover(widths: &[(usize, [[TileFn; 2]; 4])], step: usize, finish: bool, len: usize) -> Vec<Span> {
     /// Time of a tile per tap and channel, in quarters of a voxel's: at least the latency of a sum, and some overhead.
     fn cost(width: usize) -> usize {
         4 * width.max(2) + 3
@@ -194,7 +252,7 @@ fn cover(widths: &[(usize, [TileFn; 4])], step: usize, len: usize) -> Vec<Span> 
     let mut left = len;
     while left > 0 {
         let (width, functions) = widths[best[left].1];
-        chosen.push((width, functions[step]));
+        chosen.push((width, functions[step][usize::from(finish)]));
         left -= width;
     }
     chosen.sort_by_key(|c| std::cmp::Reverse(c.0));

@@ -45,6 +45,25 @@ pub(super) struct Tile {
     pub(super) block: usize,
     /// Bias of the first block, or null.
     pub(super) bias: *const f32,
+    pub(super) finish: Option<Finish>,
+}
+
+/// The end of a residual block: what the output holds is normalised, the sums and an addend are added, and leaky ReLU is
+/// applied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Finish {
+    /// Vectors of the output blocks.
+    pub(super) mean: *const f32,
+    pub(super) scale: *const f32,
+    pub(super) shift: *const f32,
+    /// In [0, 1].
+    pub(super) slope: f32,
+    /// The addend's row for the first block, or null; floats to the next block; output voxels per voxel of it.
+    pub(super) addend: *const f32,
+    pub(super) addend_block: usize,
+    pub(super) factor: usize,
+    /// The tile's first voxel.
+    pub(super) x: usize,
 }
 
 /// # Safety
@@ -56,16 +75,22 @@ pub(super) type TileFn = unsafe fn(&Tile);
 pub(super) const STEPS: [usize; 4] = [1, 2, BLOCK, 2 * BLOCK];
 
 /// The microkernels of one instruction set: per number of output blocks (one; two, where registers allow) the
-/// available widths, wide to narrow and ending with 1, each with one function per entry of [`STEPS`].
+/// available widths, wide to narrow and ending with 1, each with two functions per entry of [`STEPS`]: one that stores its
+/// sums, one that finishes a residual block with them. (One that could do both would keep its sums in memory.)
 pub(super) struct Kernels {
-    pub(super) one: &'static [(usize, [TileFn; 4])],
-    pub(super) two: &'static [(usize, [TileFn; 4])],
+    pub(super) one: &'static [(usize, [[TileFn; 2]; 4])],
+    pub(super) two: &'static [(usize, [[TileFn; 2]; 4])],
 }
 
 /// Rows of a [`Kernels`] table from a function generic over width, blocks and step.
 macro_rules! widths {
     ($f:ident, $blocks:literal, [$($w:literal),*]) => {
-        &[$(($w, [$f::<$w, $blocks, 1>, $f::<$w, $blocks, 2>, $f::<$w, $blocks, 16>, $f::<$w, $blocks, 32>])),*]
+        &[$(($w, [
+            [$f::<$w, $blocks, 1, false>, $f::<$w, $blocks, 1, true>],
+            [$f::<$w, $blocks, 2, false>, $f::<$w, $blocks, 2, true>],
+            [$f::<$w, $blocks, 16, false>, $f::<$w, $blocks, 16, true>],
+            [$f::<$w, $blocks, 32, false>, $f::<$w, $blocks, 32, true>],
+        ])),*]
     };
 }
 
@@ -84,31 +109,31 @@ pub(super) static SCALAR: Kernels = Kernels { one: widths!(scalar, 1, [2, 1]), t
 /// See [`TileFn`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-unsafe fn avx512<const W: usize, const B: usize, const STEP: usize>(t: &Tile) {
+unsafe fn avx512<const W: usize, const B: usize, const STEP: usize, const FINISH: bool>(t: &Tile) {
     // SAFETY: this function's own contract.
-    unsafe { tile::<Avx512, W, B, STEP>(Avx512::new(), t) }
+    unsafe { tile::<Avx512, W, B, STEP, FINISH>(Avx512::new(), t) }
 }
 
 /// # Safety
 /// See [`TileFn`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const W: usize, const B: usize, const STEP: usize>(t: &Tile) {
+unsafe fn avx2<const W: usize, const B: usize, const STEP: usize, const FINISH: bool>(t: &Tile) {
     // SAFETY: this function's own contract.
-    unsafe { tile::<Avx2, W, B, STEP>(Avx2::new(), t) }
+    unsafe { tile::<Avx2, W, B, STEP, FINISH>(Avx2::new(), t) }
 }
 
 /// # Safety
 /// See [`TileFn`].
-unsafe fn scalar<const W: usize, const B: usize, const STEP: usize>(t: &Tile) {
+unsafe fn scalar<const W: usize, const B: usize, const STEP: usize, const FINISH: bool>(t: &Tile) {
     // SAFETY: this function's own contract.
-    unsafe { tile::<Scalar, W, B, STEP>(Scalar, t) }
+    unsafe { tile::<Scalar, W, B, STEP, FINISH>(Scalar, t) }
 }
 
 /// # Safety
 /// See [`TileFn`].
 #[inline(always)]
-unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize>(s: S, t: &Tile) {
+unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize, const FINISH: bool>(s: S, t: &Tile) {
     let mut sums = [[s.splat(0.0); B]; W];
     let (kh, kw) = t.kernel;
     for z in t.z.0..t.z.1 {
@@ -153,10 +178,30 @@ unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize>(s: S,
             // SAFETY: by contract a non-null bias has B blocks.
             s.load(unsafe { &*t.bias.add(b * BLOCK).cast::<[f32; BLOCK]>() })
         };
+        let (true, Some(f)) = (FINISH, &t.finish) else {
+            for i in 0..W {
+                // SAFETY: by contract W voxels of B blocks are ours to write.
+                let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
+                s.store(s.add(sums[i][b], bias), out);
+            }
+            continue;
+        };
+        // SAFETY: by contract the vectors have B blocks.
+        let [mean, scale, shift] =
+            [f.mean, f.scale, f.shift].map(|v| s.load(unsafe { &*v.add(b * BLOCK).cast::<[f32; BLOCK]>() }));
+        let slope = s.splat(f.slope);
         for i in 0..W {
-            // SAFETY: by contract W voxels of B blocks are ours to write.
+            // SAFETY: as above.
             let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
-            s.store(s.add(sums[i][b], bias), out);
+            let mut v = s.add(sums[i][b], bias);
+            if !f.addend.is_null() {
+                let at = b * f.addend_block + ((f.x + i) as u32 / f.factor as u32) as usize * BLOCK;
+                // SAFETY: by contract the addend has a voxel for every `factor` voxels of the row.
+                v = s.add(v, s.load(unsafe { &*f.addend.add(at).cast::<[f32; BLOCK]>() }));
+            }
+            let v = s.add(v, s.fma(s.sub(s.load(out), mean), scale, shift));
+            // The leaky ReLU, since the slope is at most one.
+            s.store(s.max(v, s.mul(v, slope)), out);
         }
     }
 }

@@ -1,0 +1,226 @@
+//! Minimal filtering along one axis (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray, "Fast
+//! Algorithms for Convolutional Neural Networks", CVPR 2016): how few products give `M` neighbouring outputs.
+//!
+//! Every scheme maps `L` neighbouring inputs to `P` values, whose products with `P` values made from the filter map to
+//! `M` outputs. A convolution in three dimensions applies one scheme per axis.
+//!
+//! The points of [`F4`] are 0, +-1/sqrt 2, +-sqrt 2 and infinity rather than the usual 0, +-1, +-2: the same number of
+//! operations, but magnitudes that lie closer together, which makes the rounding error about three times smaller in 3D.
+
+use crate::backend::cpu::lanes::Lanes;
+
+/// One axis, by its number of inputs, products and outputs.
+pub(super) trait Axis<const L: usize, const P: usize, const M: usize> {
+    /// The inputs' transform.
+    fn forward<S: Lanes>(s: S, d: &[S::R; L]) -> [S::R; P];
+    /// From products to outputs.
+    fn inverse<S: Lanes>(s: S, m: &[S::R; P]) -> [S::R; M];
+}
+
+/// A kernel of one tap.
+pub(super) struct One;
+/// Three taps, two outputs from four products.
+pub(super) struct F2;
+/// Three taps, four outputs from six products.
+pub(super) struct F4;
+/// Three taps at stride 2: the even taps meet every second input, the middle tap the others, so it is a two-tap filter
+/// on one half of the inputs and a one-tap filter on the other: two outputs from 3 + 2 products.
+pub(super) struct S2;
+/// The same for four outputs from 5 + 4 products.
+pub(super) struct S4;
+
+/// Squares of the points of [`F4`]: 1/2 and 2.
+const A: f32 = std::f32::consts::FRAC_1_SQRT_2;
+const B: f32 = std::f32::consts::SQRT_2;
+
+/// The points of [`S4`] are +-these and infinity: near those of least rounding error, with powers that are exact in f32.
+const SA: f32 = 0.375;
+const SB: f32 = 1.375;
+
+impl Axis<1, 1, 1> for One {
+    #[inline(always)]
+    fn forward<S: Lanes>(_: S, d: &[S::R; 1]) -> [S::R; 1] {
+        *d
+    }
+    #[inline(always)]
+    fn inverse<S: Lanes>(_: S, m: &[S::R; 1]) -> [S::R; 1] {
+        *m
+    }
+}
+
+impl Axis<4, 4, 2> for F2 {
+    #[inline(always)]
+    fn forward<S: Lanes>(s: S, d: &[S::R; 4]) -> [S::R; 4] {
+        [s.sub(d[0], d[2]), s.add(d[1], d[2]), s.sub(d[2], d[1]), s.sub(d[1], d[3])]
+    }
+    #[inline(always)]
+    fn inverse<S: Lanes>(s: S, m: &[S::R; 4]) -> [S::R; 2] {
+        let (p, q) = (s.add(m[1], m[2]), s.sub(m[1], m[2]));
+        [s.add(m[0], p), s.sub(q, m[3])]
+    }
+}
+
+impl Axis<6, 6, 4> for F4 {
+    #[inline(always)]
+    fn forward<S: Lanes>(s: S, d: &[S::R; 6]) -> [S::R; 6] {
+        let (c, two, half) = (s.splat(2.5), s.splat(2.0), s.splat(0.5));
+        let (p, q) = (s.fnma(two, d[2], d[4]), s.fnma(two, d[1], d[3]));
+        let (r, u) = (s.fnma(half, d[2], d[4]), s.fnma(half, d[1], d[3]));
+        // A product and two additions rather than two fused ones: additions have units of their own.
+        let (q, u) = (s.mul(s.splat(A), q), s.mul(s.splat(B), u));
+        [
+            s.fnma(c, d[2], s.add(d[0], d[4])),
+            s.add(p, q),
+            s.sub(p, q),
+            s.add(r, u),
+            s.sub(r, u),
+            s.fnma(c, d[3], s.add(d[1], d[5])),
+        ]
+    }
+    #[inline(always)]
+    fn inverse<S: Lanes>(s: S, m: &[S::R; 6]) -> [S::R; 4] {
+        let (p, q) = (s.add(m[1], m[2]), s.sub(m[1], m[2]));
+        let (r, u) = (s.add(m[3], m[4]), s.sub(m[3], m[4]));
+        [
+            s.add(m[0], s.add(p, r)),
+            s.fma(s.splat(B), u, s.mul(s.splat(A), q)),
+            s.fma(s.splat(2.0), r, s.mul(s.splat(0.5), p)),
+            s.fma(s.splat(2.0 * B), u, s.fma(s.splat(0.5 * A), q, m[5])),
+        ]
+    }
+}
+
+impl Axis<5, 5, 2> for S2 {
+    #[inline(always)]
+    fn forward<S: Lanes>(s: S, d: &[S::R; 5]) -> [S::R; 5] {
+        [s.sub(d[0], d[2]), d[2], s.sub(d[2], d[4]), d[1], d[3]]
+    }
+    #[inline(always)]
+    fn inverse<S: Lanes>(s: S, m: &[S::R; 5]) -> [S::R; 2] {
+        [s.add(s.add(m[0], m[1]), m[3]), s.add(s.sub(m[1], m[2]), m[4])]
+    }
+}
+
+impl Axis<9, 9, 4> for S4 {
+    #[inline(always)]
+    fn forward<S: Lanes>(s: S, d: &[S::R; 9]) -> [S::R; 9] {
+        let (a, b) = (s.splat(SA * SA), s.splat(SB * SB));
+        let (p, q) = (s.fnma(b, d[2], d[6]), s.fnma(b, d[0], d[4]));
+        let (r, u) = (s.fnma(a, d[2], d[6]), s.fnma(a, d[0], d[4]));
+        let (q, u) = (s.mul(s.splat(SA), q), s.mul(s.splat(SB), u));
+        let last = s.fma(s.splat(SA * SA * SB * SB), d[0], s.fnma(s.splat(SA * SA + SB * SB), d[4], d[8]));
+        [s.add(p, q), s.sub(p, q), s.add(r, u), s.sub(r, u), last, d[1], d[3], d[5], d[7]]
+    }
+    #[inline(always)]
+    fn inverse<S: Lanes>(s: S, m: &[S::R; 9]) -> [S::R; 4] {
+        let (p, q) = (s.add(m[0], m[1]), s.sub(m[0], m[1]));
+        let (r, u) = (s.add(m[2], m[3]), s.sub(m[2], m[3]));
+        [
+            s.add(m[5], s.add(p, r)),
+            s.fma(s.splat(SB), u, s.fma(s.splat(SA), q, m[6])),
+            s.fma(s.splat(SB * SB), r, s.fma(s.splat(SA * SA), p, m[7])),
+            s.fma(s.splat(SB * SB * SB), u, s.fma(s.splat(SA * SA * SA), q, s.add(m[4], m[8]))),
+        ]
+    }
+}
+
+/// The schemes as values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    /// See [`One`]; its stride may be 1 or 2.
+    One,
+    /// See [`F2`].
+    F2,
+    /// See [`F4`].
+    F4,
+    /// See [`S2`].
+    S2,
+    /// See [`S4`].
+    S4,
+}
+
+impl Kind {
+    /// Inputs, products and outputs.
+    pub(super) const fn sizes(self) -> (usize, usize, usize) {
+        match self {
+            Kind::One => (1, 1, 1),
+            Kind::F2 => (4, 4, 2),
+            Kind::F4 => (6, 6, 4),
+            Kind::S2 => (5, 5, 2),
+            Kind::S4 => (9, 9, 4),
+        }
+    }
+
+    /// Arithmetic operations per transform of the inputs and of the products, for the estimate of time.
+    pub(super) const fn operations(self) -> (usize, usize) {
+        match self {
+            Kind::One => (0, 0),
+            Kind::F2 => (4, 4),
+            Kind::F4 => (14, 12),
+            Kind::S2 => (2, 4),
+            Kind::S4 => (12, 13),
+        }
+    }
+
+    /// The filter's transform: `[P][taps]`, to be used in the first rows and columns that exist.
+    pub(super) fn filter(self) -> Vec<[f64; 3]> {
+        // Points a, b of equal and opposite pairs: 1 / product of differences to the other points.
+        match self {
+            Kind::One => vec![[1.0, 0.0, 0.0]],
+            Kind::F2 => vec![[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]],
+            Kind::F4 => {
+                let (a, b) = (std::f64::consts::FRAC_1_SQRT_2, std::f64::consts::SQRT_2);
+                // Differences to 0 and to the three other points: 2 a^2 (a^2 - b^2), which is -3/2, and 6 for b.
+                let row = |p: f64, n: f64| [1.0 / n, p / n, p * p / n];
+                vec![[1.0, 0.0, 0.0], row(a, -1.5), row(-a, -1.5), row(b, 6.0), row(-b, 6.0), [0.0, 0.0, 1.0]]
+            }
+            Kind::S2 => {
+                vec![[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+            }
+            Kind::S4 => {
+                // The points as the inputs' transform has them, rounded to f32.
+                let (a, b) = (f64::from(SA), f64::from(SB));
+                let (na, nb) = (2.0 * a * (a * a - b * b), 2.0 * b * (b * b - a * a));
+                let row = |p: f64, n: f64| [1.0 / n, 0.0, p / n];
+                let mut rows = vec![row(a, na), row(-a, -na), row(b, nb), row(-b, -nb), [0.0, 0.0, 1.0]];
+                rows.extend([[0.0, 1.0, 0.0]; 4]);
+                rows
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::isa::Scalar;
+
+    fn check<X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(kind: Kind, taps: usize, stride: usize) {
+        assert_eq!(kind.sizes(), (L, P, M));
+        let filter = kind.filter();
+        for impulse in 0..L * taps {
+            let (at, tap) = (impulse / taps, impulse % taps);
+            let mut d = [[0f32; 4]; L];
+            d[at] = [1.0; 4];
+            let mut products = X::forward(Scalar, &d);
+            for (m, g) in products.iter_mut().zip(&filter) {
+                *m = m.map(|v| v * g[tap] as f32);
+            }
+            let y = X::inverse(Scalar, &products);
+            for (o, y) in y.iter().enumerate() {
+                let expected = if o * stride + tap == at { 1.0 } else { 0.0 };
+                assert!((y[0] - expected).abs() < 3e-6, "{kind:?} input {at} tap {tap} output {o}: {}", y[0]);
+            }
+        }
+    }
+
+    /// Each scheme is the convolution that it stands for, by its response to every single input and tap.
+    #[test]
+    fn schemes_are_convolutions() {
+        check::<One, 1, 1, 1>(Kind::One, 1, 1);
+        check::<F2, 4, 4, 2>(Kind::F2, 3, 1);
+        check::<F4, 6, 6, 4>(Kind::F4, 3, 1);
+        check::<S2, 5, 5, 2>(Kind::S2, 3, 2);
+        check::<S4, 9, 9, 4>(Kind::S4, 3, 2);
+    }
+}

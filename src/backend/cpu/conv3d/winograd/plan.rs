@@ -1,0 +1,278 @@
+//! How a problem is cut, what memory that takes, and what time.
+
+use super::axis::Kind;
+use super::filter::prepared_len;
+use crate::backend::cpu::conv3d::{Geometry, Source};
+use crate::tensor::{BLOCK, Isa};
+
+/// Transformed filters up to this size are made once and kept.
+const KEPT_FILTER: usize = 32 << 20;
+
+/// Bytes that a thread's own block may take: most of a level-2 cache, since the filter passes through it, too.
+const OWN_BYTES: usize = 1200 << 10;
+
+/// Tiles of a block of a thread's own, at most: enough to read each weight seldom.
+const OWN_TILES: usize = 24;
+
+/// Tiles of a block that threads share, at most.
+const SHARED_TILES: usize = 128;
+
+/// Bytes of transformed inputs that threads share, at most: they should stay in a level-3 cache.
+const SHARED_BYTES: usize = 24 << 20;
+
+/// Input channels whose filters are transformed at a time.
+pub(super) const CHUNK: usize = 64;
+
+/// A scheme per axis; y and x have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Scheme {
+    pub(super) z: Kind,
+    pub(super) xy: Kind,
+}
+
+impl Scheme {
+    /// The scheme with up to `z` and `xy` outputs per tile for the kernel and stride of `g`, if there is one.
+    pub(crate) fn of(g: &Geometry, z: usize, xy: usize) -> Option<Self> {
+        let kind = |axis: usize, outputs: usize| match (g.kernel[axis], g.stride[axis], outputs) {
+            (1, _, _) => Some(Kind::One),
+            (3, 1, 2) => Some(Kind::F2),
+            (3, 1, 4) => Some(Kind::F4),
+            (3, 2, 2) => Some(Kind::S2),
+            (3, 2, 4) => Some(Kind::S4),
+            _ => None,
+        };
+        let same = g.kernel[1] == g.kernel[2] && g.stride[1] == g.stride[2];
+        // Without three taps in the plane there is nothing to save.
+        (same && g.kernel[1] == 3).then_some(())?;
+        // Where z has no choice, the name with equal numbers stands for it.
+        (g.kernel[0] == 3 || z == xy).then_some(())?;
+        Some(Self { z: kind(0, z)?, xy: kind(1, xy)? })
+    }
+
+    /// A number of its own.
+    pub(crate) fn key(self) -> u64 {
+        (self.z as u64) << 8 | self.xy as u64
+    }
+
+    /// Products of a tile in one plane.
+    pub(super) fn plane_points(self) -> usize {
+        self.xy.sizes().1.pow(2)
+    }
+
+    /// Products of a tile.
+    pub(super) fn points(self) -> usize {
+        self.z.sizes().1 * self.plane_points()
+    }
+}
+
+/// How a problem is cut.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    pub(super) scheme: Scheme,
+    pub(super) isa: Isa,
+    pub(super) g: Geometry,
+    /// Outputs and inputs per tile, and the distance of neighbouring tiles' inputs.
+    pub(super) outputs: [usize; 3],
+    pub(super) inputs: [usize; 3],
+    pub(super) step: [usize; 3],
+    pub(super) planes: usize,
+    pub(super) points: usize,
+    /// Tiles, blocks of tiles, and tiles of the largest block.
+    pub(super) tiles: [usize; 3],
+    pub(super) blocks: [usize; 3],
+    pub(super) block: [usize; 3],
+    /// Channel blocks of all inputs together, and of the output.
+    pub(super) in_blocks: usize,
+    pub(super) out_blocks: usize,
+    /// Floats between tiles of transformed inputs.
+    pub(super) row: usize,
+    /// Threads work on one block together.
+    pub(super) shared: bool,
+}
+
+impl Plan {
+    /// Cuts the problem `g` whose sources have `channels` each.
+    pub(crate) fn new(scheme: Scheme, isa: Isa, g: &Geometry, channels: &[usize]) -> Self {
+        let ((lz, pz, mz), (l, p, m)) = (scheme.z.sizes(), scheme.xy.sizes());
+        let outputs = [mz, m, m];
+        let tiles = [0, 1, 2].map(|a| g.output[a].div_ceil(outputs[a]));
+        let in_blocks: usize = channels.iter().map(|c| c.div_ceil(BLOCK)).sum();
+        let mut row = in_blocks * BLOCK;
+        // Rows of tiles a power of two apart would fall into the same sets of a cache.
+        if row.is_multiple_of(64) {
+            row += BLOCK;
+        }
+        let mut plan = Self {
+            scheme,
+            isa,
+            g: *g,
+            outputs,
+            inputs: [lz, l, l],
+            step: [0, 1, 2].map(|a| outputs[a] * g.stride[a]),
+            planes: pz,
+            points: p * p,
+            tiles,
+            blocks: tiles,
+            block: [1; 3],
+            in_blocks,
+            out_blocks: g.out_channels.div_ceil(BLOCK),
+            row,
+            shared: false,
+        };
+        let all: usize = tiles.iter().product();
+        // A filter that is used for few tiles is better made on the way.
+        plan.shared = 4 * prepared_len(scheme, g) > KEPT_FILTER || all * g.batch < 4 * OWN_TILES;
+        if plan.shared {
+            let most = (SHARED_BYTES / (4 * scheme.points() * row)).clamp(8, SHARED_TILES);
+            plan.cut(|b| b.iter().product::<usize>() <= most);
+        } else {
+            let size = |b: [usize; 3]| b.iter().product::<usize>();
+            let base = plan.clone();
+            plan.cut(|b| size(b) <= OWN_TILES && (size(b) <= 8 || 4 * base.own_floats(b) <= OWN_BYTES));
+        }
+        plan
+    }
+
+    pub(crate) fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
+    /// Chooses the largest blocks that `fits` allows: whole rows if possible, as square as that leaves.
+    fn cut(&mut self, fits: impl Fn([usize; 3]) -> bool) {
+        let mut best = ([1; 3], 0.0);
+        for z in 1..=self.tiles[0].min(64) {
+            for y in 1..=self.tiles[1].min(64) {
+                for x in 1..=self.tiles[2].min(64) {
+                    // Blocks that cut an axis evenly.
+                    let even = |n: usize, axis: usize| {
+                        let pieces = self.tiles[axis].div_ceil(n);
+                        self.tiles[axis].div_ceil(pieces)
+                    };
+                    let b = [even(z, 0), even(y, 1), even(x, 2)];
+                    if b != [z, y, x] || !fits(b) {
+                        continue;
+                    }
+                    // Work that neighbouring tiles share, and how full the blocks are.
+                    let size = (z * y * x) as f64;
+                    let [rows, columns] = self.footprint(b);
+                    let overlap = (rows * columns) as f64 / (y * self.step[1] * x * self.step[2]) as f64;
+                    let pieces: f64 = [z, y, x].iter().zip(&self.tiles).map(|(b, t)| t.div_ceil(*b) as f64).product();
+                    let full = self.tiles.iter().product::<usize>() as f64 / (pieces * size);
+                    // Few tiles read every weight often.
+                    let score = full * size / (size + 4.0) / (1.0 + 0.15 * (overlap - 1.0));
+                    if score > best.1 {
+                        best = (b, score);
+                    }
+                }
+            }
+        }
+        self.block = best.0;
+        self.blocks = [0, 1, 2].map(|a| self.tiles[a].div_ceil(self.block[a]));
+    }
+
+    /// Tiles of the `i`-th piece along an axis: first and number.
+    pub(super) fn piece(&self, axis: usize, i: usize) -> (usize, usize) {
+        let (tiles, n) = (self.tiles[axis], self.blocks[axis]);
+        let first = tiles * i / n;
+        (first, tiles * (i + 1) / n - first)
+    }
+
+    /// Rows and columns of inputs that a block of tiles reads.
+    pub(super) fn footprint(&self, [_, y, x]: [usize; 3]) -> [usize; 2] {
+        [(y - 1) * self.step[1] + self.inputs[1], (x - 1) * self.step[2] + self.inputs[2]]
+    }
+
+    /// Floats between points of transformed inputs of `tiles` tiles. Not a multiple of a page, see `row`.
+    pub(super) fn inputs_point(&self, tiles: usize) -> usize {
+        tiles * self.row + BLOCK
+    }
+
+    /// Floats between points of products of `tiles` tiles and `width` channels.
+    pub(super) fn products_point(&self, tiles: usize, width: usize) -> usize {
+        tiles * width + BLOCK
+    }
+
+    /// Floats of the planes that a block's inputs along z take, per channel block and layer of tiles.
+    pub(super) fn slab(&self, block: [usize; 3]) -> usize {
+        let [rows, columns] = self.footprint(block);
+        self.planes * rows * columns * BLOCK
+    }
+
+    /// Floats of a block's outputs before the last step, per output block and layer of tiles.
+    pub(super) fn results(&self, [_, y, x]: [usize; 3]) -> usize {
+        self.planes * y * self.outputs[1] * x * self.outputs[2] * BLOCK
+    }
+
+    /// Floats that a thread needs for a block of its own: inputs along z, one plane of inputs, of products, outputs.
+    fn own_floats(&self, block: [usize; 3]) -> usize {
+        let tiles = block.iter().product();
+        self.in_blocks * block[0] * self.slab(block)
+            + self.points * (self.inputs_point(tiles) + self.products_point(tiles, 2 * BLOCK))
+            + self.out_blocks * block[0] * self.results(block)
+    }
+
+    /// Floats that a thread needs for its part of a shared block: one channel block's inputs along z, or products,
+    /// outputs and filters of a group.
+    fn part_floats(&self) -> usize {
+        let tiles = self.block.iter().product();
+        let group = self.planes * self.points * self.products_point(tiles, 2 * BLOCK)
+            + 2 * self.results(self.block)
+            + self.points * CHUNK * 2 * BLOCK;
+        self.slab(self.block).max(group)
+    }
+
+    /// Floats of a thread's scratch.
+    pub(super) fn scratch(&self) -> usize {
+        if self.shared { self.part_floats() } else { self.own_floats(self.block) }.next_multiple_of(1024) + BLOCK
+    }
+
+    /// Floats of inputs that threads share.
+    pub(super) fn common(&self) -> usize {
+        let tiles = self.block.iter().product();
+        if self.shared { self.planes * self.points * self.inputs_point(tiles) } else { 0 }
+    }
+
+    /// Floats of working memory for `threads` threads.
+    pub(crate) fn workspace(&self, threads: usize) -> usize {
+        self.common() + threads * self.scratch()
+    }
+
+    /// Floats of the transformed filter to keep, or 0 when it is made on the way.
+    pub(crate) fn kept_filter(&self) -> usize {
+        if self.shared { 0 } else { prepared_len(self.scheme, &self.g) }
+    }
+
+    /// Estimated time on one core, in cycles of a core that does one multiply-add of 16 floats in each.
+    pub(crate) fn cycles(&self) -> f64 {
+        let ([lz, lxy, _], [mz, mxy, _]) = (self.inputs, self.outputs);
+        let (pz, pxy) = (self.planes, self.scheme.xy.sizes().1);
+        let ((fz, iz), (fxy, ixy)) = (self.scheme.z.operations(), self.scheme.xy.operations());
+        // A store takes two cycles, a load one; three in four operations find a unit free at once.
+        let pass = |n: usize, operations: usize, loads: usize, stores: usize| {
+            (n as f64) * (0.75 * operations as f64).max(0.0) + (loads + 2 * stores) as f64 * 0.7
+        };
+        let area = self.footprint(self.block);
+        let per_tile = (area[0] * area[1]) as f64 / (self.block[1] * self.block[2]) as f64;
+        let inputs = per_tile * (0.75 * fz as f64 + 0.7 * (lz + 2 * pz) as f64)
+            + pz as f64 * pass(lxy + pxy, fxy, lxy * lxy, pxy * pxy);
+        let outputs = pz as f64 * pass(pxy + mxy, ixy, pxy * pxy, mxy * mxy)
+            + (mxy * mxy) as f64 * (0.75 * iz as f64 + 0.7 * (pz + 2 * mz) as f64);
+        let tiles = (self.tiles.iter().product::<usize>() * self.g.batch) as f64;
+        let block: f64 = self.block.iter().product::<usize>() as f64;
+        let (i, o) = (self.g.in_channels as f64, self.out_blocks as f64);
+        let products = self.scheme.points() as f64 * i * o;
+        let mut cycles = tiles * (self.in_blocks as f64 * inputs + o * outputs + products * 1.12 * (1.0 + 0.6 / block));
+        if self.shared {
+            let taps = self.g.kernel.iter().product::<usize>() as f64;
+            let filter = pz as f64 * (taps + (pxy * (9 + 3 * pxy)) as f64 + 1.4 * (pxy * pxy) as f64);
+            cycles += (tiles / block).ceil() * i * o * filter * 0.8;
+        }
+        cycles
+    }
+
+    /// Channel blocks of the sources one after the other: source, block in it, and first lane in a tile's row.
+    pub(super) fn input_blocks(sources: &[Source<'_>]) -> Vec<(usize, usize, usize)> {
+        let blocks = sources.iter().enumerate().flat_map(|(s, x)| (0..x.channels.div_ceil(BLOCK)).map(move |b| (s, b)));
+        blocks.enumerate().map(|(i, (s, b))| (s, b, i * BLOCK)).collect()
+    }
+}

@@ -1,0 +1,380 @@
+//! The passes of a plan, block by block.
+
+use super::Plan;
+use super::filter::{self, Matrices, prepared_place};
+use super::gemm::{self, Gemm, Run, cover, widest};
+use super::plan::CHUNK;
+use super::transform::{self, Affine, ForwardXy, ForwardZ, InverseXy, InverseZ, Sums};
+use crate::backend::cpu::Shared;
+use crate::backend::cpu::conv3d::{Problem, packed_place};
+use crate::backend::cpu::lanes::Lanes;
+use crate::base::par;
+use crate::tensor::{BLOCK, Isa};
+
+/// Outputs of this many bytes are not worth keeping in a cache.
+const STREAM_FROM: usize = 24 << 20;
+
+/// Registers of an instruction set: floats in one, and how many a kernel may keep.
+fn registers(isa: Isa) -> (usize, usize) {
+    fn of<S: Lanes>() -> (usize, usize) {
+        (S::N, S::KEEP)
+    }
+    #[cfg(target_arch = "x86_64")]
+    match isa {
+        Isa::Avx512 => return of::<crate::backend::cpu::isa::Avx512>(),
+        Isa::Avx2 => return of::<crate::backend::cpu::isa::Avx2>(),
+        _ => {}
+    }
+    let _ = isa;
+    of::<crate::backend::cpu::isa::Scalar>()
+}
+
+/// One block of tiles.
+#[derive(Clone, Copy)]
+struct Block {
+    sample: usize,
+    /// First tile and number of tiles per axis.
+    first: [usize; 3],
+    tiles: [usize; 3],
+    /// Its place among all blocks.
+    index: usize,
+}
+
+impl Block {
+    fn len(&self) -> usize {
+        self.tiles.iter().product()
+    }
+
+    /// Tiles of one layer.
+    fn layer(&self) -> usize {
+        self.tiles[1] * self.tiles[2]
+    }
+}
+
+struct Job<'a> {
+    plan: &'a Plan,
+    p: &'a Problem<'a>,
+    /// The filter made once, if there is one.
+    kept: &'a [f32],
+    matrices: Matrices,
+    inputs: Vec<(usize, usize, usize)>,
+    runs: Vec<Run>,
+    out: Shared,
+    work: Shared,
+    sums: SumSlots,
+    stream: bool,
+}
+
+/// One slot per block of tiles and output block.
+#[derive(Clone, Copy)]
+struct SumSlots(*mut Sums);
+// SAFETY: only an address; every slot is written by one work item.
+unsafe impl Send for SumSlots {}
+// SAFETY: as above.
+unsafe impl Sync for SumSlots {}
+
+impl SumSlots {
+    fn at(self, i: usize) -> *mut Sums {
+        self.0.wrapping_add(i)
+    }
+}
+
+/// Writes the convolution of `p` to `out`; returns the sums of every block of tiles, `[sample][block][output block]`.
+/// `kept` is the transformed filter of [`Plan::kept_filter`] floats, `work` holds [`Plan::workspace`] floats for the
+/// threads of the current pool.
+pub(in super::super) fn run(
+    plan: &Plan,
+    p: &Problem<'_>,
+    kept: &[f32],
+    work: &mut [f32],
+    out: &mut [f32],
+) -> Vec<Sums> {
+    assert!(kept.len() >= plan.kept_filter(), "the filter was made for another plan");
+    assert!(work.len() >= plan.workspace(rayon::current_num_threads()), "working memory for fewer threads");
+    let blocks: usize = plan.blocks.iter().product();
+    let mut sums = vec![Sums::default(); p.geometry.batch * blocks * plan.out_blocks];
+    let mut runs: Vec<Run> = Vec::new();
+    let mut lane = 0;
+    for s in p.sources {
+        match runs.last_mut() {
+            Some(last) if last.0 + last.1 == lane => last.1 += s.channels,
+            _ => runs.push((lane, s.channels)),
+        }
+        lane += s.channels.next_multiple_of(BLOCK);
+    }
+    let job = Job {
+        plan,
+        p,
+        kept,
+        matrices: Matrices::new(plan.scheme),
+        inputs: Plan::input_blocks(p.sources),
+        runs,
+        stream: out.len() * 4 >= STREAM_FROM,
+        out: Shared::new(out),
+        work: Shared::new(work),
+        sums: SumSlots(sums.as_mut_ptr()),
+    };
+    let block = |i: usize| {
+        let (sample, b) = (i / blocks, i % blocks);
+        let [_, ny, nx] = plan.blocks;
+        let pieces = [b / (ny * nx), b / nx % ny, b % nx];
+        let pieces = [0, 1, 2].map(|a| plan.piece(a, pieces[a]));
+        Block { sample, first: pieces.map(|p| p.0), tiles: pieces.map(|p| p.1), index: i }
+    };
+    let all = p.geometry.batch * blocks;
+    if plan.shared {
+        (0..all).for_each(|i| job.together(&block(i)));
+    } else {
+        par::for_each(all, |i| job.alone(&block(i)));
+    }
+    sums
+}
+
+impl Job<'_> {
+    /// Scratch of this thread.
+    fn scratch(&self) -> *mut f32 {
+        let thread = rayon::current_thread_index().unwrap_or(0);
+        self.work.ptr().wrapping_add(self.plan.common() + thread * self.plan.scratch())
+    }
+
+    /// A block by one thread.
+    fn alone(&self, b: &Block) {
+        let plan = self.plan;
+        let tiles = b.len();
+        let slab = plan.slab(b.tiles);
+        let results = plan.results(b.tiles);
+        let inputs = self.scratch();
+        let columns = inputs.wrapping_add(self.inputs.len() * b.tiles[0] * slab);
+        let inputs_point = plan.inputs_point(tiles);
+        let products = columns.wrapping_add(plan.points * inputs_point);
+        let ends = products.wrapping_add(plan.points * plan.products_point(tiles, 2 * BLOCK));
+        for (i, at) in self.inputs.iter().enumerate() {
+            for z in 0..b.tiles[0] {
+                self.inputs_along_z(b, *at, z, inputs.wrapping_add((i * b.tiles[0] + z) * slab));
+            }
+        }
+        for p in 0..plan.planes {
+            for (i, at) in self.inputs.iter().enumerate() {
+                for z in 0..b.tiles[0] {
+                    let from = inputs.wrapping_add((i * b.tiles[0] + z) * slab + p * (slab / plan.planes));
+                    self.inputs_in_plane(b, from, columns.wrapping_add(z * b.layer() * plan.row + at.2), inputs_point);
+                }
+            }
+            for block in (0..plan.out_blocks).step_by(2) {
+                let width = BLOCK * (plan.out_blocks - block).min(2);
+                let pieces = self.pieces(tiles, width);
+                let filter = self.kept[prepared_place(plan.scheme, &plan.g, p, block)..].as_ptr();
+                let g = Gemm {
+                    points: plan.points,
+                    inputs: columns,
+                    tile: plan.row,
+                    inputs_point,
+                    runs: &self.runs,
+                    filter,
+                    filter_point: plan.g.in_channels * width,
+                    width,
+                    outputs: products,
+                    outputs_point: plan.products_point(tiles, width),
+                    pieces: &pieces,
+                    add: false,
+                };
+                // SAFETY: the matrices lie in this thread's scratch, sized by the plan for its largest block, and in
+                // the kept filter, whose length was checked.
+                unsafe { gemm::gemm::on(plan.isa, &g) }
+                for k in 0..width / BLOCK {
+                    for z in 0..b.tiles[0] {
+                        let to =
+                            ends.wrapping_add(((block + k) * b.tiles[0] + z) * results + p * (results / plan.planes));
+                        let from = products.wrapping_add(z * b.layer() * width + k * BLOCK);
+                        self.outputs_in_plane(b, from, width, g.outputs_point, to);
+                    }
+                }
+            }
+        }
+        for block in 0..plan.out_blocks {
+            let mut sums = Sums::default();
+            for z in 0..b.tiles[0] {
+                let from = ends.wrapping_add((block * b.tiles[0] + z) * results);
+                self.outputs_along_z(b, block, z, from, &mut sums);
+            }
+            self.keep(b, block, sums);
+        }
+    }
+
+    /// A block by all threads: first its inputs, divided by channel blocks, then its outputs.
+    fn together(&self, b: &Block) {
+        let plan = self.plan;
+        let (tiles, slab) = (b.len(), plan.slab(b.tiles));
+        let inputs_point = plan.inputs_point(tiles);
+        par::for_each(self.inputs.len(), |i| {
+            let (at, scratch) = (self.inputs[i], self.scratch());
+            for z in 0..b.tiles[0] {
+                self.inputs_along_z(b, at, z, scratch);
+                for p in 0..plan.planes {
+                    let to = p * plan.points * inputs_point + z * b.layer() * plan.row + at.2;
+                    let from = scratch.wrapping_add(p * (slab / plan.planes));
+                    self.inputs_in_plane(b, from, self.work.ptr().wrapping_add(to), inputs_point);
+                }
+            }
+        });
+        par::for_each(plan.out_blocks.div_ceil(2), |group| self.group(b, group * 2));
+    }
+
+    /// One group of output channels of a shared block, whose inputs are ready.
+    fn group(&self, b: &Block, block: usize) {
+        let plan = self.plan;
+        let g = &self.p.geometry;
+        let tiles = b.len();
+        let results = plan.results(b.tiles);
+        let (inputs_point, (taps, width)) = (plan.inputs_point(tiles), packed_place(g, block));
+        let pieces = self.pieces(tiles, width);
+        let products = self.scratch();
+        let outputs_point = plan.products_point(tiles, width);
+        let ends = products.wrapping_add(plan.planes * plan.points * outputs_point);
+        let made = ends.wrapping_add(2 * results);
+        let mut first = 0;
+        // Input channels in pieces whose filters fit the cache; their lanes in a tile's row may have gaps.
+        for &(lane, channels) in &self.runs {
+            for done in (0..channels).step_by(CHUNK) {
+                let n = CHUNK.min(channels - done);
+                for p in 0..plan.planes {
+                    let f = filter::Plane {
+                        matrices: &self.matrices,
+                        p,
+                        from: self.p.filter[taps + first * width..].as_ptr(),
+                        tap: g.in_channels * width,
+                        kernel: g.kernel,
+                        len: n * width,
+                        to: made,
+                    };
+                    let runs = [(lane + done, n)];
+                    let products = Gemm {
+                        points: plan.points,
+                        inputs: self.work.ptr().wrapping_add(p * plan.points * inputs_point),
+                        tile: plan.row,
+                        inputs_point,
+                        runs: &runs,
+                        filter: made,
+                        filter_point: n * width,
+                        width,
+                        outputs: products.wrapping_add(p * plan.points * outputs_point),
+                        outputs_point,
+                        pieces: &pieces,
+                        add: first > 0,
+                    };
+                    // SAFETY: the packed filter holds all taps of the group; products and filters lie in this thread's
+                    // scratch, sized by the plan; the shared inputs are complete and no longer written.
+                    unsafe {
+                        filter::plane::on(plan.isa, &f);
+                        gemm::gemm::on(plan.isa, &products);
+                    }
+                }
+                first += n;
+            }
+        }
+        for k in 0..width / BLOCK {
+            let mut sums = Sums::default();
+            for z in 0..b.tiles[0] {
+                for p in 0..plan.planes {
+                    let from = p * plan.points * outputs_point + z * b.layer() * width + k * BLOCK;
+                    let to = ends.wrapping_add(p * (results / plan.planes));
+                    self.outputs_in_plane(b, products.wrapping_add(from), width, outputs_point, to);
+                }
+                self.outputs_along_z(b, block + k, z, ends, &mut sums);
+            }
+            self.keep(b, block + k, sums);
+        }
+    }
+
+    fn pieces(&self, tiles: usize, width: usize) -> Vec<(usize, usize)> {
+        let (n, keep) = registers(self.plan.isa);
+        cover(tiles, widest(n, keep, width))
+    }
+
+    /// One channel block of one layer of tiles, as the convolution's input along z.
+    fn inputs_along_z(&self, b: &Block, (source, block, _): (usize, usize, usize), z: usize, to: *mut f32) {
+        let (plan, g) = (self.plan, &self.p.geometry);
+        let s = &self.p.sources[source];
+        let [d, h, w] = [0, 1, 2].map(|a| g.input[a] / s.factor[a]);
+        let blocks = s.channels.div_ceil(BLOCK);
+        let vector = b.sample * blocks + block;
+        let [rows, columns] = plan.footprint(b.tiles);
+        let tile = [b.first[0] + z, b.first[1], b.first[2]];
+        let a = ForwardZ {
+            kind: plan.scheme.z,
+            from: s.data[vector * d * h * w * BLOCK..].as_ptr(),
+            row: w * BLOCK,
+            slice: h * w * BLOCK,
+            size: g.input,
+            factor: s.factor,
+            first: [0, 1, 2].map(|a| (tile[a] * plan.step[a]) as isize - g.padding[a] as isize),
+            rows,
+            columns,
+            to,
+            plane: rows * columns * BLOCK,
+            norm: s.norm.map(|n| Affine {
+                mean: n.mean[vector * BLOCK..].as_ptr(),
+                scale: n.scale[vector * BLOCK..].as_ptr(),
+                shift: n.shift[vector * BLOCK..].as_ptr(),
+                slope: n.slope,
+            }),
+        };
+        // SAFETY: the source has the sizes of the problem, checked by the operation that built it, so this block has all
+        // its voxels; `to` lies in this thread's scratch, which the plan made large enough.
+        unsafe { transform::forward_z::on(plan.isa, &a) }
+    }
+
+    fn inputs_in_plane(&self, b: &Block, from: *const f32, to: *mut f32, product: usize) {
+        let plan = self.plan;
+        let a = ForwardXy {
+            kind: plan.scheme.xy,
+            from,
+            columns: plan.footprint(b.tiles)[1],
+            tiles: [b.tiles[1], b.tiles[2]],
+            step: plan.step[1],
+            to,
+            tile: plan.row,
+            product,
+        };
+        // SAFETY: `from` is a plane that `inputs_along_z` made for this block; each channel block of the tiles' rows at
+        // `to` is written by one thread.
+        unsafe { transform::forward_xy::on(plan.isa, &a) }
+    }
+
+    fn outputs_in_plane(&self, b: &Block, from: *const f32, tile: usize, product: usize, to: *mut f32) {
+        let plan = self.plan;
+        let a = InverseXy { kind: plan.scheme.xy, from, tile, product, tiles: [b.tiles[1], b.tiles[2]], to };
+        // SAFETY: `from` holds the products of this block's layer, `to` a plane of its results, both in this thread's
+        // scratch.
+        unsafe { transform::inverse_xy::on(plan.isa, &a) }
+    }
+
+    fn outputs_along_z(&self, b: &Block, block: usize, z: usize, from: *const f32, sums: &mut Sums) {
+        let (plan, g) = (self.plan, &self.p.geometry);
+        let [d, h, w] = g.output;
+        let columns = b.tiles[2] * plan.outputs[2];
+        let first = [0, 1, 2].map(|a| (b.first[a] + if a == 0 { z } else { 0 }) * plan.outputs[a]);
+        let most = [plan.outputs[0], b.tiles[1] * plan.outputs[1], columns];
+        let at = (((b.sample * plan.out_blocks + block) * d + first[0]) * h + first[1]) * w + first[2];
+        let a = InverseZ {
+            kind: plan.scheme.z,
+            from,
+            plane: plan.results(b.tiles) / plan.planes,
+            columns,
+            size: [0, 1, 2].map(|a| most[a].min(g.output[a] - first[a])),
+            to: self.out.ptr().wrapping_add(at * BLOCK),
+            row: w * BLOCK,
+            slice: h * w * BLOCK,
+            bias: self.p.bias.map_or(std::ptr::null(), |v| v[block * BLOCK..].as_ptr()),
+            stream: self.stream,
+        };
+        // SAFETY: `from` holds the results of this block's layer; tiles are cut so that each output voxel belongs to
+        // one block, and only voxels inside the output are written. Tensors are aligned to 64 bytes.
+        unsafe { transform::inverse_z::on(plan.isa, &a, sums) }
+    }
+
+    fn keep(&self, b: &Block, block: usize, sums: Sums) {
+        // SAFETY: each block of tiles and output block has a slot of its own.
+        unsafe { self.sums.at(b.index * self.plan.out_blocks + block).write(sums) }
+    }
+}

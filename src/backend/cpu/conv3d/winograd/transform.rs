@@ -1,0 +1,511 @@
+//! The four passes around the products: inputs along z, inputs in the plane, products in the plane, products along z.
+//!
+//! z comes first and last, so that the planes between can be worked on one after the other while they lie in the cache,
+//! and so that memory is read and written in whole rows.
+
+use super::axis::{Axis, F2, F4, Kind, One, S2, S4};
+use crate::backend::cpu::isa::simd_entry;
+use crate::backend::cpu::lanes::Lanes;
+use crate::backend::cpu::moments::Moments;
+use crate::tensor::BLOCK;
+
+/// A normalisation that is applied to values as they are read: `leaky_relu((x - mean) * scale + shift)`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Affine {
+    /// One channel block each.
+    pub(super) mean: *const f32,
+    pub(super) scale: *const f32,
+    pub(super) shift: *const f32,
+    /// In [0, 1].
+    pub(super) slope: f32,
+}
+
+/// One channel block of one layer of tiles, along z.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ForwardZ {
+    pub(super) kind: Kind,
+    /// The block's voxel (0, 0, 0), and floats between its rows and slices in memory.
+    pub(super) from: *const f32,
+    pub(super) row: usize,
+    pub(super) slice: usize,
+    /// Voxels as the convolution sees them, each repeated from memory `factor` times per axis.
+    pub(super) size: [usize; 3],
+    pub(super) factor: [usize; 3],
+    /// First voxel; may lie in the padding.
+    pub(super) first: [isize; 3],
+    /// Rows and columns to transform.
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// `[P][rows][columns][BLOCK]`, and floats between planes.
+    pub(super) to: *mut f32,
+    pub(super) plane: usize,
+    pub(super) norm: Option<Affine>,
+}
+
+simd_entry!(unsafe forward_z = forward_z_of(a: &ForwardZ));
+
+/// # Safety
+/// The block at `from` has the voxels that `size` and `factor` say, `P` planes at `to` are ours to write, and vectors
+/// of a normalisation hold a block.
+#[inline(always)]
+unsafe fn forward_z_of<S: Lanes>(s: S, a: &ForwardZ) {
+    // SAFETY: this function's own contract, in each arm.
+    unsafe {
+        match a.kind {
+            Kind::One => along_z::<S, One, 1, 1, 1>(s, a),
+            Kind::F2 => along_z::<S, F2, 4, 4, 2>(s, a),
+            Kind::F4 => along_z::<S, F4, 6, 6, 4>(s, a),
+            Kind::S2 => along_z::<S, S2, 5, 5, 2>(s, a),
+            Kind::S4 => along_z::<S, S4, 9, 9, 4>(s, a),
+        }
+    }
+}
+
+/// # Safety
+/// As [`forward_z_of`].
+#[inline(always)]
+unsafe fn along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(s: S, a: &ForwardZ) {
+    let inside = |at: isize, size: usize| at >= 0 && (at as usize) < size;
+    let mut valid = [false; L];
+    let mut starts = [a.from; L];
+    for l in 0..L {
+        let z = a.first[0] + l as isize;
+        valid[l] = inside(z, a.size[0]);
+        if valid[l] {
+            starts[l] = a.from.wrapping_add(z as usize / a.factor[0] * a.slice);
+        }
+    }
+    // Columns before `left` and from `right` on lie in the padding.
+    let left = a.columns.min(a.first[2].min(0).unsigned_abs());
+    let right = (a.size[2] as isize - a.first[2]).clamp(left as isize, a.columns as isize) as usize;
+    for y in 0..a.rows {
+        let to = a.to.wrapping_add(y * a.columns * BLOCK);
+        let at = a.first[1] + y as isize;
+        let (left, right) = if inside(at, a.size[1]) { (left, right) } else { (a.columns, a.columns) };
+        for x in (0..left).chain(right..a.columns) {
+            for i in (0..P).flat_map(|p| (0..BLOCK / S::N).map(move |part| (p, part))) {
+                // SAFETY: column x of row y of plane p is ours to write, by contract.
+                unsafe { s.store(s.splat(0.0), to.wrapping_add(i.0 * a.plane + x * BLOCK + i.1 * S::N)) }
+            }
+        }
+        if left >= right {
+            continue;
+        }
+        let offset = at as usize / a.factor[1] * a.row;
+        let row = Row {
+            starts: starts.map(|p| p.wrapping_add(offset)),
+            valid,
+            first: a.first[2],
+            left,
+            right,
+            factor: a.factor[2],
+            to,
+            plane: a.plane,
+        };
+        // SAFETY: by contract; the columns given are those inside the volume.
+        unsafe {
+            match (&a.norm, valid.iter().all(|v| *v), a.factor[2]) {
+                (None, true, 1) => row_z::<S, X, L, P, M, false, true, false>(s, &row, None),
+                (None, _, 1) => row_z::<S, X, L, P, M, false, false, false>(s, &row, None),
+                (None, _, _) => row_z::<S, X, L, P, M, false, false, true>(s, &row, None),
+                (norm, true, 1) => row_z::<S, X, L, P, M, true, true, false>(s, &row, norm.as_ref()),
+                (norm, _, _) => row_z::<S, X, L, P, M, true, false, true>(s, &row, norm.as_ref()),
+            }
+        }
+    }
+}
+
+/// The columns of one row that lie inside the volume.
+struct Row<const L: usize> {
+    /// Voxel 0 of the row in each input plane.
+    starts: [*const f32; L],
+    valid: [bool; L],
+    /// The voxel of column 0.
+    first: isize,
+    left: usize,
+    right: usize,
+    factor: usize,
+    to: *mut f32,
+    plane: usize,
+}
+
+/// # Safety
+/// Valid planes are readable at the columns' voxels, `P` planes are writable, `norm` holds whole blocks.
+#[inline(always)]
+unsafe fn row_z<
+    S: Lanes,
+    X: Axis<L, P, M>,
+    const L: usize,
+    const P: usize,
+    const M: usize,
+    const NORM: bool,
+    const WHOLE: bool,
+    const REPEATED: bool,
+>(
+    s: S,
+    row: &Row<L>,
+    norm: Option<&Affine>,
+) {
+    let zero = s.splat(0.0);
+    for part in (0..BLOCK).step_by(S::N) {
+        let (mut mean, mut scale, mut shift, mut slope) = (zero, zero, zero, zero);
+        if let (true, Some(n)) = (NORM, norm) {
+            // SAFETY: by contract.
+            unsafe {
+                mean = s.load(n.mean.wrapping_add(part));
+                scale = s.load(n.scale.wrapping_add(part));
+                shift = s.load(n.shift.wrapping_add(part));
+            }
+            slope = s.splat(n.slope);
+        }
+        for x in row.left..row.right {
+            let voxel = (row.first + x as isize) as usize;
+            let voxel = if REPEATED { (voxel as u32 / row.factor as u32) as usize } else { voxel };
+            let at = voxel * BLOCK + part;
+            let mut d = [zero; L];
+            for l in 0..L {
+                if WHOLE || row.valid[l] {
+                    // SAFETY: by contract.
+                    d[l] = unsafe { s.load(row.starts[l].wrapping_add(at)) };
+                    if NORM {
+                        let v = s.fma(s.sub(d[l], mean), scale, shift);
+                        // The leaky ReLU, since the slope is at most one.
+                        d[l] = s.max(v, s.mul(v, slope));
+                    }
+                }
+            }
+            let t = X::forward(s, &d);
+            for p in 0..P {
+                // SAFETY: by contract.
+                unsafe { s.store(t[p], row.to.wrapping_add(p * row.plane + x * BLOCK + part)) }
+            }
+        }
+    }
+}
+
+/// One channel block of one layer of tiles, in one of the planes that [`forward_z`] made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ForwardXy {
+    pub(super) kind: Kind,
+    /// `[rows][columns][BLOCK]`.
+    pub(super) from: *const f32,
+    pub(super) columns: usize,
+    /// Tiles along y and x, and the distance of their first inputs.
+    pub(super) tiles: [usize; 2],
+    pub(super) step: usize,
+    /// Product 0 of the first tile; floats between tiles, and between products.
+    pub(super) to: *mut f32,
+    pub(super) tile: usize,
+    pub(super) product: usize,
+}
+
+simd_entry!(unsafe forward_xy = forward_xy_of(a: &ForwardXy));
+
+/// # Safety
+/// The rows and columns of all tiles' inputs are readable at `from`, and `P` by `P` products of every tile are ours to
+/// write.
+#[inline(always)]
+unsafe fn forward_xy_of<S: Lanes>(s: S, a: &ForwardXy) {
+    // Columns of products that are made together: as many as registers hold, the rest of the work is repeated.
+    // SAFETY: this function's own contract, in each arm.
+    unsafe {
+        match (a.kind, S::KEEP >= 20) {
+            (Kind::One, _) => plane_forward::<S, One, 1, 1, 1, 1>(s, a),
+            (Kind::F2, true) => plane_forward::<S, F2, 4, 4, 2, 4>(s, a),
+            (Kind::F2, false) => plane_forward::<S, F2, 4, 4, 2, 2>(s, a),
+            (Kind::F4, true) => plane_forward::<S, F4, 6, 6, 4, 3>(s, a),
+            (Kind::F4, false) => plane_forward::<S, F4, 6, 6, 4, 1>(s, a),
+            (Kind::S2, true) => plane_forward::<S, S2, 5, 5, 2, 5>(s, a),
+            (Kind::S2, false) => plane_forward::<S, S2, 5, 5, 2, 1>(s, a),
+            (Kind::S4, true) => plane_forward::<S, S4, 9, 9, 4, 2>(s, a),
+            (Kind::S4, false) => plane_forward::<S, S4, 9, 9, 4, 1>(s, a),
+        }
+    }
+}
+
+/// # Safety
+/// As [`forward_xy_of`].
+#[inline(always)]
+unsafe fn plane_forward<
+    S: Lanes,
+    X: Axis<L, P, M>,
+    const L: usize,
+    const P: usize,
+    const M: usize,
+    const TOGETHER: usize,
+>(
+    s: S,
+    a: &ForwardXy,
+) {
+    for i in 0..a.tiles[0] * a.tiles[1] {
+        let (ty, tx) = (i / a.tiles[1], i % a.tiles[1]);
+        let from = a.from.wrapping_add((ty * a.step * a.columns + tx * a.step) * BLOCK);
+        let to = a.to.wrapping_add(i * a.tile);
+        for part in (0..BLOCK).step_by(S::N) {
+            let mut first = 0;
+            while first < P {
+                let mut half = [[s.splat(0.0); L]; TOGETHER];
+                for y in 0..L {
+                    let mut d = [s.splat(0.0); L];
+                    for x in 0..L {
+                        // SAFETY: by contract.
+                        d[x] = unsafe { s.load(from.wrapping_add((y * a.columns + x) * BLOCK + part)) };
+                    }
+                    let t = X::forward(s, &d);
+                    for k in 0..TOGETHER {
+                        if first + k < P {
+                            half[k][y] = t[first + k];
+                        }
+                    }
+                }
+                for k in 0..TOGETHER {
+                    if first + k < P {
+                        let t = X::forward(s, &half[k]);
+                        for y in 0..P {
+                            // SAFETY: by contract.
+                            unsafe { s.store(t[y], to.wrapping_add((y * P + first + k) * a.product + part)) }
+                        }
+                    }
+                }
+                first += TOGETHER;
+            }
+        }
+    }
+}
+
+/// The way back in the plane, for one layer of tiles and one output block.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct InverseXy {
+    pub(super) kind: Kind,
+    /// Product 0 of the first tile; floats between tiles, and between products.
+    pub(super) from: *const f32,
+    pub(super) tile: usize,
+    pub(super) product: usize,
+    pub(super) tiles: [usize; 2],
+    /// `[tiles y * M][tiles x * M][BLOCK]`.
+    pub(super) to: *mut f32,
+}
+
+simd_entry!(unsafe inverse_xy = inverse_xy_of(a: &InverseXy));
+
+/// # Safety
+/// `P` by `P` products of every tile are readable, and `M` by `M` outputs of every tile are ours to write.
+#[inline(always)]
+unsafe fn inverse_xy_of<S: Lanes>(s: S, a: &InverseXy) {
+    // SAFETY: this function's own contract, in each arm.
+    unsafe {
+        match (a.kind, S::KEEP >= 20) {
+            (Kind::One, _) => plane_inverse::<S, One, 1, 1, 1, 1>(s, a),
+            (Kind::F2, _) => plane_inverse::<S, F2, 4, 4, 2, 2>(s, a),
+            (Kind::F4, true) => plane_inverse::<S, F4, 6, 6, 4, 4>(s, a),
+            (Kind::F4, false) => plane_inverse::<S, F4, 6, 6, 4, 1>(s, a),
+            (Kind::S2, _) => plane_inverse::<S, S2, 5, 5, 2, 2>(s, a),
+            (Kind::S4, true) => plane_inverse::<S, S4, 9, 9, 4, 2>(s, a),
+            (Kind::S4, false) => plane_inverse::<S, S4, 9, 9, 4, 1>(s, a),
+        }
+    }
+}
+
+/// # Safety
+/// As [`inverse_xy_of`].
+#[inline(always)]
+unsafe fn plane_inverse<
+    S: Lanes,
+    X: Axis<L, P, M>,
+    const L: usize,
+    const P: usize,
+    const M: usize,
+    const TOGETHER: usize,
+>(
+    s: S,
+    a: &InverseXy,
+) {
+    let width = a.tiles[1] * M;
+    for i in 0..a.tiles[0] * a.tiles[1] {
+        let (ty, tx) = (i / a.tiles[1], i % a.tiles[1]);
+        let from = a.from.wrapping_add(i * a.tile);
+        let to = a.to.wrapping_add((ty * M * width + tx * M) * BLOCK);
+        for part in (0..BLOCK).step_by(S::N) {
+            let mut first = 0;
+            while first < M {
+                let mut half = [[s.splat(0.0); P]; TOGETHER];
+                for x in 0..P {
+                    let mut m = [s.splat(0.0); P];
+                    for y in 0..P {
+                        // SAFETY: by contract.
+                        m[y] = unsafe { s.load(from.wrapping_add((y * P + x) * a.product + part)) };
+                    }
+                    let t = X::inverse(s, &m);
+                    for k in 0..TOGETHER {
+                        if first + k < M {
+                            half[k][x] = t[first + k];
+                        }
+                    }
+                }
+                for k in 0..TOGETHER {
+                    if first + k < M {
+                        let t = X::inverse(s, &half[k]);
+                        for x in 0..M {
+                            // SAFETY: by contract.
+                            unsafe { s.store(t[x], to.wrapping_add(((first + k) * width + x) * BLOCK + part)) }
+                        }
+                    }
+                }
+                first += TOGETHER;
+            }
+        }
+    }
+}
+
+/// The last step, for one layer of tiles and one output block: along z, and to memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct InverseZ {
+    pub(super) kind: Kind,
+    /// `[P][rows][columns][BLOCK]`, floats between planes, voxels between rows.
+    pub(super) from: *const f32,
+    pub(super) plane: usize,
+    pub(super) columns: usize,
+    /// Slices, rows and columns that exist in the output.
+    pub(super) size: [usize; 3],
+    /// The output's first voxel; floats between its rows and slices.
+    pub(super) to: *mut f32,
+    pub(super) row: usize,
+    pub(super) slice: usize,
+    /// One block, or null.
+    pub(super) bias: *const f32,
+    /// Write past the caches.
+    pub(super) stream: bool,
+}
+
+/// Sums of deviations from `about` and of their squares, for one channel block. Sums of few values that lie near to
+/// `about`, so that f32 is enough; they are put together in f64.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in super::super) struct Sums {
+    count: u32,
+    about: [f32; BLOCK],
+    first: [f32; BLOCK],
+    second: [f32; BLOCK],
+}
+
+impl Sums {
+    /// The same as mean and squared deviations from it.
+    pub(in super::super) fn moments(&self) -> Moments {
+        let mut m = Moments { count: f64::from(self.count), ..Moments::default() };
+        if self.count > 0 {
+            for c in 0..BLOCK {
+                let (first, second) = (f64::from(self.first[c]), f64::from(self.second[c]));
+                let off = first / m.count;
+                m.mean[c] = f64::from(self.about[c]) + off;
+                m.squares[c] = (second - off * first).max(0.0);
+            }
+        }
+        m
+    }
+}
+
+simd_entry!(unsafe inverse_z = inverse_z_of(a: &InverseZ, sums: &mut Sums));
+
+/// # Safety
+/// `P` planes of the rows and columns that exist are readable at `from`; the output's voxels are ours to write, whole
+/// registers aligned if `stream`.
+#[inline(always)]
+unsafe fn inverse_z_of<S: Lanes>(s: S, a: &InverseZ, sums: &mut Sums) {
+    // SAFETY: this function's own contract, in each arm.
+    unsafe {
+        match a.kind {
+            Kind::One => back_along_z::<S, One, 1, 1, 1>(s, a, sums),
+            Kind::F2 => back_along_z::<S, F2, 4, 4, 2>(s, a, sums),
+            Kind::F4 => back_along_z::<S, F4, 6, 6, 4>(s, a, sums),
+            Kind::S2 => back_along_z::<S, S2, 5, 5, 2>(s, a, sums),
+            Kind::S4 => back_along_z::<S, S4, 9, 9, 4>(s, a, sums),
+        }
+    }
+}
+
+/// # Safety
+/// As [`inverse_z_of`].
+#[inline(always)]
+unsafe fn back_along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(
+    s: S,
+    a: &InverseZ,
+    sums: &mut Sums,
+) {
+    // SAFETY: this function's own contract, in each arm.
+    unsafe {
+        match (a.size[0] >= M, a.stream) {
+            (true, true) => rows_back::<S, X, L, P, M, true, true>(s, a, sums),
+            (true, false) => rows_back::<S, X, L, P, M, true, false>(s, a, sums),
+            (false, _) => rows_back::<S, X, L, P, M, false, false>(s, a, sums),
+        }
+    }
+}
+
+/// # Safety
+/// As [`inverse_z_of`].
+#[inline(always)]
+unsafe fn rows_back<
+    S: Lanes,
+    X: Axis<L, P, M>,
+    const L: usize,
+    const P: usize,
+    const M: usize,
+    const WHOLE: bool,
+    const STREAM: bool,
+>(
+    s: S,
+    a: &InverseZ,
+    sums: &mut Sums,
+) {
+    let zero = s.splat(0.0);
+    let fresh = sums.count == 0;
+    for part in (0..BLOCK).step_by(S::N) {
+        // SAFETY: a bias that is there holds a block, by contract.
+        let bias = if a.bias.is_null() { zero } else { unsafe { s.load(a.bias.wrapping_add(part)) } };
+        // SAFETY: the arrays hold a block.
+        let (mut about, mut first, mut second) = unsafe {
+            let load = |v: &[f32; BLOCK]| s.load(v.as_ptr().wrapping_add(part));
+            (load(&sums.about), load(&sums.first), load(&sums.second))
+        };
+        for y in 0..a.size[1] {
+            // Sums of a row by themselves: shorter chains, smaller errors.
+            let (mut f, mut q) = ([zero; M], [zero; M]);
+            for x in 0..a.size[2] {
+                let mut m = [zero; P];
+                for p in 0..P {
+                    let at = p * a.plane + (y * a.columns + x) * BLOCK + part;
+                    // SAFETY: by contract.
+                    m[p] = unsafe { s.load(a.from.wrapping_add(at)) };
+                }
+                let t = X::inverse(s, &m);
+                for z in 0..M {
+                    if WHOLE || z < a.size[0] {
+                        let v = s.add(t[z], bias);
+                        if fresh && y == 0 && x == 0 && z == 0 {
+                            about = v;
+                        }
+                        let d = s.sub(v, about);
+                        f[z] = s.add(f[z], d);
+                        q[z] = s.fma(d, d, q[z]);
+                        let to = a.to.wrapping_add(z * a.slice + y * a.row + x * BLOCK + part);
+                        // SAFETY: by contract.
+                        unsafe { if STREAM { s.stream(v, to) } else { s.store(v, to) } }
+                    }
+                }
+            }
+            for z in 0..M {
+                first = s.add(first, f[z]);
+                second = s.add(second, q[z]);
+            }
+        }
+        // SAFETY: the arrays hold a block.
+        unsafe {
+            s.store(about, sums.about.as_mut_ptr().wrapping_add(part));
+            s.store(first, sums.first.as_mut_ptr().wrapping_add(part));
+            s.store(second, sums.second.as_mut_ptr().wrapping_add(part));
+        }
+    }
+    sums.count += (a.size[0].min(M) * a.size[1] * a.size[2]) as u32;
+    if STREAM {
+        s.fence();
+    }
+}

@@ -1,0 +1,221 @@
+//! Inputs that are finished while they are read: a normalisation that is known but not applied, voxels that are repeated
+//! but not stored. An operation that cannot read them so has them made first.
+
+use std::sync::Arc;
+
+use super::{activation, blocked, memory};
+use crate::autograd::{Ctx, Param, Var};
+use crate::backend::cpu::conv3d::Norm;
+use crate::backend::cpu::moments::Moments as BlockMoments;
+use crate::backend::dispatch;
+use crate::error::{Error, Result};
+use crate::tensor::{BLOCK, Dims, Layout, Tensor};
+
+/// Mean and variance of every channel of every sample of an activation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moments {
+    channels: usize,
+    /// `[N][blocks]`.
+    blocks: Vec<BlockMoments>,
+}
+
+impl Moments {
+    pub(super) fn new(channels: usize, blocks: Vec<BlockMoments>) -> Self {
+        Self { channels, blocks }
+    }
+
+    /// Mean and (biased) variance of channel `c` of sample `n`.
+    #[must_use]
+    pub fn of(&self, n: usize, c: usize) -> (f64, f64) {
+        let m = &self.blocks[n * self.channels.div_ceil(BLOCK) + c / BLOCK];
+        (m.mean[c % BLOCK], m.squares[c % BLOCK] / m.count)
+    }
+}
+
+/// A normalisation with leaky ReLU that is known but not applied: `leaky_relu((x - mean) * scale + shift)` with a mean,
+/// a scale and a shift per sample and channel.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Affine {
+    channels: usize,
+    /// `[N][channels padded to blocks]` each.
+    mean: Vec<f32>,
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    slope: f32,
+}
+
+impl Affine {
+    /// Instance normalisation with weight `w` and bias `b`, both `[C]`, of an activation with these moments.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the channels do not fit, or for a slope outside [0, 1].
+    pub fn new(moments: &Moments, w: &Param, b: &Param, how: super::InstanceNorm) -> Result<Self> {
+        const OP: &str = "instance_norm";
+        let c = moments.channels;
+        let padded = Layout::BLOCKED.padded(c);
+        for (what, p) in [("weight", w), ("bias", b)] {
+            if p.dims().as_slice() != [c] || p.value().as_slice().len() != padded {
+                return Err(Error::shape(OP, format!("{what} of size {:?} for {c} channels", p.dims())));
+            }
+        }
+        let slope = how.slope.unwrap_or(1.0);
+        if !(0.0..=1.0).contains(&slope) {
+            return Err(Error::shape(OP, format!("slope {slope}, expected 0 to 1")));
+        }
+        let (w, b) = (w.value().as_slice(), b.value().as_slice());
+        let n = moments.blocks.len() / c.div_ceil(BLOCK);
+        let [mut mean, mut scale, mut shift] = [(); 3].map(|()| Vec::with_capacity(n * padded));
+        for (i, m) in moments.blocks.iter().enumerate() {
+            let first = i % c.div_ceil(BLOCK) * BLOCK;
+            for lane in 0..BLOCK {
+                mean.push(m.mean[lane] as f32);
+                let deviation = (m.squares[lane] / m.count + f64::from(how.eps)).sqrt();
+                scale.push((f64::from(w[first + lane]) / deviation) as f32);
+                shift.push(b[first + lane]);
+            }
+        }
+        Ok(Self { channels: c, mean, scale, shift, slope })
+    }
+
+    pub(super) fn norm(&self) -> Norm<'_> {
+        Norm { mean: &self.mean, scale: &self.scale, shift: &self.shift, slope: self.slope }
+    }
+
+    /// Checks that it belongs to an activation of sizes `dims`.
+    pub(super) fn fits(&self, op: &'static str, dims: &Dims) -> Result<()> {
+        let [n, c, ..] = activation(op, dims)?;
+        if c != self.channels || n * Layout::BLOCKED.padded(c) != self.mean.len() {
+            return Err(Error::shape(op, format!("a normalisation of {} channels for {dims:?}", self.channels)));
+        }
+        Ok(())
+    }
+
+    /// Applies it to `x`, adding `residual` before the leaky ReLU; in place in whichever has no other owner.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the sizes do not fit; [`Error::OutOfMemory`].
+    pub fn apply(&self, cx: &mut Ctx<'_>, x: Var, residual: Option<Var>) -> Result<Var> {
+        const OP: &str = "instance_norm";
+        self.fits(OP, x.value().dims())?;
+        if let Some(r) = &residual
+            && r.value().dims() != x.value().dims()
+        {
+            let (x, r) = (x.value().dims(), r.value().dims());
+            return Err(Error::shape(OP, format!("input {x:?} and residual {r:?}, expected equal sizes")));
+        }
+        let clock = cx.clock();
+        let dims = *x.value().dims();
+        let mut x = blocked(OP, x.into_value())?;
+        let mut residual = residual.map(|r| blocked(OP, r.into_value())).transpose()?;
+        let (norm, space) = (self.norm(), dims.space().iter().product::<usize>());
+        let out = if x.is_unique() {
+            let r = residual.as_ref().map(Tensor::as_slice);
+            let to = memory(OP, &mut x)?;
+            dispatch!(cx.device(), instance_norm::apply(&norm, space, None, r, to));
+            x
+        } else if let Some(mut r) = residual.take_if(|r| r.is_unique()) {
+            // The sum is the same either way round: the residual's memory takes the result.
+            let to = memory(OP, &mut r)?;
+            dispatch!(cx.device(), instance_norm::apply_into_residual(&norm, space, x.as_slice(), to));
+            r
+        } else {
+            let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
+            let r = residual.as_ref().map(Tensor::as_slice);
+            let to = memory(OP, &mut out)?;
+            dispatch!(cx.device(), instance_norm::apply(&norm, space, Some(x.as_slice()), r, to));
+            out
+        };
+        cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{dims:?}"));
+        Ok(cx.leaf(out))
+    }
+}
+
+/// One input of a convolution.
+#[derive(Debug, Clone)]
+pub struct Source {
+    pub(super) value: Var,
+    pub(super) norm: Option<Arc<Affine>>,
+    pub(super) factor: [usize; 3],
+}
+
+impl From<Var> for Source {
+    fn from(value: Var) -> Self {
+        Self { value, norm: None, factor: [1; 3] }
+    }
+}
+
+impl Source {
+    /// `value` with `norm` applied to it.
+    #[must_use]
+    pub fn normalised(value: Var, norm: Arc<Affine>) -> Self {
+        Self { value, norm: Some(norm), factor: [1; 3] }
+    }
+
+    /// `value` with every voxel repeated `factor` times per axis, as [`super::upsample_nearest`] would.
+    #[must_use]
+    pub fn repeated(value: Var, factor: [usize; 3]) -> Self {
+        Self { value, norm: None, factor }
+    }
+
+    /// Sizes `[N, C, D, H, W]` as an operation sees them.
+    pub(super) fn dims(&self, op: &'static str) -> Result<[usize; 5]> {
+        let [n, c, d, h, w] = activation(op, self.value.value().dims())?;
+        let f = self.factor;
+        if f.contains(&0) {
+            return Err(Error::shape(op, format!("factor {f:?}, expected at least 1 per axis")));
+        }
+        if let Some(norm) = &self.norm {
+            norm.fits(op, self.value.value().dims())?;
+        }
+        Ok([n, c, d.saturating_mul(f[0]), h.saturating_mul(f[1]), w.saturating_mul(f[2])])
+    }
+
+    /// True when nothing is left to do while reading.
+    pub(super) fn is_plain(&self) -> bool {
+        self.norm.is_none() && self.factor == [1; 3]
+    }
+
+    /// The activation, made if anything was left to do while reading.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn into_var(self, cx: &mut Ctx<'_>) -> Result<Var> {
+        Ok(if self.is_plain() { self.value } else { self.made(cx)?.value })
+    }
+
+    /// The same with nothing left to do while reading.
+    pub(super) fn made(self, cx: &mut Ctx<'_>) -> Result<Self> {
+        let mut x = self.value;
+        if let Some(norm) = &self.norm {
+            x = norm.apply(cx, x, None)?;
+        }
+        if self.factor != [1; 3] {
+            x = super::upsample_nearest(cx, x, self.factor)?;
+        }
+        Ok(Self::from(x))
+    }
+}
+
+/// One input, or two that are read as if concatenated along the channels, which is never done in memory.
+#[derive(Debug, Clone)]
+pub enum Sources {
+    /// One tensor.
+    One(Source),
+    /// The first tensor's channels, then the second's.
+    Two(Source, Source),
+}
+
+impl Sources {
+    pub(super) fn into_vec(self) -> Vec<Source> {
+        match self {
+            Sources::One(a) => vec![a],
+            Sources::Two(a, b) => vec![a, b],
+        }
+    }
+}
+
+impl From<Var> for Sources {
+    fn from(value: Var) -> Self {
+        Sources::One(value.into())
+    }
+}
