@@ -5,6 +5,7 @@
 
 mod add;
 mod conv3d;
+mod conv_transpose3d;
 pub(crate) mod head;
 mod instance_norm;
 mod leaky_relu;
@@ -13,6 +14,7 @@ pub mod testing;
 mod upsample_nearest;
 
 pub use add::add;
+pub use conv_transpose3d::{conv_transpose3d, pack_transposed_filter};
 pub use conv3d::{Conv3d, Sources, conv3d, pack_filter, pack_vector};
 pub use instance_norm::{InstanceNorm, instance_norm};
 pub use leaky_relu::leaky_relu;
