@@ -17,6 +17,8 @@ pub enum Work {
     Flops(f64),
     /// Bytes read and written.
     Bytes(f64),
+    /// Operations and bytes, whichever takes longer.
+    Roofline(f64, f64),
 }
 
 fn fastest(mut f: impl FnMut()) -> f64 {
@@ -55,7 +57,7 @@ pub fn measure<R>(c: &mut Criterion, device: &Device, group: &str, name: &str, w
     let mut benchmarks = c.benchmark_group(group);
     benchmarks.sample_size(10).warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(500));
     benchmarks.throughput(match work {
-        Work::Flops(n) => Throughput::Elements(n as u64),
+        Work::Flops(n) | Work::Roofline(n, _) => Throughput::Elements(n as u64),
         Work::Bytes(n) => Throughput::Bytes(n as u64),
     });
     benchmarks.bench_function(BenchmarkId::from_parameter(name), |b| {
@@ -79,6 +81,7 @@ pub fn measure<R>(c: &mut Criterion, device: &Device, group: &str, name: &str, w
     let (amount, unit, limit) = match work {
         Work::Flops(n) => (n, "GFLOP/s", flops),
         Work::Bytes(n) => (n, "GB/s", bytes),
+        Work::Roofline(n, moved) => (n, "GFLOP/s", flops.min(n / moved * bytes)),
     };
     let (rate, limit) = (amount / fastest * 1e-9, limit * 1e-9);
     println!("{group}/{name}: at best {rate:.1} {unit}, {:.0} % of {limit:.1}\n", 100.0 * rate / limit);

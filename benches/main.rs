@@ -6,8 +6,9 @@
 
 mod common;
 mod conv3d;
+mod conv_transpose3d;
 mod instance_norm;
 mod passes;
 
-criterion::criterion_group!(all, conv3d::bench, instance_norm::bench, passes::bench);
+criterion::criterion_group!(all, conv3d::bench, conv_transpose3d::bench, instance_norm::bench, passes::bench);
 criterion::criterion_main!(all);

@@ -134,7 +134,7 @@ impl Param {
         Self { value, dims, derived: Mutex::default() }
     }
 
-    /// Logical sizes: `[O, I, kD, kH, kW]` of a filter, `[C]` of a vector.
+    /// Logical sizes: `[O, I, kD, kH, kW]` of a filter (`[I, O, ..]` of a transposed convolution's), `[C]` of a vector.
     #[must_use]
     pub fn dims(&self) -> &Dims {
         &self.dims

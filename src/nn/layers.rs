@@ -1,6 +1,6 @@
 //! Layers: parameters bound to an operation.
 
-use super::{Module, ParamSource, filter, vector};
+use super::{Module, ParamSource, filter, transposed_filter, vector};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 use crate::ops::{self, Affine, Moments, Sources};
@@ -67,6 +67,43 @@ impl Conv3d {
 impl Module for Conv3d {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         self.run(cx, x)
+    }
+}
+
+/// Transposed 3D convolution whose kernel is its stride: every voxel becomes a block of `stride` voxels (nnU-Net's way
+/// up).
+#[derive(Debug)]
+pub struct ConvTranspose3d {
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl ConvTranspose3d {
+    /// Loads `{name}.weight` of shape `[inputs, out, stride ..]` and, where the source has it, `{name}.bias` of shape
+    /// `[out]`.
+    ///
+    /// # Errors
+    /// As [`Conv3d::load`].
+    pub fn load(
+        source: &dyn ParamSource,
+        name: &str,
+        out: usize,
+        inputs: usize,
+        stride: [usize; 3],
+        device: &Device,
+    ) -> Result<Self> {
+        let [d, h, w] = stride;
+        let bias = format!("{name}.bias");
+        Ok(Self {
+            weight: transposed_filter(source, &format!("{name}.weight"), [inputs, out, d, h, w], device)?,
+            bias: source.shape(&bias).map(|_| vector(source, &bias, out, device)).transpose()?,
+        })
+    }
+}
+
+impl Module for ConvTranspose3d {
+    fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
+        ops::conv_transpose3d(cx, x, &self.weight, self.bias.as_ref())
     }
 }
 

@@ -3,8 +3,8 @@
 mod layers;
 mod param;
 
-pub use layers::{Conv3d, InstanceNorm};
-pub use param::{ParamSource, filter, vector};
+pub use layers::{Conv3d, ConvTranspose3d, InstanceNorm};
+pub use param::{ParamSource, filter, transposed_filter, vector};
 
 use crate::autograd::{Ctx, Var};
 use crate::error::Result;

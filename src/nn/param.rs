@@ -12,7 +12,8 @@ pub trait ParamSource {
     /// Sizes of the tensor `name`, or `None` when the source has no such tensor.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 
-    /// Values of the tensor `name` in row-major order (PyTorch's `[O, I, kD, kH, kW]` for a filter).
+    /// Values of the tensor `name` in row-major order (PyTorch's `[O, I, kD, kH, kW]` for a filter,
+    /// `[I, O, kD, kH, kW]` for a transposed one).
     ///
     /// # Errors
     /// [`Error::Model`] when the tensor is missing or damaged.
@@ -29,6 +30,15 @@ pub trait ParamSource {
 pub fn filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
     let values = expect(source, name, &dims)?;
     Ok(Param::new(ops::pack_filter(&values, dims, device)?, dims.into()))
+}
+
+/// Reads a filter `[I, O, kD, kH, kW]` of a transposed convolution and packs it for the device.
+///
+/// # Errors
+/// As [`filter`].
+pub fn transposed_filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
+    let values = expect(source, name, &dims)?;
+    Ok(Param::new(ops::pack_transposed_filter(&values, dims, device)?, dims.into()))
 }
 
 /// Reads a vector `[C]`, padded with zeros to whole channel blocks.

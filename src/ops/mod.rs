@@ -5,6 +5,7 @@
 
 mod add;
 mod conv3d;
+mod conv_transpose3d;
 pub(crate) mod head;
 mod instance_norm;
 mod lazy;
@@ -14,6 +15,7 @@ pub mod testing;
 mod upsample_nearest;
 
 pub use add::add;
+pub use conv_transpose3d::{conv_transpose3d, pack_transposed_filter};
 pub use conv3d::{Conv3d, conv3d, conv3d_measured, conv3d_residual, pack_filter, pack_vector};
 pub use instance_norm::{InstanceNorm, instance_norm};
 pub use lazy::{Affine, Moments, Source, Sources};

@@ -14,6 +14,12 @@ pub fn conv3d_implementations(device: &Device, x: [usize; 5], w: &Param, how: Co
     geometry.map_or_else(|_| Vec::new(), |(g, _)| cpu::conv3d::names(device.isa(), &g))
 }
 
+/// Implementations of [`super::conv_transpose3d`] on `device`, in order of preference.
+#[must_use]
+pub fn conv_transpose3d_implementations(device: &Device) -> Vec<&'static str> {
+    names(cpu::conv_transpose3d::CONV_TRANSPOSE3D, device.isa(), &())
+}
+
 /// Implementations of the elementwise and normalising operations, and of upsampling.
 #[must_use]
 pub fn implementations(device: &Device) -> Vec<&'static str> {
@@ -30,6 +36,11 @@ pub fn conv3d(
     how: Conv3d,
 ) -> Result<(Var, Moments)> {
     super::conv3d::run(cx, x.into(), w, b, how, Some(name), true)
+}
+
+/// [`super::conv_transpose3d`] by one implementation.
+pub fn conv_transpose3d(name: &str, cx: &mut Ctx<'_>, x: Var, w: &Param, b: Option<&Param>) -> Result<Var> {
+    super::conv_transpose3d::run(cx, x, w, b, Some(name))
 }
 
 /// [`super::instance_norm`] by one implementation.
@@ -62,6 +73,11 @@ pub fn upsample_nearest(name: &str, cx: &mut Ctx<'_>, x: Var, factor: [usize; 3]
 /// A filter parameter from values in `[O, I, kD, kH, kW]` order.
 pub fn filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
     Ok(Param::new(super::pack_filter(values, dims, device)?, dims.into()))
+}
+
+/// A filter parameter of a transposed convolution from values in `[I, O, kD, kH, kW]` order.
+pub fn transposed_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
+    Ok(Param::new(super::pack_transposed_filter(values, dims, device)?, dims.into()))
 }
 
 /// A vector parameter.

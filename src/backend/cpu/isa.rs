@@ -16,6 +16,11 @@ pub(crate) trait Simd: Copy {
     fn splat(self, x: f32) -> Self::V;
     fn load(self, from: &[f32; BLOCK]) -> Self::V;
     fn store(self, v: Self::V, to: &mut [f32; BLOCK]);
+    /// As `store`, past the caches where the set can.
+    ///
+    /// # Safety
+    /// `to` is writable and aligned to 64 bytes; nothing reads it before an `sfence` of this thread.
+    unsafe fn stream(self, v: Self::V, to: *mut [f32; BLOCK]);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
@@ -49,6 +54,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn store(self, v: Self::V, to: &mut [f32; BLOCK]) {
         *to = v;
+    }
+    #[inline(always)]
+    unsafe fn stream(self, v: Self::V, to: *mut [f32; BLOCK]) {
+        // SAFETY: by contract.
+        unsafe { *to = v };
     }
     #[inline(always)]
     fn add(self, mut a: Self::V, b: Self::V) -> Self::V {
@@ -156,6 +166,15 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn stream(self, v: Self::V, to: *mut [f32; BLOCK]) {
+            let p = to.cast::<f32>();
+            // SAFETY: `self` proves AVX2; by contract 16 aligned floats are writable at `p`.
+            unsafe {
+                _mm256_stream_ps(p, v[0]);
+                _mm256_stream_ps(p.add(8), v[1]);
+            }
+        }
+        #[inline(always)]
         fn add(self, a: Self::V, b: Self::V) -> Self::V {
             // SAFETY: `self` proves AVX2.
             unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
@@ -239,6 +258,11 @@ mod x86 {
         fn store(self, v: Self::V, to: &mut [f32; BLOCK]) {
             // SAFETY: `self` proves AVX-512; 16 floats are writable.
             unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+        }
+        #[inline(always)]
+        unsafe fn stream(self, v: Self::V, to: *mut [f32; BLOCK]) {
+            // SAFETY: `self` proves AVX-512; by contract 16 aligned floats are writable at `to`.
+            unsafe { _mm512_stream_ps(to.cast::<f32>(), v) }
         }
         #[inline(always)]
         fn add(self, a: Self::V, b: Self::V) -> Self::V {
