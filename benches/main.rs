@@ -7,8 +7,16 @@
 mod common;
 mod conv3d;
 mod conv_transpose3d;
+mod head_labels;
 mod instance_norm;
 mod passes;
 
-criterion::criterion_group!(all, conv3d::bench, conv_transpose3d::bench, instance_norm::bench, passes::bench);
+criterion::criterion_group!(
+    all,
+    conv3d::bench,
+    conv_transpose3d::bench,
+    head_labels::bench,
+    instance_norm::bench,
+    passes::bench
+);
 criterion::criterion_main!(all);

@@ -1,5 +1,6 @@
 //! The command line: arguments, help, streams, exit codes.
 
+mod bench;
 mod demo;
 mod outputs;
 

@@ -12,6 +12,7 @@ mod determinism;
 mod golden_predict;
 mod golden_preprocess;
 mod golden_v1;
+mod head_labels;
 mod instance_norm;
 mod leaky_relu;
 mod model_folder;

@@ -131,6 +131,33 @@ fn wrong_inputs_are_refused() {
     }
 }
 
+/// Labels are the largest logits', whichever of the two ways they are reached; where two logits all but tie, either wins.
+#[test]
+fn labels_are_the_largest_logits() {
+    let config = StuNetConfig { dims: [20, 24, 24, 24, 24, 24], ..StuNetConfig::small(1, 19) };
+    let dims = Dims::from([2, 1, 32, 32, 32]);
+    let values: Vec<f32> = (0..dims.len()).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    for &isa in Isa::available() {
+        let device = Device::cpu_with(None, isa).unwrap();
+        let net = config.build_random(&device, 5).unwrap();
+        let mut cx = Ctx::infer(&device).traced();
+        let x = cx.leaf(Tensor::from_host(&values, dims, &device).unwrap());
+        let labels = net.labels(&mut cx, x.clone()).unwrap();
+        let last = cx.steps().last().unwrap();
+        assert_eq!((last.operation, last.macs), ("head_labels", (2 * 20 * 19) << 15));
+        let logits = net.forward(&mut cx, x).unwrap().into_value().to_host();
+        let (space, mut seen) = (1 << 15, [false; 19]);
+        assert_eq!(labels.len(), 2 * space);
+        for (i, &label) in labels.iter().enumerate() {
+            let of = |c: usize| logits[(i / space * 19 + c) * space + i % space];
+            let top = (0..19).map(of).fold(f32::NEG_INFINITY, f32::max);
+            assert!(of(usize::from(label)) >= top - 1e-4 * top.abs().max(1.0), "{isa:?}: voxel {i}, label {label}");
+            seen[usize::from(label)] = true;
+        }
+        assert!(seen.iter().filter(|s| **s).count() > 5);
+    }
+}
+
 /// The planned peak is never below what a pass really takes, and close to it.
 #[test]
 fn activation_bytes_bound_the_measured_peak() {

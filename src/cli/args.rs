@@ -46,8 +46,8 @@ pub(super) struct DeviceArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024),
           help_heading = "Where to compute")]
     threads: Option<u16>,
-    /// Instruction set of the CPU kernels [default: the best of this processor]
-    #[arg(long, value_enum, hide = true)]
+    /// Instruction set of the CPU kernels [default: the best there is]
+    #[arg(long, value_enum, help_heading = "Where to compute")]
     isa: Option<IsaChoice>,
 }
 
@@ -61,6 +61,8 @@ impl DeviceArgs {
         match self.device {
             DeviceChoice::Cpu => cpu(),
             DeviceChoice::Cuda(n) => Device::cuda(n),
+            // Who names a set of the processor means the processor.
+            DeviceChoice::Auto if self.isa.is_some() => cpu(),
             DeviceChoice::Auto => Device::cuda(0).or_else(|_| cpu()),
         }
     }

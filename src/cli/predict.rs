@@ -77,6 +77,9 @@ pub(super) struct Args {
     /// nnU-Net v1 models: fast and fastest decide on the network's grid
     #[arg(long, value_enum, default_value = "normal", help_heading = RESULT)]
     mode: ModeChoice,
+    /// Only kernels as accurate as plain summation; slower
+    #[arg(long, help_heading = RESULT)]
+    strict: bool,
     /// Refuse what needs more memory, as in 4GiB [default: what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = RESULT)]
     memory_limit: Option<usize>,
@@ -272,6 +275,7 @@ impl Args {
             .mirroring(!self.no_tta)
             .mode(self.mode.into())
             .probabilities(self.save_probabilities)
+            .strict(self.strict)
             .memory_limit(self.memory_limit.or_else(available_memory))
     }
 

@@ -5,7 +5,7 @@ use super::StuNetConfig;
 use crate::autograd::{Ctx, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Conv3d, InstanceNorm, Module, ParamSource};
-use crate::ops::{Source, Sources};
+use crate::ops::{self, Source, Sources};
 use crate::tensor::Device;
 
 /// Negative slope of every leaky ReLU of the network.
@@ -176,6 +176,16 @@ impl StuNet {
     /// [`Error::OutOfMemory`].
     pub fn features<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         self.run(cx, x, None)
+    }
+
+    /// The label of every voxel, `[N, D, H, W]`: the first class of the largest full-resolution logit. Logits are never in
+    /// memory, the features' go with the last of them.
+    ///
+    /// # Errors
+    /// As [`StuNet::features`].
+    pub fn labels<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<u16>> {
+        let features = self.features(cx, x)?;
+        ops::head_labels(cx, features, &self.last_head.weight, &self.last_head.bias)
     }
 
     /// All five heads' logits, the full resolution first (deep supervision's outputs), each `[N, classes, ...]`.

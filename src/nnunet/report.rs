@@ -210,6 +210,8 @@ pub struct OptionsRecord {
     pub mode: String,
     /// Probabilities were kept.
     pub probabilities: bool,
+    /// Only the most accurate kernels.
+    pub strict: bool,
     /// Limit of tensor memory in bytes.
     pub memory_limit: Option<usize>,
 }
@@ -221,6 +223,7 @@ impl From<&PredictOptions> for OptionsRecord {
             mirroring: o.mirroring,
             mode: format!("{:?}", o.mode).to_lowercase(),
             probabilities: o.probabilities,
+            strict: o.strict,
             memory_limit: o.memory_limit,
         }
     }

@@ -14,6 +14,36 @@ pub fn conv3d_implementations(device: &Device, x: [usize; 5], w: &Param, how: Co
     geometry.map_or_else(|_| Vec::new(), |(g, _)| cpu::conv3d::names(device.isa(), &g))
 }
 
+/// What the rule that chooses an implementation of [`super::conv3d`] holds of one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conv3dEstimate {
+    /// The implementation.
+    pub name: &'static str,
+    /// As accurate as adding up the products one after the other.
+    pub strict: bool,
+    /// Expected time on one core, in cycles of a core that does a multiply-add of 16 floats in each.
+    pub cycles: f64,
+    /// The least of all: the one that is taken.
+    pub chosen: bool,
+}
+
+/// The rule's estimates for inputs of `channels` each that have sizes `x` together: of all implementations of the device's
+/// own instruction set, with `strict` only the accurate ones, and of the one that is taken.
+pub fn conv3d_estimates(
+    device: &Device,
+    x: [usize; 5],
+    channels: &[usize],
+    w: &Param,
+    how: Conv3d,
+    strict: bool,
+) -> Result<Vec<Conv3dEstimate>> {
+    let (g, _) = super::conv3d::geometry(&x.into(), w, None, how)?;
+    Ok(cpu::conv3d::estimates(device.isa(), &g, channels, strict)
+        .into_iter()
+        .map(|(e, chosen)| Conv3dEstimate { name: e.name(), strict: e.is_strict(), cycles: e.cycles(), chosen })
+        .collect())
+}
+
 /// Implementations of [`super::conv_transpose3d`] on `device`, in order of preference.
 #[must_use]
 pub fn conv_transpose3d_implementations(device: &Device) -> Vec<&'static str> {
@@ -68,6 +98,11 @@ pub fn add(name: &str, cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
 /// [`super::upsample_nearest`] by one implementation.
 pub fn upsample_nearest(name: &str, cx: &mut Ctx<'_>, x: Var, factor: [usize; 3]) -> Result<Var> {
     super::upsample_nearest::run(cx, x, factor, Some(name))
+}
+
+/// [`super::head_labels`] by one implementation.
+pub fn head_labels(name: &str, cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]) -> Result<Vec<u16>> {
+    super::head_labels::run(cx, x, weight, bias, Some(name))
 }
 
 /// A filter parameter from values in `[O, I, kD, kH, kW]` order.

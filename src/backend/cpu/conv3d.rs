@@ -162,6 +162,16 @@ impl Choice {
         self.algorithm.name
     }
 
+    /// As accurate as adding up the products one after the other.
+    pub(crate) fn is_strict(&self) -> bool {
+        self.algorithm.strict
+    }
+
+    /// Estimated time on one core, in cycles of a core that does one multiply-add of 16 floats in each.
+    pub(crate) fn cycles(&self) -> f64 {
+        self.cycles
+    }
+
     /// Sources may be normalised or repeated while they are read, and have to be blocked.
     pub(crate) fn reads_lazily(&self) -> bool {
         self.plan.is_some()
@@ -204,6 +214,17 @@ pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], wish: Wish<'_>)
     };
     let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels));
     choices.reduce(|best, c| if c.cycles < best.cycles { c } else { best })
+}
+
+/// What [`choose`] chooses from, and true for its choice. Implementations for lesser processors and the reference are left
+/// out.
+pub(crate) fn estimates(isa: Isa, g: &Geometry, channels: &[usize], strict: bool) -> Vec<(Choice, bool)> {
+    let taken = choose(isa, g, channels, Wish { strict, ..Wish::default() }).map(|c| c.name());
+    let listed = |a: &&'static Algorithm| {
+        Some(a.name) == taken || (a.isa == isa && (a.strict || !strict) && !matches!(a.how, How::Reference))
+    };
+    let choices = CONV3D.iter().filter(listed).filter_map(|a| Choice::new(a, g, channels));
+    choices.map(|c| (Some(c.name()) == taken, c)).map(|(chosen, c)| (c, chosen)).collect()
 }
 
 /// The names of all implementations that fit.

@@ -9,6 +9,7 @@ pub(crate) mod conv3d;
 pub(crate) mod conv_transpose3d;
 pub(crate) mod head;
 pub(crate) mod head_argmax;
+pub(crate) mod head_labels;
 pub(crate) mod instance_norm;
 pub(crate) mod isa;
 pub(crate) mod lanes;

@@ -3,6 +3,7 @@
 mod export;
 mod held;
 mod scores;
+mod stand_in;
 mod sweep;
 #[cfg(test)]
 mod sweep_tests;
@@ -53,13 +54,22 @@ pub struct PredictOptions {
     pub mode: Mode,
     /// Also return class probabilities; takes classes x volume of memory.
     pub probabilities: bool,
+    /// Only kernels as accurate as adding up all products one after the other: see [`Ctx::strict`](crate::autograd::Ctx::strict).
+    pub strict: bool,
     /// Refuse to start when more bytes than this would be needed, everything counted, and never exceed it.
     pub memory_limit: Option<usize>,
 }
 
 impl Default for PredictOptions {
     fn default() -> Self {
-        Self { step_size: 0.5, mirroring: true, mode: Mode::Normal, probabilities: false, memory_limit: None }
+        Self {
+            step_size: 0.5,
+            mirroring: true,
+            mode: Mode::Normal,
+            probabilities: false,
+            strict: false,
+            memory_limit: None,
+        }
     }
 }
 
@@ -89,6 +99,13 @@ impl PredictOptions {
     #[must_use]
     pub fn probabilities(mut self, on: bool) -> Self {
         self.probabilities = on;
+        self
+    }
+
+    /// Sets [`PredictOptions::strict`].
+    #[must_use]
+    pub fn strict(mut self, on: bool) -> Self {
+        self.strict = on;
         self
     }
 
@@ -310,6 +327,7 @@ impl Predictor {
         let mut plan = SweepPlan::new(shape, p.patch, o.step_size, flips, &self.nets, activation)?;
         // v1 counts a lone window's voxels alike (`_internal_predict_3D_3Dconv_tiled`); v2 always weights.
         plan.gaussian = p.rules == Rules::NnunetV2 || plan.windows() > 1;
+        plan.strict = o.strict;
         Ok(plan)
     }
 

@@ -44,6 +44,8 @@ pub(crate) struct SweepPlan {
     pub(crate) gather: Gather,
     /// True when windows count by a Gaussian, false when all voxels count alike.
     pub(crate) gaussian: bool,
+    /// Only the most accurate kernels.
+    pub(crate) strict: bool,
     folds: usize,
     features: usize,
     classes: usize,
@@ -70,6 +72,7 @@ impl SweepPlan {
             flips,
             gather: Gather::Features,
             gaussian: true,
+            strict: false,
             folds: nets.len(),
             features: config.dims[0].next_multiple_of(BLOCK),
             classes: config.classes,
@@ -241,7 +244,7 @@ impl<'a> Sweep<'a> {
         for fold in 0..self.nets.len() {
             for flip in self.plan.flips.clone() {
                 let nets = self.nets;
-                let mut cx = Ctx::infer(self.device);
+                let mut cx = Ctx::infer(self.device).strict(self.plan.strict);
                 let x = cx.leaf(self.patch_at(start, flip)?);
                 let features = nets[fold].features(&mut cx, x)?.into_value();
                 self.add(start, flip, fold, &features)?;

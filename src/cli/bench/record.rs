@@ -1,0 +1,149 @@
+//! What a benchmark found out, for people and for machines.
+
+use serde::Serialize;
+use stunet::autograd::Step;
+use stunet::{Device, Error, Result};
+
+use super::super::{output, system};
+use super::Seconds;
+
+/// One run of a benchmark.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Record {
+    pub(super) command: &'static str,
+    pub(super) version: &'static str,
+    pub(super) model: String,
+    /// (z, y, x).
+    pub(super) patch: [usize; 3],
+    pub(super) channels: u16,
+    pub(super) classes: u16,
+    pub(super) precision: String,
+    pub(super) strict: bool,
+    pub(super) device: String,
+    pub(super) threads: usize,
+    pub(super) isa: &'static str,
+    pub(super) runs: u16,
+    /// Median.
+    pub(super) seconds: f64,
+    pub(super) seconds_min: f64,
+    /// Operations of plain convolutions by the median.
+    pub(super) gflops: f64,
+    /// Above 1 where an algorithm does fewer operations.
+    pub(super) roofline_share: f64,
+    pub(super) roofline_gflops: f64,
+    /// Largest total of tensors, parameters included.
+    pub(super) peak_bytes: usize,
+    pub(super) peak_process_bytes: Option<u64>,
+    #[serde(flatten)]
+    pub(super) prediction: Option<Prediction>,
+    pub(super) layers: Vec<Layer>,
+}
+
+/// What only a whole prediction has.
+#[derive(Debug, Serialize)]
+pub(super) struct Prediction {
+    /// (z, y, x).
+    pub(super) shape: [usize; 3],
+    pub(super) step_size: f64,
+    pub(super) mirroring: bool,
+    pub(super) windows: usize,
+    /// Windows, each as often as it is mirrored.
+    pub(super) passes: usize,
+    /// Of the network stage, by windows.
+    pub(super) seconds_per_window: f64,
+    pub(super) seconds_per_stage: serde_json::Map<String, serde_json::Value>,
+}
+
+/// One layer.
+#[derive(Debug, Serialize)]
+pub(super) struct Layer {
+    pub(super) operation: &'static str,
+    pub(super) what: String,
+    pub(super) implementation: &'static str,
+    pub(super) seconds: f64,
+    /// None where nothing is multiplied.
+    pub(super) gflops: Option<f64>,
+    /// What the implementation was chosen from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) implementations: Vec<Candidate>,
+}
+
+/// One implementation that a layer could have.
+#[derive(Debug, Serialize)]
+pub(super) struct Candidate {
+    pub(super) implementation: &'static str,
+    /// As accurate as plain summation.
+    pub(super) strict: bool,
+    /// The rule's choice: the least estimate.
+    pub(super) chosen: bool,
+    /// By the rule, at this machine's roofline.
+    pub(super) estimated_seconds: f64,
+    /// Median and least, where it was timed.
+    pub(super) seconds: Option<f64>,
+    pub(super) seconds_min: Option<f64>,
+}
+
+impl From<&Step> for Layer {
+    fn from(s: &Step) -> Self {
+        Self {
+            operation: s.operation,
+            what: s.what.clone(),
+            implementation: s.implementation,
+            seconds: s.seconds,
+            gflops: (s.macs > 0).then(|| s.macs as f64 * 2e-9 / s.seconds.max(1e-9)),
+            implementations: Vec::new(),
+        }
+    }
+}
+
+impl Record {
+    /// Adds the time for so many multiply-accumulates, and memory as it is now.
+    pub(super) fn measured(&mut self, seconds: Seconds, macs: f64, device: &Device) {
+        (self.seconds, self.seconds_min) = (seconds.median, seconds.min);
+        self.gflops = macs * 2e-9 / seconds.median;
+        self.roofline_share = self.gflops / self.roofline_gflops;
+        self.peak_bytes = device.memory().peak;
+        self.peak_process_bytes = system::peak_process_bytes();
+    }
+
+    /// One line of JSON, or a table.
+    pub(super) fn print(&self, json: bool) -> Result<()> {
+        if json {
+            return output::line(serde_json::to_string(self).map_err(|e| Error::Unsupported { what: e.to_string() })?);
+        }
+        let [z, y, x] = self.patch;
+        let strict = if self.strict { ", strict" } else { "" };
+        output::line(format!(
+            "{} {}, window {z} x {y} x {x}, {} classes, {}{strict}, {} {} with {} threads",
+            self.command, self.model, self.classes, self.precision, self.device, self.isa, self.threads
+        ))?;
+        if let Some(p) = &self.prediction {
+            let [z, y, x] = p.shape;
+            let windows = format!("{} windows of {:.3} s", p.windows, p.seconds_per_window);
+            let stages: Vec<String> = p
+                .seconds_per_stage
+                .iter()
+                .map(|(n, s)| format!("{n} {:.2} s", s.as_f64().unwrap_or_default()))
+                .collect();
+            output::line(format!("image {z} x {y} x {x}: {windows}; {}", stages.join(", ")))?;
+        }
+        self.layers.iter().try_for_each(print_layer)?;
+        let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);
+        let rate = format!("{:.1} GFLOP/s, {share:.0} % of {peak:.1}", self.gflops);
+        output::line(format!("median {:.4} s, min {:.4} s, {rate}", self.seconds, self.seconds_min))?;
+        let process = self.peak_process_bytes.map(|b| format!(", process {}", system::human(b))).unwrap_or_default();
+        output::line(format!("peak of tensors {}{process}", system::human(self.peak_bytes as u64)))
+    }
+}
+
+fn print_layer(l: &Layer) -> Result<()> {
+    let rate = l.gflops.map(|g| format!("{g:.1}")).unwrap_or_default();
+    let title = format!("{} {}", l.operation, l.what);
+    output::line(format!("  {title:<62} {:<20} {:>9.3} ms {rate:>8} GFLOP/s", l.implementation, l.seconds * 1e3))?;
+    l.implementations.iter().try_for_each(|c| {
+        let mark = if c.chosen { '*' } else { ' ' };
+        let measured = c.seconds.map_or_else(|| "-".into(), |s| format!("{:.3} ms", s * 1e3));
+        let estimated = format!("estimated {:>9.3} ms", c.estimated_seconds * 1e3);
+        output::line(format!("    {mark} {:<22} {estimated}, measured {measured:>12}", c.implementation))
+    })
+}
