@@ -107,6 +107,11 @@ impl Mask {
         }
     }
 
+    /// Voxels inside.
+    pub(crate) fn count(&self) -> usize {
+        self.bits.iter().map(|w| w.count_ones() as usize).sum()
+    }
+
     /// Voxels along (z, y, x).
     pub(crate) fn shape(&self) -> [usize; 3] {
         self.shape
