@@ -15,12 +15,21 @@ pub fn bench(c: &mut Criterion) {
     const CLASSES: usize = 105;
     let device = Device::cpu();
     let (weight, bias) = (numbers(CHANNELS * CLASSES), numbers(CLASSES));
-    for (name, from, to) in [
-        ("105 classes, 1.5 mm to 1.5 x 0.8 x 0.8 mm", [200, 273, 273], CT),
-        ("105 classes, 1.5 mm to 0.75 x 0.8 x 0.8 mm", [100, 273, 273], CT),
-        ("105 classes, 1.5 mm to 3 mm", [224, 202, 244], [112, 101, 122]),
+    for (name, from, to, smooth) in [
+        ("105 classes, 1.5 mm to 1.5 x 0.8 x 0.8 mm", [200, 273, 273], CT, true),
+        ("105 classes, 1.5 mm to 1.5 x 0.8 x 0.8 mm, noise", [200, 273, 273], CT, false),
+        ("105 classes, 1.5 mm to 0.75 x 0.8 x 0.8 mm", [100, 273, 273], CT, true),
+        ("105 classes, 1.5 mm to 3 mm", [224, 202, 244], [112, 101, 122], true),
     ] {
-        let plane = numbers(from[1] * from[2] * CHANNELS);
+        let [_, ny, nx] = from;
+        let mut plane = numbers(ny * nx * CHANNELS);
+        if smooth {
+            // Regions of some tens of voxels, as organs are; every voxel of noise has a class of its own.
+            for (i, v) in plane.iter_mut().enumerate() {
+                let (y, x, c) = ((i / CHANNELS / nx) as f32, (i / CHANNELS % nx) as f32, (i % CHANNELS) as f32);
+                *v = 0.02 * *v + (0.05 * x + c).sin() * (0.04 * y - 0.7 * c).cos();
+            }
+        }
         // The head applied to every voxel of the result.
         let flops = (2 * CHANNELS * CLASSES * to.iter().product::<usize>()) as f64;
         measure(c, &device, "export", name, Work::Flops(flops), || {

@@ -1,6 +1,7 @@
 //! Scores that exist as a whole volume: made into labels by the same streaming export as a prediction's.
 
 use super::export::{Export, Planes, Scores};
+use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::LabelData;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Normalization, Resampling, Rules};
@@ -102,7 +103,8 @@ impl Planes for Repeated<'_> {
     }
 
     fn plane(&mut self, _: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(self.plane);
+        let row = out.len() / self.shape[1];
+        par::chunks_mut(out, row, |y, out| out.copy_from_slice(&self.plane[y * row..][..row]));
         Ok(())
     }
 }
