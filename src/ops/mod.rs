@@ -8,6 +8,7 @@ mod conv3d;
 pub(crate) mod head;
 mod instance_norm;
 mod leaky_relu;
+pub(crate) mod resample;
 #[doc(hidden)]
 pub mod testing;
 mod upsample_nearest;
