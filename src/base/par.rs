@@ -23,6 +23,11 @@ pub(crate) fn chunks_mut_with<T: Send, S>(
     out.par_chunks_mut(chunk.max(1)).enumerate().for_each_init(make, |s, (i, c)| f(s, i, c));
 }
 
+/// Both at once, where there is a thread for the second.
+pub(crate) fn join<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+    rayon::join(a, b)
+}
+
 /// `f(i)` for `0..n`, collected in index order.
 pub(crate) fn map<T: Send>(n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     (0..n).into_par_iter().map(f).collect()
