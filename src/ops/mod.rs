@@ -10,6 +10,7 @@ pub(crate) mod head;
 mod instance_norm;
 mod lazy;
 mod leaky_relu;
+pub(crate) mod resample;
 #[doc(hidden)]
 pub mod testing;
 mod upsample_nearest;

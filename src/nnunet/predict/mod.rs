@@ -2,11 +2,11 @@
 
 mod export;
 mod held;
-mod scores;
+pub(super) mod scores;
 mod sweep;
 #[cfg(test)]
 mod sweep_tests;
-mod window;
+pub(super) mod window;
 
 use std::path::Path;
 use std::time::Instant;
