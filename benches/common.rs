@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use stunet::Device;
 use stunet::autograd::{Ctx, Var};
+use stunet::io::{Image, Segmentation};
 use stunet::ops::{self, testing};
+use stunet::phantom::Phantom;
 use stunet::tensor::Tensor;
 
 /// What a measurement is limited by, and how much of it one run does.
@@ -19,6 +21,15 @@ pub enum Work {
     Bytes(f64),
     /// Operations and bytes, whichever takes longer.
     Roofline(f64, f64),
+}
+
+/// Voxels along (z, y, x) of the pipeline's benchmarks.
+pub const CT: [usize; 3] = [200, 512, 512];
+
+/// A CT of that size and its labels.
+pub fn phantom() -> &'static (Image, Segmentation) {
+    static ONCE: OnceLock<(Image, Segmentation)> = OnceLock::new();
+    ONCE.get_or_init(|| Phantom::new(1).with_grid(CT, [1.5, 0.8, 0.8]).expect("a grid").render())
 }
 
 fn fastest(mut f: impl FnMut()) -> f64 {

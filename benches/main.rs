@@ -1,4 +1,4 @@
-//! Benchmarks, one file per operation: `cargo bench -- conv3d`.
+//! Benchmarks, one file per operation or step of the pipeline: `cargo bench -- conv3d`.
 //!
 //! Beside criterion's times, every line names the rate and its share of what this machine reached in the same run: of
 //! multiply-adds in registers for arithmetic, of an in-place pass over memory for the rest.
@@ -7,16 +7,24 @@
 mod common;
 mod conv3d;
 mod conv_transpose3d;
+mod export;
 mod head_labels;
 mod instance_norm;
+mod labels;
+mod nifti;
 mod passes;
+mod resample;
 
 criterion::criterion_group!(
     all,
     conv3d::bench,
     conv_transpose3d::bench,
+    export::bench,
     head_labels::bench,
     instance_norm::bench,
-    passes::bench
+    labels::bench,
+    nifti::bench,
+    passes::bench,
+    resample::bench
 );
 criterion::criterion_main!(all);

@@ -226,7 +226,7 @@ fn is_the_adjoint_of_the_convolution() {
             let mut cx = Ctx::infer(&device);
             let up = activation(&mut cx, &x, from, true);
             let up = result(ops::conv_transpose3d(&mut cx, up, &transposed, None).unwrap());
-            let down = Sources::One(activation(&mut cx, &y, to, true));
+            let down = Sources::One(activation(&mut cx, &y, to, true).into());
             let how = Conv3d { stride, padding: stride.map(|s| s - 1) };
             let down = result(ops::conv3d(&mut cx, down, &filter, None, how).unwrap());
             assert_eq!(inner(&up, &y), inner(&x, &down), "{stride:?}");

@@ -172,3 +172,31 @@ fn activation_bytes_bound_the_measured_peak() {
     assert!(peak <= plan, "peak {peak} is above the plan {plan}");
     assert!(peak * 2 > plan, "the plan {plan} is far above the peak {peak}");
 }
+
+/// A pass asks for the same memory each time: once learnt, all of it is in the planned region, and nothing else changes.
+#[test]
+fn planned_passes_miss_nothing_and_give_the_same() {
+    for threads in [1, 3] {
+        let config = StuNetConfig { dims: [8, 16, 20, 24, 24, 24], ..StuNetConfig::small(1, 3) };
+        let device = Device::cpu_with_threads(threads).unwrap();
+        let net = config.build_random(&device, 0).unwrap();
+        let weights = device.memory().in_use;
+        let values: Vec<f32> = (0..32 * 32 * 64).map(|i| (i % 61) as f32 / 30.0 - 1.0).collect();
+        let pass = || {
+            let mut cx = Ctx::infer(&device);
+            let x = cx.leaf(Tensor::from_host(&values, Dims::from([1, 1, 32, 32, 64]), &device).unwrap());
+            net.features(&mut cx, x).unwrap().into_value().to_host()
+        };
+        let plain = pass();
+        device.trim();
+        for run in 0..4 {
+            assert_eq!(device.planned(&[32, 32, 64], pass), plain, "run {run}");
+        }
+        let memory = device.memory();
+        assert!(memory.planned_hits > 100 && memory.planned_misses == 0, "{memory:?}");
+        let (peak, region) = (memory.peak - weights, memory.reserved - weights);
+        assert!(region <= peak + peak / 10, "region {region}, peak of a pass {peak}");
+        device.trim();
+        assert_eq!(device.memory().reserved, weights);
+    }
+}

@@ -13,6 +13,21 @@ pub(crate) fn chunks_mut<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize,
     out.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, c)| f(i, c));
 }
 
+/// As [`chunks_mut`]; `f` is handed something to work with that `make` made, which it may find used.
+pub(crate) fn chunks_mut_with<T: Send, S>(
+    out: &mut [T],
+    chunk: usize,
+    make: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, usize, &mut [T]) + Sync + Send,
+) {
+    out.par_chunks_mut(chunk.max(1)).enumerate().for_each_init(make, |s, (i, c)| f(s, i, c));
+}
+
+/// Both at once, where there is a thread for the second.
+pub(crate) fn join<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+    rayon::join(a, b)
+}
+
 /// `f(i)` for `0..n`, collected in index order.
 pub(crate) fn map<T: Send>(n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     (0..n).into_par_iter().map(f).collect()

@@ -6,6 +6,7 @@
 
 mod affine;
 mod decode;
+mod gzip;
 mod header;
 mod source;
 mod write;
@@ -20,6 +21,7 @@ use self::decode::Decoder;
 use self::header::{HEADER_LEN, Header};
 use self::source::{Source, read_error};
 use super::image::{Geometry, Image, LabelData, Segmentation};
+use crate::base::par;
 use crate::error::{Error, Result};
 pub use write::{write_image, write_nifti};
 
@@ -229,23 +231,29 @@ fn read_voxels(path: &Path, mut source: Source, header: &Header, position: u64) 
     let mut channels = Vec::with_capacity(header.channels);
     let [_, ny, nx] = header.geometry.shape;
     // A plane of a hostile header may have gigabytes; a row has at most 256 KiB.
-    let rank = if nx * ny * header.datatype.size_of() <= PLANE { 2 } else { 1 };
+    let size = header.datatype.size_of();
+    let rank = if nx * ny * size <= PLANE { 2 } else { 1 };
     let failed = |e| match e {
         NiftiError::Io(e) => read_error(path, gzip, e),
         e => Error::image(path, "voxels", e.to_string()),
     };
     let mut volume = StreamedNiftiVolume::from_reader_rank(&mut source, &header.inner, rank).map_err(failed)?;
-    let mut slice = Vec::new();
+    let mut read = |buffer| match volume.next_inline(buffer) {
+        Some(next) => Ok(next.map_err(failed)?.into_raw_data()),
+        None => Err(Error::image(path, "voxels", "fewer than dim says")),
+    };
+    let (mut slice, mut spare) = (Vec::new(), Vec::new());
     for _ in 0..header.channels {
         let mut voxels = Vec::new();
         voxels.try_reserve_exact(n).map_err(|_| Error::io("read", path, std::io::ErrorKind::OutOfMemory.into()))?;
-        while voxels.len() < n {
-            let Some(next) = volume.next_inline(slice) else {
-                return Err(Error::image(path, "voxels", "fewer than dim says"));
-            };
-            slice = next.map_err(failed)?.into_raw_data();
-            decoder.append(&slice, &mut voxels);
+        slice = read(slice)?;
+        // A slice is unpacked while the one before it is converted.
+        while voxels.len() + slice.len() / size < n {
+            let next;
+            (next, ()) = par::join(|| read(spare), || decoder.append(&slice, &mut voxels));
+            spare = std::mem::replace(&mut slice, next?);
         }
+        decoder.append(&slice, &mut voxels);
         channels.push(voxels);
     }
     finish(path, source, expected)?;

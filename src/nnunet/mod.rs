@@ -8,3 +8,5 @@ mod postprocess;
 pub mod predict;
 pub mod preprocess;
 pub mod report;
+#[doc(hidden)]
+pub mod testing;

@@ -1,7 +1,7 @@
 //! The 1x1x1 head applied to rows of voxels on the host, where class scores are aggregated and no
 //! `[classes, D, H, W]` tensor may exist.
 
-pub(crate) use crate::backend::cpu::head::{Activation, PackedHead};
+pub(crate) use crate::backend::cpu::head::{Activation, PackedHead, scores};
 pub(crate) use crate::backend::cpu::head_argmax::{LinearHead, Tap, Winner, blend, head_row, label_row, sample};
 
 use crate::tensor::Device;

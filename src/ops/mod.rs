@@ -11,6 +11,7 @@ mod head_labels;
 mod instance_norm;
 mod lazy;
 mod leaky_relu;
+pub(crate) mod resample;
 #[doc(hidden)]
 pub mod testing;
 mod upsample_nearest;

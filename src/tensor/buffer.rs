@@ -1,8 +1,10 @@
 //! Memory of a tensor: 64-byte aligned, recycled, large pieces on huge pages where the system has them.
+#![allow(unsafe_code, reason = "ranges of one region are handed out as slices")]
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapRaw};
 
 use super::pool::Pool;
 use crate::error::{Error, Result};
@@ -24,6 +26,16 @@ fn refused(what: String, asked: usize) -> Error {
 pub(super) enum Memory {
     Small(Vec<Line>),
     Mapped(MmapMut),
+    Range(Range),
+}
+
+/// Fresh zeros from the system.
+fn map(bytes: usize) -> Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes).map_err(|e| refused(format!("a tensor ({e})"), bytes))?;
+    // First touch by 4 KiB pages costs up to half of a memory-bound pass. Advice only: a refusal is harmless.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(map)
 }
 
 impl Memory {
@@ -31,17 +43,19 @@ impl Memory {
         if bytes < MAP_FROM {
             return Ok(Memory::Small(vec![Line([0.0; 16]); bytes.div_ceil(64)]));
         }
-        let map = MmapMut::map_anon(bytes).map_err(|e| refused(format!("a tensor ({e})"), bytes))?;
-        // First touch by 4 KiB pages costs up to half of a memory-bound pass. Advice only: a refusal is harmless.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
-        Ok(Memory::Mapped(map))
+        map(bytes).map(Memory::Mapped)
+    }
+
+    /// Where it begins, which no other live memory does.
+    pub(super) fn address(&self) -> usize {
+        self.floats().as_ptr().addr()
     }
 
     pub(super) fn bytes(&self) -> usize {
         match self {
             Memory::Small(v) => v.len() * 64,
             Memory::Mapped(m) => m.len(),
+            Memory::Range(r) => r.len,
         }
     }
 
@@ -49,6 +63,7 @@ impl Memory {
         match self {
             Memory::Small(v) => bytemuck::cast_slice(v),
             Memory::Mapped(m) => bytemuck::cast_slice(m),
+            Memory::Range(r) => r.floats(),
         }
     }
 
@@ -56,7 +71,74 @@ impl Memory {
         match self {
             Memory::Small(v) => bytemuck::cast_slice_mut(v),
             Memory::Mapped(m) => bytemuck::cast_slice_mut(m),
+            Memory::Range(r) => r.floats_mut(),
         }
+    }
+}
+
+/// One mapping that is handed out in ranges. Whoever asks, for whatever reason, no two live ranges share a byte: that
+/// is kept here and nowhere else.
+pub(super) struct Region {
+    map: MmapRaw,
+    /// Live ranges: first byte and the one after the last.
+    live: Mutex<BTreeMap<usize, usize>>,
+}
+
+impl Region {
+    pub(super) fn new(bytes: usize) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { map: map(bytes)?.into(), live: Mutex::default() }))
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
+        // Single insertions and removals: a panic elsewhere leaves nothing half done.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The `len` bytes from `start`, unless they are not all inside, not made of whole lines, or a live range has some
+    /// of them.
+    pub(super) fn claim(self: &Arc<Self>, start: usize, len: usize) -> Option<Memory> {
+        let end = start.checked_add(len).filter(|&end| end <= self.bytes())?;
+        if len == 0 || !start.is_multiple_of(64) || !len.is_multiple_of(64) {
+            return None;
+        }
+        let mut live = self.lock();
+        // Live ranges are disjoint, so the last one that begins before `end` is also the last one to end.
+        if live.range(..end).next_back().is_some_and(|(_, &e)| e > start) {
+            return None;
+        }
+        live.insert(start, end);
+        Some(Memory::Range(Range { region: self.clone(), start, len }))
+    }
+}
+
+/// The only live range of its region that has these bytes. Keeps the region mapped.
+pub(super) struct Range {
+    region: Arc<Region>,
+    start: usize,
+    len: usize,
+}
+
+impl Range {
+    fn floats(&self) -> &[f32] {
+        // SAFETY: `claim` checked that the range lies inside the mapping, which `region` keeps, and begins at a
+        // multiple of 64 from its page-aligned start. Anonymous memory is zero when fresh and only ever written as
+        // f32. While this range lives, `claim` gives none of its bytes away, so who borrows it borrows them.
+        unsafe { std::slice::from_raw_parts(self.region.map.as_ptr().add(self.start).cast(), self.len / 4) }
+    }
+
+    fn floats_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `floats`; the borrow of the range is exclusive, therefore that of its bytes is.
+        unsafe { std::slice::from_raw_parts_mut(self.region.map.as_mut_ptr().add(self.start).cast(), self.len / 4) }
+    }
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        self.region.lock().remove(&self.start);
     }
 }
 

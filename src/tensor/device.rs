@@ -12,12 +12,16 @@ use crate::error::{Error, Result};
 pub struct MemoryReport {
     /// Held by live tensors.
     pub in_use: usize,
-    /// Held by live tensors or kept for the next ones.
+    /// Held by live tensors or kept for the next ones, the region of [`Device::planned`] as a whole.
     pub reserved: usize,
     /// Largest `in_use` since the device was made or [`Device::reset_peak`] was called.
     pub peak: usize,
     /// Limit, if one was set.
     pub limit: Option<usize>,
+    /// Tensors that [`Device::planned`] placed as planned, since the device was made.
+    pub planned_hits: u64,
+    /// Tensors that it had planned differently, or could not place, and that took other memory.
+    pub planned_misses: u64,
 }
 
 /// Where tensors live and operations run. Cheap to clone.
@@ -154,6 +158,22 @@ impl Device {
     pub fn trim(&self) {
         let Device::Cpu(d) = self;
         d.pool.trim();
+    }
+
+    /// Runs `f`, a computation that repeats: a pass through a network, with a `key` that says which.
+    ///
+    /// The first run with a key notes which tensors this thread asks for and when they are dropped. From that, every
+    /// tensor is given a place in one region of memory, which later runs reuse: they take no page faults and leave no
+    /// holes, at the cost of keeping the region between runs until [`Device::trim`]. Keys share the region; the
+    /// largest plan decides its size. A tensor that comes unplanned, that finds its place still taken, or that
+    /// outlives the run takes other memory, so a key that is used for two different computations, tensors that are
+    /// dropped early or late and other threads cost time, never correctness. A limit that leaves no room for the
+    /// region leaves everything as without a plan. A run inside another one, or beside one of another thread, is just
+    /// run.
+    pub fn planned<R>(&self, key: &[usize], f: impl FnOnce() -> R) -> R {
+        let Device::Cpu(d) = self;
+        let _scope = d.pool.enter(key);
+        f()
     }
 
     /// Runs `f` with this device's threads as the current rayon pool.

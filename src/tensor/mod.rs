@@ -2,6 +2,7 @@
 //!
 //! Logical order is always `[N, C, D, H, W]` with space as (z, y, x); the physical order is the [`Layout`]'s business.
 
+mod arena;
 pub(crate) mod buffer;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use super::buffer::Memory;
+use super::arena::Arena;
+use super::buffer::{Memory, Region};
 use super::device::MemoryReport;
 use crate::error::{Error, Result};
 
@@ -21,15 +23,45 @@ struct State {
     in_use: usize,
     idle: usize,
     peak: usize,
-    /// Largest `in_use` ever, which idle memory may fill up to.
+    /// Largest `held` ever, which idle memory may fill up to.
     high: usize,
     limit: Option<usize>,
+    arena: Arena,
 }
 
 impl State {
+    /// Bytes that are not the pool's to give back: live pieces outside of the arena, and all of the arena.
+    fn held(&self) -> usize {
+        self.in_use - self.arena.live() + self.arena.bytes()
+    }
+
     fn note_use(&mut self) {
         self.peak = self.peak.max(self.in_use);
-        self.high = self.high.max(self.in_use);
+        self.high = self.high.max(self.held());
+    }
+
+    /// Frees idle pieces so that mapping `size` more bytes does not push the process above its own peak: those that
+    /// lay longest go first, and no more than needed, since whatever goes is paid for again in page faults.
+    fn make_room(&mut self, size: usize) {
+        let after = self.held() + size;
+        let most = self.high.min(self.limit.unwrap_or(usize::MAX)).max(after);
+        while after + self.idle > most && self.evict_oldest() {}
+    }
+
+    /// An idle piece of at least `size` bytes.
+    fn recycled(&mut self, size: usize) -> Option<Memory> {
+        // A piece up to a quarter too large is good enough; anything larger would hide memory from other sizes.
+        let k = *self.free.range(size..=size + size / 4).next()?.0;
+        if self.limit.is_some_and(|limit| self.in_use + k > limit) {
+            return None;
+        }
+        let list = self.free.get_mut(&k)?;
+        let (_, m) = list.pop_back()?;
+        if list.is_empty() {
+            self.free.remove(&k);
+        }
+        self.idle -= k;
+        Some(m)
     }
 
     /// Frees the piece that has been idle longest; false when there is none.
@@ -56,33 +88,32 @@ impl Pool {
     /// Memory of at least `bytes` bytes, initialised but with unspecified values.
     pub(super) fn take(&self, bytes: usize) -> Result<Memory> {
         let size = bytes.max(1).next_multiple_of(64);
+        let me = thread::current().id();
         let mut s = self.lock();
-        // A piece up to a quarter too large is good enough; anything larger would hide memory from other sizes.
-        let found = s.free.range(size..=size + size / 4).next().map(|(k, _)| *k);
-        if let Some(k) = found.filter(|k| s.limit.is_none_or(|limit| s.in_use + k <= limit))
-            && let Some(list) = s.free.get_mut(&k)
-            && let Some((_, m)) = list.pop_back()
-        {
-            if list.is_empty() {
-                s.free.remove(&k);
-            }
-            s.idle -= k;
-            s.in_use += k;
-            s.note_use();
-            return Ok(m);
-        }
         if let Some(limit) = s.limit
             && s.in_use + size > limit
         {
             return Err(Error::OutOfMemory { what: "a tensor".into(), asked: size, in_use: s.in_use, limit });
         }
-        // Idle pieces must not push the process above its own peak: those that lay longest go first, and no more than
-        // needed, since whatever goes is paid for again in page faults.
-        let most = s.high.max(s.in_use + size);
-        while s.in_use + s.idle + size > most && s.evict_oldest() {}
-        let m = Memory::new(size)?;
+        if let Some(m) = s.arena.take(size, me) {
+            s.in_use += size;
+            s.note_use();
+            return Ok(m);
+        }
+        let m = match s.recycled(size) {
+            Some(m) => m,
+            None => {
+                if s.limit.is_some_and(|limit| s.held() + size > limit) {
+                    // The limit counts live tensors; an arena without any is the last thing that can make room.
+                    s.arena.drop_region();
+                }
+                s.make_room(size);
+                Memory::new(size)?
+            }
+        };
         s.in_use += m.bytes();
         s.note_use();
+        s.arena.taken(size, &m, me);
         Ok(m)
     }
 
@@ -90,10 +121,31 @@ impl Pool {
         let mut s = self.lock();
         let n = m.bytes();
         s.in_use -= n;
+        let Some(m) = s.arena.given(m) else { return };
         s.idle += n;
         s.clock += 1;
         let now = s.clock;
         s.free.entry(n).or_default().push_back((now, m));
+    }
+
+    /// Begins a run of the computation `key` on this thread, which lasts until the result is dropped.
+    pub(super) fn enter(&self, key: &[usize]) -> Scope<'_> {
+        let mut s = self.lock();
+        let (entered, wanted) = s.arena.enter(key, thread::current().id());
+        if let Some(bytes) = wanted
+            && s.arena.live() == 0
+        {
+            s.arena.drop_region();
+            if s.limit.is_none_or(|limit| s.in_use + bytes <= limit) {
+                s.make_room(bytes);
+                // Where the system refuses, the pool goes on piece by piece.
+                if let Ok(region) = Region::new(bytes) {
+                    s.arena.set_region(region);
+                    s.high = s.high.max(s.held());
+                }
+            }
+        }
+        Scope { pool: entered.then_some(self) }
     }
 
     /// Starts the peak over from what is in use.
@@ -106,16 +158,37 @@ impl Pool {
         self.lock().limit = limit;
     }
 
-    /// Gives idle memory back to the system.
+    /// Gives idle memory back to the system, the arena too if nothing lives in it.
     pub(super) fn trim(&self) {
         let mut s = self.lock();
         s.free.clear();
         s.idle = 0;
+        s.arena.drop_region();
     }
 
     pub(super) fn report(&self) -> MemoryReport {
         let s = self.lock();
-        MemoryReport { in_use: s.in_use, reserved: s.in_use + s.idle, peak: s.peak, limit: s.limit }
+        MemoryReport {
+            in_use: s.in_use,
+            reserved: s.held() + s.idle,
+            peak: s.peak,
+            limit: s.limit,
+            planned_hits: s.arena.hits,
+            planned_misses: s.arena.misses,
+        }
+    }
+}
+
+/// A run of a planned computation; nothing when it was begun inside of another.
+pub(super) struct Scope<'a> {
+    pool: Option<&'a Pool>,
+}
+
+impl Drop for Scope<'_> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool {
+            pool.lock().arena.leave(!thread::panicking());
+        }
     }
 }
 

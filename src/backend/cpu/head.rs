@@ -1,5 +1,5 @@
 //! The 1x1x1 head on rows of voxels: scores, softmax or sigmoid, added to a running sum. Used where class scores are
-//! aggregated voxel by voxel and no `[classes, D, H, W]` tensor may exist.
+//! aggregated voxel by voxel and no `[classes, D, H, W]` tensor may exist. Scores alone, for interpolation between voxels.
 
 use super::isa::{Simd, simd_entry};
 use crate::tensor::{BLOCK, Isa};
@@ -35,10 +35,89 @@ impl PackedHead {
                 packed[k * blocks + c / BLOCK][c % BLOCK] = w;
             }
         }
-        // A pad class of minus infinity takes no part in a softmax.
-        let mut b = vec![[f32::NEG_INFINITY; BLOCK]; blocks];
+        // A pad class of the lowest score takes no part in a softmax and never wins; between two such scores lies no NaN.
+        let mut b = vec![[f32::MIN; BLOCK]; blocks];
         bias.iter().enumerate().for_each(|(c, &v)| b[c / BLOCK][c % BLOCK] = v);
         Self { weight: packed, bias: b, features: stride, classes }
+    }
+
+    /// Classes with those that fill the last lanes.
+    pub(crate) fn padded(&self) -> usize {
+        self.bias.len() * BLOCK
+    }
+}
+
+/// For each voxel i of a row: `out[i] = W x[i] + b`, `out` with [`PackedHead::padded`] classes a voxel, the padded ones
+/// below all scores.
+pub(crate) fn scores(isa: Isa, head: &PackedHead, x: &[f32], out: &mut [f32]) {
+    score::on(isa, head, x, out);
+}
+
+simd_entry!(score = score_row(head: &PackedHead, x: &[f32], out: &mut [f32]));
+
+/// Voxels that are scored together: with two blocks of classes six sums, enough to hide the latency of a
+/// multiply-addition, and twelve of the sixteen registers that AVX2 has.
+const TOGETHER: usize = 3;
+
+#[inline(always)]
+fn score_row<S: Simd>(s: S, head: &PackedHead, x: &[f32], out: &mut [f32]) {
+    let (k, n) = (head.features, head.padded());
+    assert!(x.len() / k == out.len() / n, "as many voxels in as out");
+    for (x, out) in x.chunks(TOGETHER * k).zip(out.chunks_mut(TOGETHER * n)) {
+        match x.len() / k {
+            TOGETHER => score_voxels::<S, TOGETHER>(s, head, x, out),
+            2 => score_voxels::<S, 2>(s, head, x, out),
+            _ => score_voxels::<S, 1>(s, head, x, out),
+        }
+    }
+}
+
+#[inline(always)]
+fn score_voxels<S: Simd, const V: usize>(s: S, head: &PackedHead, x: &[f32], out: &mut [f32]) {
+    let n = head.bias.len();
+    let (out, _) = out.as_chunks_mut::<BLOCK>();
+    let mut b = 0;
+    while b + 2 <= n {
+        score_blocks::<S, V, 2>(s, head, b, x, out);
+        b += 2;
+    }
+    if b < n {
+        score_blocks::<S, V, 1>(s, head, b, x, out);
+    }
+}
+
+#[inline(always)]
+fn score_blocks<S: Simd, const V: usize, const N: usize>(
+    s: S,
+    head: &PackedHead,
+    b: usize,
+    x: &[f32],
+    out: &mut [[f32; BLOCK]],
+) {
+    let (k, n) = (head.features, head.bias.len());
+    let mut voxels = [&x[..k]; V];
+    for v in 0..V {
+        voxels[v] = &x[v * k..][..k];
+    }
+    let mut acc = [[s.splat(0.0); N]; V];
+    for v in 0..V {
+        for j in 0..N {
+            acc[v][j] = s.load(&head.bias[b + j]);
+        }
+    }
+    for (i, w) in head.weight.chunks_exact(n).enumerate().take(k) {
+        let w = &w[b..b + N];
+        for v in 0..V {
+            let value = s.splat(voxels[v][i]);
+            for j in 0..N {
+                acc[v][j] = s.fma(value, s.load(&w[j]), acc[v][j]);
+            }
+        }
+    }
+    for v in 0..V {
+        for j in 0..N {
+            s.store(acc[v][j], &mut out[v * n + b + j]);
+        }
     }
 }
 
@@ -203,6 +282,17 @@ mod tests {
                     }
                 }
                 for &isa in Isa::available() {
+                    if how == Activation::Identity {
+                        let mut plain = vec![0.0; n * head.padded()];
+                        scores(isa, &head, &x, &mut plain);
+                        for (i, voxel) in plain.chunks(head.padded()).enumerate() {
+                            assert!(voxel[classes..].iter().all(|&v| v == f32::MIN));
+                            for (c, v) in voxel[..classes].iter().enumerate() {
+                                let e = (expected[i * classes + c] - 1.0) / f64::from(g[i]);
+                                assert!((f64::from(*v) - e).abs() < 1e-4, "{isa:?} {classes}: {v} {e}");
+                            }
+                        }
+                    }
                     let mut sum = vec![1.0; n * classes];
                     accumulate(isa, &head, how, &x, &g, &mut sum);
                     for (s, e) in sum.iter().zip(&expected) {

@@ -5,6 +5,7 @@
 //! a time, so that every load feeds several multiplications. Which voxels share a tile depends on the row alone, never
 //! on threads.
 
+use super::head::PackedHead;
 use crate::error::{Error, Result};
 use crate::tensor::Isa;
 
@@ -50,6 +51,12 @@ impl LinearHead {
     /// Output channels.
     pub(crate) fn classes(&self) -> usize {
         self.classes
+    }
+
+    /// The same head with classes as lanes.
+    pub(crate) fn packed(&self) -> PackedHead {
+        let weight = &self.weight[..self.classes * self.channels];
+        PackedHead::new(weight, &self.bias[..self.classes], self.channels, self.channels)
     }
 
     /// The outputs for one voxel.
@@ -291,8 +298,8 @@ mod x86 {
         };
     }
 
-    /// Index of the first largest of `a + w (b - a)`. The last vector overlaps the one before: a value seen twice has
-    /// the same index twice.
+    /// Index of the first largest of `a + w (b - a)`. Even and odd vectors are compared apart, so that one need not wait
+    /// for the other. The last vector overlaps the one before: a value seen twice has the same index twice.
     ///
     /// # Safety
     /// The processor has AVX-512 F; `a` and `b` are equally long, at least 16.
@@ -302,15 +309,20 @@ mod x86 {
         assert!(n >= 16 && b.len() == n);
         let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let w = _mm512_set1_ps(w);
-        let (mut best, mut found) = (_mm512_set1_ps(f32::NEG_INFINITY), _mm512_setzero_si512());
-        for c in 0..n.div_ceil(16) {
-            let at = (16 * c).min(n - 16);
-            // SAFETY: at + 16 <= n, the length of both.
-            let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr().add(at)), _mm512_loadu_ps(b.as_ptr().add(at))) };
-            let score = _mm512_fmadd_ps(w, _mm512_sub_ps(b, a), a);
-            let index = _mm512_add_epi32(lanes, _mm512_set1_epi32(at as i32));
-            (best, found) = take_512(score, best, found, index);
+        let (mut best, mut found) = ([_mm512_set1_ps(f32::NEG_INFINITY); 2], [_mm512_setzero_si512(); 2]);
+        for pair in (0..n).step_by(32) {
+            for h in 0..2 {
+                let at = (pair + 16 * h).min(n - 16);
+                // SAFETY: at + 16 <= n, the length of both.
+                let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr().add(at)), _mm512_loadu_ps(b.as_ptr().add(at))) };
+                let score = _mm512_fmadd_ps(w, _mm512_sub_ps(b, a), a);
+                let index = _mm512_add_epi32(lanes, _mm512_set1_epi32(at as i32));
+                (best[h], found[h]) = take_512(score, best[h], found[h], index);
+            }
         }
+        let equal = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(best[1], best[0]);
+        let first = _mm512_mask_min_epu32(found[0], equal, found[0], found[1]);
+        let (best, found) = take_512(best[1], best[0], first, found[1]);
         let top = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(best, _mm512_set1_ps(_mm512_reduce_max_ps(best)));
         _mm512_mask_reduce_min_epu32(top, found) as u16
     }

@@ -34,6 +34,8 @@ pub(crate) trait Simd: Copy {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `x` where `x > 0`, else `x * slope`.
     fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V;
+    /// `a * b + c` of single numbers, rounded once where the set can: for loops that the compiler turns into vectors.
+    fn fma_f64(self, a: f64, b: f64, c: f64) -> f64;
 }
 
 /// Portable Rust.
@@ -116,6 +118,10 @@ impl Simd for Scalar {
             x[i] = if x[i] > 0.0 { x[i] } else { x[i] * slope[i] };
         }
         x
+    }
+    #[inline(always)]
+    fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
+        a * b + c
     }
 }
 
@@ -226,6 +232,10 @@ mod x86 {
             }
             out
         }
+        #[inline(always)]
+        fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
+            a.mul_add(b, c)
+        }
     }
 
     /// AVX-512 F.
@@ -309,6 +319,10 @@ mod x86 {
                 let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_setzero_ps());
                 _mm512_mask_blend_ps(positive, _mm512_mul_ps(x, slope), x)
             }
+        }
+        #[inline(always)]
+        fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
+            a.mul_add(b, c)
         }
     }
 }

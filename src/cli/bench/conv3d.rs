@@ -56,8 +56,8 @@ impl Args {
             shapes.push(Shape { inputs: vec![out; 2], out, size, stride: [1; 3] });
         }
         let (mut total, mut macs) = (Seconds { median: 0.0, min: 0.0 }, 0.0);
-        for shape in &shapes {
-            let (layer, seconds) = self.layer(shape, runs, record.roofline_gflops * 1e9, &device)?;
+        for (number, shape) in shapes.iter().enumerate() {
+            let (layer, seconds) = self.layer(number, shape, runs, record.roofline_gflops * 1e9, &device)?;
             total = Seconds { median: total.median + seconds.median, min: total.min + seconds.min };
             macs += shape.macs();
             record.layers.push(layer);
@@ -66,7 +66,14 @@ impl Args {
         record.print(options.json)
     }
 
-    fn layer(&self, shape: &Shape, runs: u16, roofline: f64, device: &Device) -> Result<(Layer, Seconds)> {
+    fn layer(
+        &self,
+        number: usize,
+        shape: &Shape,
+        runs: u16,
+        roofline: f64,
+        device: &Device,
+    ) -> Result<(Layer, Seconds)> {
         let options = &self.options;
         let (w, xs) = (shape.filter(device)?, shape.inputs(device)?);
         let how = Conv3d { stride: shape.stride, padding: [1; 3] };
@@ -80,13 +87,13 @@ impl Args {
             implementations: Vec::with_capacity(estimates.len()),
         };
         let mut of_choice = None;
-        for e in estimates {
+        for (i, e) in estimates.into_iter().enumerate() {
             let seconds = if e.chosen || self.all {
                 let run = || {
                     let mut cx = options.ctx(device);
                     testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how).map(drop)
                 };
-                Some(time(device, runs, run)?)
+                Some(time(device, runs, &[number, i], run)?)
             } else {
                 None
             };

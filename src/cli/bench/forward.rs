@@ -23,7 +23,7 @@ impl Args {
         let mut record = options.record("forward", patch, runs, &device);
         let net = device.install(|| config.build_random(&device, 0))?;
         let x = input(config.in_channels, patch, &device)?;
-        let seconds = time(&device, runs, || {
+        let seconds = time(&device, runs, &[], || {
             let mut cx = options.ctx(&device);
             let x = cx.leaf(x.clone());
             net.labels(&mut cx, x).map(drop)

@@ -4,8 +4,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use flate2::{Compression, GzBuilder};
-
+use super::gzip::Packer;
 use super::header::{HEADER_LEN, Header};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
@@ -115,9 +114,10 @@ fn write_file(
     };
     write_atomically(path, |file: &mut BufWriter<File>| {
         let written = if gzip {
-            // No name, no time, no system: equal images are equal files.
-            let mut w = GzBuilder::new().mtime(0).operating_system(255).write(file, Compression::new(6));
-            head_and_voxels(&mut w).and_then(|()| w.finish().map(drop))
+            Packer::new(file).and_then(|mut w| {
+                head_and_voxels(&mut w)?;
+                w.finish()
+            })
         } else {
             head_and_voxels(file)
         };

@@ -3,7 +3,10 @@
 //! `save_segmentation_nifti_from_softmax`).
 //!
 //! Linear interpolation commutes with the network's last layer, which is affine: where a plane source can give the
-//! layer's inputs, 16 features in place of 105 logits are interpolated and the layer is applied after it.
+//! layer's inputs, 16 features in place of 105 logits are interpolated and the layer is applied after it. Inside a plane
+//! of a finer grid it is cheaper to apply it before: to fewer voxels, and a score is interpolated with two operations.
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::base::par;
 use crate::error::{Error, Result};
@@ -12,11 +15,14 @@ use crate::nnunet::plans::{Decision, InferencePlan, Resampling, Rules};
 use crate::nnunet::preprocess::Properties;
 use crate::nnunet::preprocess::resample::{View, axes, resample_labels, separate_axis, zeros};
 use crate::nnunet::preprocess::spline::Axis;
-use crate::ops::head::{LinearHead, Tap, Winner, blend, head_row, label_row, sample};
+use crate::ops::head::{LinearHead, PackedHead, Tap, Winner, blend, head_row, label_row, sample, scores};
 use crate::tensor::Isa;
 
 /// Rows of a plane that one piece of parallel work makes.
 const ROWS: usize = 8;
+
+/// The same where scores are interpolated: every piece makes a row or two that its neighbours make too.
+const BAND: usize = 32;
 
 /// Values on the network's grid, from the first plane to the last.
 pub(crate) trait Planes {
@@ -215,8 +221,16 @@ impl Export<'_> {
         let (width, channels) = (grid.x.len(), planes.channels());
         let mut window = Window::new(planes)?;
         let mut plane = vec![0u16; grid.y.len() * width];
+        let packed = self.head.filter(|h| self.scores_first(h, planes.shape(), grid)).map(LinearHead::packed);
         for (z, &tap) in grid.z.iter().enumerate() {
             let blended = window.at(planes, tap)?;
+            if let Some(head) = &packed {
+                par::chunks_mut(&mut plane, BAND * width, |piece, rows| {
+                    blended.label_band(self.isa, head, &grid.y[piece * BAND..], &grid.x, rows);
+                });
+                put(z, &plane);
+                continue;
+            }
             par::chunks_mut(&mut plane, ROWS * width, |piece, rows| {
                 let mut held = Vec::new();
                 for (out, &tap) in rows.chunks_mut(width).zip(&grid.y[piece * ROWS..]) {
@@ -230,6 +244,15 @@ impl Export<'_> {
             put(z, &plane);
         }
         Ok(())
+    }
+
+    /// Whether to apply the head before interpolating in the plane. Per class, a voxel of the head costs its channels
+    /// in multiply-additions and some three operations to compare or store; interpolating along both axes costs about
+    /// six more.
+    fn scores_first(&self, head: &LinearHead, from: [usize; 3], grid: &Grid) -> bool {
+        let (before, after) = (from[1] * from[2], grid.y.len() * grid.x.len());
+        let (cost, interpolation) = (head.channels() + 3, 6);
+        self.winner() == Winner::Largest && before * cost + after * interpolation < after * cost
     }
 
     /// As [`Export::on_image`], and writes probabilities into `frame` of every volume of `out`.
@@ -310,7 +333,7 @@ fn nonlinearity(row: &mut [f32], width: usize, softmax: bool) {
 }
 
 /// A voxel type of label maps.
-trait Label: Copy + Default + Ord + Send + Sync {
+trait Label: Copy + Default + Ord + Zeroable + Send + Sync {
     fn of(label: u16) -> Self;
 }
 
@@ -357,6 +380,14 @@ impl Grid {
     }
 }
 
+/// A line of the cache: a voxel's scores are whole lines, and no vector of them straddles two.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; LINE]);
+
+/// Floats in it, a divisor of a packed head's classes.
+const LINE: usize = 16;
+
 /// The two planes of the network's grid that are worked with.
 struct Window {
     shape: [usize; 3],
@@ -390,7 +421,7 @@ impl Window {
         }
         let first = &self.held[0].1;
         let second = if j == i { first } else { &self.held[1].1 };
-        Ok(Between { first, second, weight: w, line: self.shape[2] * self.channels })
+        Ok(Between { first, second, weight: w, line: self.shape[2] * self.channels, channels: self.channels })
     }
 }
 
@@ -401,9 +432,68 @@ struct Between<'a> {
     weight: f32,
     /// Values in a row.
     line: usize,
+    /// Values of a voxel.
+    channels: usize,
 }
 
 impl Between<'_> {
+    /// Labels of the rows at `ys`: scores of the rows around each, interpolated along y and then along x. Where the same
+    /// class wins at all four voxels around, it wins between them, and nothing is interpolated.
+    fn label_band(&self, isa: Isa, head: &PackedHead, ys: &[Tap], xs: &[Tap], out: &mut [u16]) {
+        let (classes, voxels) = (head.padded(), self.line / self.channels);
+        let width = classes / LINE;
+        let mut features = Vec::new();
+        let own: Vec<Tap> = (0..voxels).map(|x| (x, x, 0.0)).collect();
+        // Two rows: number, scores, winners.
+        let lines = vec![Line::zeroed(); voxels * width];
+        let mut held = [(); 2].map(|()| (None, lines.clone(), vec![0u16; voxels]));
+        let mut between = lines;
+        let (mut places, mut taps, mut found) = (Vec::new(), Vec::new(), vec![0u16; xs.len()]);
+        for (out, &(i, j, w)) in out.chunks_mut(xs.len()).zip(ys) {
+            let j = if w == 0.0 { i } else { j };
+            if held[0].0 != Some(i) {
+                held.swap(0, 1);
+            }
+            for (slot, wanted) in [(0, i), (1, j)] {
+                let (number, lines, winners) = &mut held[slot];
+                let row: &mut [f32] = bytemuck::cast_slice_mut(lines);
+                if *number != Some(wanted) && !(slot == 1 && j == i) {
+                    scores(isa, head, self.row(isa, (wanted, wanted, 0.0), &mut features), row);
+                    label_row(isa, row, classes, &own, Winner::Largest, winners);
+                    *number = Some(wanted);
+                }
+            }
+            let (first, second) = (&held[0], if j == i { &held[0] } else { &held[1] });
+            places.clear();
+            taps.clear();
+            for ((x, o), &tap) in out.iter_mut().enumerate().zip(xs) {
+                *o = first.2[tap.0];
+                if first.2[tap.1] != *o || second.2[tap.0] != *o || second.2[tap.1] != *o {
+                    places.push(x);
+                    taps.push(tap);
+                }
+            }
+            if taps.is_empty() {
+                continue;
+            }
+            if j != i {
+                // Only the voxels that are asked for; taps rise.
+                let mut done = 0;
+                for &(left, right, _) in &taps {
+                    let part = left.max(done) * width..(right + 1).max(done) * width;
+                    let (a, b) = (&first.1[part.clone()], &second.1[part.clone()]);
+                    let (a, b) = (bytemuck::cast_slice(a), bytemuck::cast_slice(b));
+                    blend(isa, [a, b, a, b], w, 0.0, bytemuck::cast_slice_mut(&mut between[part]));
+                    done = done.max(right + 1);
+                }
+            }
+            let row = bytemuck::cast_slice(if j == i { &first.1 } else { &between });
+            let found = &mut found[..taps.len()];
+            label_row(isa, row, classes, &taps, Winner::Largest, found);
+            places.iter().zip(found).for_each(|(&x, &mut label)| out[x] = label);
+        }
+    }
+
     /// The row between rows i and j, (x, channel); made in `held` unless it is there already.
     fn row<'a>(&'a self, isa: Isa, (i, j, w): Tap, held: &'a mut Vec<f32>) -> &'a [f32] {
         let line = |plane: &'a [f32], y: usize| &plane[y * self.line..][..self.line];

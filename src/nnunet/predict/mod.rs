@@ -2,12 +2,12 @@
 
 mod export;
 mod held;
-mod scores;
+pub(super) mod scores;
 mod stand_in;
 mod sweep;
 #[cfg(test)]
 mod sweep_tests;
-mod window;
+pub(super) mod window;
 
 use std::path::Path;
 use std::time::Instant;

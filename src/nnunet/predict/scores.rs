@@ -1,10 +1,12 @@
 //! Scores that exist as a whole volume: made into labels by the same streaming export as a prediction's.
 
 use super::export::{Export, Planes, Scores};
+use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::LabelData;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Normalization, Resampling, Rules};
 use crate::nnunet::preprocess::Properties;
+use crate::ops::head::LinearHead;
 use crate::tensor::Device;
 
 /// Scores of a whole image, (z, y, x, channel).
@@ -47,15 +49,64 @@ pub fn labels_from_scores(
         let what = format!("{} scores for {classes} classes on {from:?} voxels, to {to:?}", scores.len());
         return Err(Error::shape("labels_from_scores", what));
     }
-    let plan = plain(classes);
-    let properties = Properties {
-        spacing_mm: [1.0; 3],
-        shape_before_cropping: to,
-        bbox: to.map(|n| [0, n]),
-        shape_after_cropping: to,
-    };
+    let (plan, properties) = (plain(classes), whole(to));
     let export = Export { plan: &plan, properties: &properties, scores: Scores::Logits, head: None, isa: device.isa() };
     device.install(|| export.labels(&mut Stored { scores, channels: classes, shape: from }))
+}
+
+/// As [`labels_from_scores`] from inputs of the network's last layer: `weight` is (class, channel), `bias` (class), and
+/// every plane of the grid holds the same `plane` (y, x, channel).
+///
+/// # Errors
+/// [`Error::Shape`] when the lengths do not fit each other, or a size is zero.
+pub fn labels_from_features(
+    plane: &[f32],
+    [weight, bias]: [&[f32]; 2],
+    from: [usize; 3],
+    to: [usize; 3],
+    device: &Device,
+) -> Result<LabelData> {
+    let head = LinearHead::new(weight, bias)?;
+    if plane.len() != from[1] * from[2] * head.channels() || from.contains(&0) || to.contains(&0) {
+        let what = format!("{} values of {} channels on {from:?} voxels, to {to:?}", plane.len(), head.channels());
+        return Err(Error::shape("labels_from_features", what));
+    }
+    let (plan, properties) = (plain(head.classes()), whole(to));
+    let (scores, head) = (Scores::Logits, Some(&head));
+    let export = Export { plan: &plan, properties: &properties, scores, head, isa: device.isa() };
+    device.install(|| export.labels(&mut Repeated { plane, shape: from }))
+}
+
+/// An image of `shape` voxels without a margin.
+fn whole(shape: [usize; 3]) -> Properties {
+    Properties {
+        spacing_mm: [1.0; 3],
+        shape_before_cropping: shape,
+        bbox: shape.map(|n| [0, n]),
+        shape_after_cropping: shape,
+    }
+}
+
+/// The same plane over and over, (y, x, channel).
+struct Repeated<'a> {
+    plane: &'a [f32],
+    shape: [usize; 3],
+}
+
+impl Planes for Repeated<'_> {
+    fn channels(&self) -> usize {
+        self.plane.len() / (self.shape[1] * self.shape[2])
+    }
+
+    fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    fn plane(&mut self, _: usize, out: &mut [f32]) -> Result<()> {
+        let row = out.len() / self.shape[1];
+        par::chunks_mut(out, row, |y, out| out.copy_from_slice(&self.plane[y * row..][..row]));
+        Ok(())
+    }
 }
 
 /// A plan without anything but a number of classes.

@@ -243,11 +243,15 @@ impl<'a> Sweep<'a> {
     fn run_window(&mut self, start: [usize; 3]) -> Result<()> {
         for fold in 0..self.nets.len() {
             for flip in self.plan.flips.clone() {
-                let nets = self.nets;
-                let mut cx = Ctx::infer(self.device).strict(self.plan.strict);
-                let x = cx.leaf(self.patch_at(start, flip)?);
-                let features = nets[fold].features(&mut cx, x)?.into_value();
-                self.add(start, flip, fold, &features)?;
+                let (nets, device, [pz, py, px]) = (self.nets, self.device, self.plan.patch);
+                let strict = self.plan.strict;
+                // Passes with the same key ask for the same tensors, and nothing but what is held outlives them.
+                device.planned(&[fold, self.channels, pz, py, px, usize::from(strict)], || {
+                    let mut cx = Ctx::infer(device).strict(strict);
+                    let x = cx.leaf(self.patch_at(start, flip)?);
+                    let features = nets[fold].features(&mut cx, x)?.into_value();
+                    self.add(start, flip, fold, &features)
+                })?;
                 self.passes_done += 1;
                 tell(self.progress, Event::Tiles { done: self.passes_done, total: self.plan.passes() })?;
             }

@@ -1,7 +1,7 @@
 //! Crop, normalise, resample: from an image to what the network sees (nnU-Net v2 `DefaultPreprocessor`, v1
 //! `GenericPreprocessor`).
 
-mod crop;
+pub(super) mod crop;
 mod normalize;
 pub(crate) mod resample;
 pub(crate) mod spline;

@@ -1,10 +1,15 @@
 //! Resampling of volumes and label maps (nnU-Net `resample_data_or_seg_to_shape`), including the rule that treats a
 //! coarse axis apart.
 
-use super::spline::{Axis, LANES, Lane};
+use bytemuck::Zeroable;
+use bytemuck::allocation::try_zeroed_vec;
+
+use super::spline::Axis;
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::nnunet::plans::Resampling;
+use crate::ops::resample::{LANES, Lane};
+use crate::tensor::Isa;
 
 /// Above this ratio of the largest to the smallest spacing the coarse axis is treated apart.
 const ANISOTROPY: f64 = 3.0;
@@ -99,17 +104,15 @@ pub(crate) fn copy_rows<R: Rows + ?Sized>(source: &R, out: &mut [f32]) {
     });
 }
 
-/// Memory for `n` values, or an error where the system has none: sizes come from image headers.
-pub(crate) fn zeros<T: Clone + Default>(n: usize, what: &str) -> Result<Vec<T>> {
-    let mut v = Vec::new();
-    v.try_reserve_exact(n).map_err(|_| Error::OutOfMemory {
+/// Memory for `n` values, or an error where the system has none: sizes come from image headers. Not touched here, so
+/// that the threads that fill it share the work of getting its pages.
+pub(crate) fn zeros<T: Zeroable>(n: usize, what: &str) -> Result<Vec<T>> {
+    try_zeroed_vec(n).map_err(|()| Error::OutOfMemory {
         what: what.into(),
         asked: n.saturating_mul(size_of::<T>()),
         in_use: 0,
         limit: isize::MAX as usize,
-    })?;
-    v.resize(n, T::default());
-    Ok(v)
+    })
 }
 
 /// Shape of a volume after resampling from spacing `old` to `new` (mm): `round(old / new * shape)`, halves to even
@@ -225,90 +228,124 @@ fn join(ranges: &[(f32, f32)]) -> (f32, f32) {
     ranges.iter().fold((f32::MAX, f32::MIN), |(lo, hi), &(l, h)| (lo.min(l), hi.max(h)))
 }
 
+/// What one slice at a time is worked on with.
+struct Scratch {
+    /// The slice as it is, (y, x).
+    whole: Vec<f32>,
+    /// After the y axis, (y, x), rows of [`Scratch::stride`].
+    half: Vec<f64>,
+    /// Not a power of two, as widths of images are: [`LANES`] rows are read side by side, and would share a few lines of
+    /// the cache.
+    stride: usize,
+    panel: Vec<Lane>,
+    lines: Vec<Lane>,
+}
+
 /// Resamples every slice of `source` in its plane into `out`; `clip`: to the slice's own range. Returns the range of
 /// every slice's input.
+///
+/// First along y, where lines lie side by side already, then along x, where they are turned.
 fn in_plane<R: Rows + ?Sized>(source: &R, ay: &Axis, ax: &Axis, clip: bool, out: &mut [f32]) -> Vec<(f32, f32)> {
-    let [slices, ny, nx] = source.shape();
+    let ([slices, ny, nx], isa) = (source.shape(), Isa::detect());
     let (my, mx) = (ay.output(), ax.output());
     let mut planes: Vec<(&mut [f32], (f32, f32))> =
         out.chunks_mut((my * mx).max(1)).map(|p| (p, (f32::MAX, f32::MIN))).collect();
     debug_assert_eq!(planes.len(), slices);
-    par::chunks_mut(&mut planes, 1, |z, work| {
+    let stride = nx + 8;
+    let make = || Scratch {
+        whole: vec![0.0; ny * nx],
+        half: vec![0.0; my * stride],
+        stride,
+        panel: Vec::new(),
+        lines: vec![[0.0; LANES]; my.max(mx)],
+    };
+    par::chunks_mut_with(&mut planes, 1, make, |scratch, z, work| {
         let (plane, range) = &mut work[0];
-        let mut rows = vec![0f32; nx * LANES];
-        // After the x axis: f64, x fastest.
-        let mut half = vec![0f64; ny * mx];
-        let (mut panel, pad) = ax.panel();
-        for y0 in (0..ny).step_by(LANES) {
-            let lanes = LANES.min(ny - y0);
-            for l in 0..lanes {
-                let row = &mut rows[l * nx..][..nx];
-                source.row(z, y0 + l, row);
-                *range = row.iter().fold(*range, |(lo, hi), &v| (lo.min(v), hi.max(v)));
-            }
-            if ax.is_same() {
-                for (h, v) in half[y0 * mx..].iter_mut().zip(&rows[..lanes * nx]) {
-                    *h = f64::from(*v);
-                }
-                continue;
-            }
-            for x in 0..nx {
-                for l in 0..lanes {
-                    panel[pad + x][l] = f64::from(rows[l * nx + x]);
-                }
-            }
-            ax.run(&mut panel, |o, v: &Lane| {
-                for l in 0..lanes {
-                    half[(y0 + l) * mx + o] = v[l];
-                }
-            });
+        for (y, row) in scratch.whole.chunks_mut(nx).enumerate() {
+            source.row(z, y, row);
+            *range = row.iter().fold(*range, |(lo, hi), &v| (lo.min(v), hi.max(v)));
         }
-        let (lo, hi) = if clip && !(ay.is_same() && ax.is_same()) { *range } else { (f32::MIN, f32::MAX) };
-        let keep = |v: f64| (v as f32).max(lo).min(hi);
-        if ay.is_same() {
-            plane.iter_mut().zip(&half).for_each(|(p, v)| *p = keep(*v));
+        if ay.is_same() && ax.is_same() {
+            plane.copy_from_slice(&scratch.whole);
             return;
         }
-        let (mut panel, pad) = ay.panel();
-        for x0 in (0..mx).step_by(LANES) {
-            let lanes = LANES.min(mx - x0);
-            for y in 0..ny {
-                panel[pad + y][..lanes].copy_from_slice(&half[y * mx + x0..][..lanes]);
-            }
-            ay.run(&mut panel, |o, v| {
-                for (p, v) in plane[o * mx + x0..][..lanes].iter_mut().zip(v) {
-                    *p = keep(*v);
-                }
-            });
-        }
+        let (lo, hi) = if clip { *range } else { (f32::MIN, f32::MAX) };
+        along_y(isa, ay, nx, scratch);
+        along_x(isa, ax, scratch, |v| (v as f32).max(lo).min(hi), plane);
     });
     planes.into_iter().map(|(_, range)| range).collect()
+}
+
+/// `scratch.whole` to `scratch.half`.
+fn along_y(isa: Isa, axis: &Axis, nx: usize, scratch: &mut Scratch) {
+    let Scratch { whole, half, stride, panel, lines } = scratch;
+    if axis.is_same() {
+        for (h, v) in half.chunks_mut(*stride).zip(whole.chunks(nx)) {
+            h.iter_mut().zip(v).for_each(|(h, v)| *h = f64::from(*v));
+        }
+        return;
+    }
+    let pad = axis.panel(panel);
+    for x in (0..nx).step_by(LANES) {
+        let lanes = LANES.min(nx - x);
+        for (sample, row) in panel[pad..].iter_mut().zip(whole.chunks(nx)) {
+            sample.iter_mut().zip(&row[x..x + lanes]).for_each(|(s, v)| *s = f64::from(*v));
+        }
+        let lines = &mut lines[..axis.output()];
+        axis.run(isa, panel, lines);
+        for (row, line) in half.chunks_mut(*stride).zip(lines) {
+            row[x..x + lanes].copy_from_slice(&line[..lanes]);
+        }
+    }
+}
+
+/// `scratch.half` to `plane`.
+fn along_x(isa: Isa, axis: &Axis, scratch: &mut Scratch, keep: impl Fn(f64) -> f32, plane: &mut [f32]) {
+    let Scratch { half, stride, panel, lines, .. } = scratch;
+    let (nx, mx) = (axis.input(), axis.output());
+    if axis.is_same() {
+        for (p, h) in plane.chunks_mut(mx).zip(half.chunks(*stride)) {
+            p.iter_mut().zip(h).for_each(|(p, h)| *p = keep(*h));
+        }
+        return;
+    }
+    let pad = axis.panel(panel);
+    let lines = &mut lines[..mx];
+    for (rows, half) in plane.chunks_mut(LANES * mx).zip(half.chunks(LANES * *stride)) {
+        for (x, sample) in panel[pad..pad + nx].iter_mut().enumerate() {
+            sample.iter_mut().zip(half.chunks(*stride)).for_each(|(s, row)| *s = row[x]);
+        }
+        axis.run(isa, panel, lines);
+        for (o, line) in lines.iter().enumerate() {
+            rows.chunks_mut(mx).zip(line).for_each(|(row, v)| row[o] = keep(*v));
+        }
+    }
 }
 
 /// Resamples along the first axis: `between` is (slices, plane).
 fn through_planes(between: &[f32], az: &Axis, plane: usize, (lo, hi): (f32, f32), out: &mut [f32]) {
     // Columns of the result are not contiguous: each piece of columns is made apart and then laid in place.
     const PIECE: usize = 8 * LANES;
-    let m = az.output();
+    let (m, isa) = (az.output(), Isa::detect());
     let mut rows: Vec<Vec<&mut [f32]>> = (0..plane.div_ceil(PIECE)).map(|_| Vec::with_capacity(m)).collect();
     for slice in out.chunks_mut(plane.max(1)) {
         slice.chunks_mut(PIECE).zip(&mut rows).for_each(|(part, row)| row.push(part));
     }
-    par::chunks_mut(&mut rows, 1, |piece, work| {
+    let make = || (Vec::new(), vec![[0.0; LANES]; m]);
+    par::chunks_mut_with(&mut rows, 1, make, |(panel, lines), piece, work| {
         let parts = &mut work[0];
         let columns = PIECE.min(plane - piece * PIECE);
-        let (mut panel, pad) = az.panel();
+        let pad = az.panel(panel);
         for c in (0..columns).step_by(LANES) {
             let lanes = LANES.min(columns - c);
             for z in 0..az.input() {
                 let from = &between[z * plane + piece * PIECE + c..][..lanes];
                 panel[pad + z].iter_mut().zip(from).for_each(|(p, v)| *p = f64::from(*v));
             }
-            az.run(&mut panel, |o, v| {
-                for (p, v) in parts[o][c..c + lanes].iter_mut().zip(v) {
-                    *p = (*v as f32).max(lo).min(hi);
-                }
-            });
+            az.run(isa, panel, lines);
+            for (part, line) in parts.iter_mut().zip(&*lines) {
+                part[c..c + lanes].iter_mut().zip(line).for_each(|(p, v)| *p = (*v as f32).max(lo).min(hi));
+            }
         }
     });
 }
@@ -320,7 +357,7 @@ fn through_planes(between: &[f32], az: &Axis, plane: usize, (lo, hi): (f32, f32)
 ///
 /// # Errors
 /// [`Error::Unsupported`] for orders other than 0 and 1.
-pub(crate) fn resample_labels<T: Copy + Default + Ord + Send + Sync>(
+pub(crate) fn resample_labels<T: Copy + Default + Ord + Zeroable + Send + Sync>(
     labels: &[T],
     from: [usize; 3],
     to: [usize; 3],

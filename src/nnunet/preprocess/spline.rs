@@ -2,25 +2,14 @@
 //!
 //! The mathematics of `skimage.transform.resize(mode="edge", anti_aliasing=False)`, which is
 //! `scipy.ndimage.zoom(grid_mode=True, mode="nearest")`: output sample o of m lies at (o + 1/2) n / m - 1/2 between the
-//! n input samples. Splines are tensor products, so a volume is resampled axis by axis. The cubic prefilter is the
-//! recursion of Unser, Aldroubi and Eden, "B-spline signal processing: part I", IEEE TSP 41 (1993).
+//! n input samples. Splines are tensor products, so a volume is resampled axis by axis.
 
 use crate::error::{Error, Result};
-
-/// Lines that are worked on at a time: sample i of all of them lies side by side.
-pub(crate) const LANES: usize = 32;
-
-/// One sample of every line of a panel.
-pub(crate) type Lane = [f64; LANES];
+use crate::ops::resample::{Four, LANES, Lane, Pair, cubic, linear, prefilter};
+use crate::tensor::Isa;
 
 /// scipy repeats the edge sample this often before it prefilters, and mirrors only beyond.
 const PAD: usize = 12;
-
-/// Pole of the cubic B-spline prefilter, sqrt(3) - 2.
-const POLE: f64 = -0.267_949_192_431_122_7;
-
-/// Terms of the mirrored series that starts the recursion; the next would be below 1e-26 of a sample.
-const SERIES: usize = 46;
 
 /// Where the samples of an axis come from.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,14 +28,14 @@ pub(crate) enum Axis {
         /// Samples of the input.
         n: usize,
         /// Source of every output sample.
-        taps: Vec<(usize, usize, f64)>,
+        taps: Vec<Pair>,
     },
     /// Output sample o is the spline whose coefficients (after padding) from `taps[o].0` have weights `taps[o].1`.
     Cubic {
         /// Samples of the input.
         n: usize,
         /// Source of every output sample.
-        taps: Vec<(usize, [f64; 4])>,
+        taps: Vec<Four>,
     },
 }
 
@@ -125,68 +114,27 @@ impl Axis {
         }
     }
 
-    /// A panel for [`Axis::run`] and the first row that the caller fills with input samples.
-    pub(crate) fn panel(&self) -> (Vec<Lane>, usize) {
+    /// Sizes `panel` for [`Axis::run`] and returns the first lane that the caller fills with input samples.
+    pub(crate) fn panel(&self, panel: &mut Vec<Lane>) -> usize {
         let pad = if matches!(self, Axis::Cubic { .. }) { PAD } else { 0 };
-        (vec![[0.0; LANES]; self.input() + 2 * pad], pad)
+        panel.resize(self.input() + 2 * pad, [0.0; LANES]);
+        pad
     }
 
-    /// Resamples the lines of `panel` (made by [`Axis::panel`], input samples filled in; its values are lost) and
-    /// hands the output samples to `emit` in rising order.
-    pub(crate) fn run(&self, panel: &mut [Lane], mut emit: impl FnMut(usize, &Lane)) {
+    /// Resamples the lines of `panel` (made by [`Axis::panel`], input samples filled in; its values are lost) into
+    /// `out`, a lane per output sample.
+    pub(crate) fn run(&self, isa: Isa, panel: &mut [Lane], out: &mut [Lane]) {
         match self {
-            Axis::Same(_) => panel.iter().enumerate().for_each(|(o, v)| emit(o, v)),
-            Axis::Nearest { index, .. } => index.iter().enumerate().for_each(|(o, &i)| emit(o, &panel[i])),
-            Axis::Linear { taps, .. } => {
-                for (o, &(i, j, w)) in taps.iter().enumerate() {
-                    let (a, b) = (&panel[i], &panel[j]);
-                    emit(o, &std::array::from_fn(|l| (1.0 - w) * a[l] + w * b[l]));
-                }
-            }
+            Axis::Same(_) => out.copy_from_slice(panel),
+            Axis::Nearest { index, .. } => out.iter_mut().zip(index).for_each(|(o, &i)| *o = panel[i]),
+            Axis::Linear { taps, .. } => linear(isa, taps, panel, out),
             Axis::Cubic { n, taps } => {
                 let (first, last) = (panel[PAD], panel[PAD + n - 1]);
                 panel[..PAD].fill(first);
                 panel[PAD + n..].fill(last);
-                prefilter(panel);
-                for (o, &(i, [w0, w1, w2, w3])) in taps.iter().enumerate() {
-                    let (a, b, c, d) = (&panel[i], &panel[i + 1], &panel[i + 2], &panel[i + 3]);
-                    emit(o, &std::array::from_fn(|l| w0 * a[l] + w1 * b[l] + w2 * c[l] + w3 * d[l]));
-                }
+                prefilter(isa, panel);
+                cubic(isa, taps, panel, out);
             }
-        }
-    }
-}
-
-/// Samples to cubic B-spline coefficients, in place, mirrored about the outer edges of the end samples.
-fn prefilter(c: &mut [Lane]) {
-    let n = c.len();
-    // (1 - z)(1 - 1/z), the gain of the two recursions together.
-    let gain = (1.0 - POLE) * (1.0 - 1.0 / POLE);
-    let far = POLE.powi(n.min(1 << 20) as i32);
-    let mut start: Lane = std::array::from_fn(|l| c[0][l] + far * c[n - 1][l]);
-    let mut power = POLE;
-    for i in 1..n.min(SERIES) {
-        for l in 0..LANES {
-            start[l] += power * (c[i][l] + far * c[n - 1 - i][l]);
-        }
-        power *= POLE;
-    }
-    for l in 0..LANES {
-        c[0][l] = gain * (c[0][l] + start[l] * POLE / (1.0 - far * far));
-    }
-    for i in 1..n {
-        let before = c[i - 1];
-        for l in 0..LANES {
-            c[i][l] = gain * c[i][l] + POLE * before[l];
-        }
-    }
-    for l in 0..LANES {
-        c[n - 1][l] *= POLE / (POLE - 1.0);
-    }
-    for i in (0..n - 1).rev() {
-        let after = c[i + 1];
-        for l in 0..LANES {
-            c[i][l] = POLE * (after[l] - c[i][l]);
         }
     }
 }

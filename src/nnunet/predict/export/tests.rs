@@ -171,10 +171,19 @@ fn labels_are_those_of_the_dense_way() {
 #[test]
 fn a_head_may_come_after_the_interpolation() {
     let mut rng = Rng::new(2, 7);
-    for (features, heads, regions) in [(16, 30, false), (5, 3, true), (32, 2, false)] {
+    for (features, heads, regions, spacing, before) in [
+        (16, 30, false, [1.5, 1.1, 1.3], false),
+        (5, 3, true, [1.5, 1.1, 1.3], false),
+        (32, 2, false, [1.5, 1.1, 1.3], false),
+        // A plane of the network's grid has a third of the image's voxels: scores are interpolated after all.
+        (16, 30, false, [1.5, 1.9, 3.1], true),
+        (32, 2, false, [1.5, 1.9, 3.1], true),
+        (16, 3, false, [0.7, 2.0, 2.0], true),
+        (16, 4, true, [1.5, 1.9, 3.1], false),
+    ] {
         let paint: Vec<u16> = (1..=heads as u16).collect();
         let decision = if regions { Decision::Regions { paint } } else { Decision::Argmax };
-        let plan = plan(Rules::NnunetV2, [1, 0, 2], [1.5, 1.1, 1.3], heads, decision);
+        let plan = plan(Rules::NnunetV2, [1, 0, 2], spacing, heads, decision);
         let (p, shape) = prepared(&plan, SHAPE, BOX, [1.0, 0.7, 2.0]);
         let mut planes = Dense::random(&mut rng, shape, features);
         let weight: Vec<f32> = (0..features * heads).map(|_| rng.normal() as f32).collect();
@@ -187,6 +196,8 @@ fn a_head_may_come_after_the_interpolation() {
             scores.asked.clear();
             let with = Export { plan: &plan, properties: &p, scores: Scores::Logits, head: Some(&head), isa };
             let without = Export { head: None, ..with };
+            let grid = Grid::new(shape, p.shape_after_cropping, &plan.resampling_probabilities, None).unwrap();
+            assert_eq!(with.scores_first(&head, shape, &grid), before, "{shape:?}");
             compare(&with.labels(&mut planes).unwrap(), &reference, with.winner());
             compare(&without.labels(&mut scores).unwrap(), &reference, with.winner());
         }
@@ -269,6 +280,25 @@ fn planes_without_weight_are_left_out_and_threads_change_nothing() {
         runs.push(pool.install(|| export.labels(&mut planes)).unwrap());
         // Three to one: every middle plane alone.
         assert_eq!(planes.asked, (0..9).map(|z| 3 * z + 1).collect::<Vec<_>>());
+    }
+    assert!(runs.windows(2).all(|w| w[0] == w[1]));
+}
+
+#[test]
+fn threads_change_nothing_where_scores_are_interpolated() {
+    let mut rng = Rng::new(6, 7);
+    let plan = plan(Rules::NnunetV2, [0, 1, 2], [1.0, 2.0, 2.0], 20, Decision::Argmax);
+    // More rows than a band has.
+    let (p, shape) = prepared(&plan, [3, 90, 40], [[0, 3], [0, 90], [0, 40]], [1.0; 3]);
+    let weight: Vec<f32> = (0..16 * 20).map(|_| rng.normal() as f32).collect();
+    let head = LinearHead::new(&weight, &[0.1; 20]).unwrap();
+    let mut planes = Dense::random(&mut rng, shape, 16);
+    let export = Export { plan: &plan, properties: &p, scores: Scores::Logits, head: Some(&head), isa: Isa::detect() };
+    let mut runs = Vec::new();
+    for threads in [1, 2, 7] {
+        planes.asked.clear();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        runs.push(pool.install(|| export.labels(&mut planes)).unwrap());
     }
     assert!(runs.windows(2).all(|w| w[0] == w[1]));
 }

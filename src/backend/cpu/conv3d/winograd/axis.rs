@@ -7,6 +7,7 @@
 //! The points of [`F4`] are 0, +-1/sqrt 2, +-sqrt 2 and infinity rather than the usual 0, +-1, +-2: the same number of
 //! operations, but magnitudes that lie closer together, which makes the rounding error about three times smaller in 3D.
 
+use crate::backend::cpu::isa::Scalar;
 use crate::backend::cpu::lanes::Lanes;
 
 /// One axis, by its number of inputs, products and outputs.
@@ -15,6 +16,8 @@ pub(super) trait Axis<const L: usize, const P: usize, const M: usize> {
     fn forward<S: Lanes>(s: S, d: &[S::R; L]) -> [S::R; P];
     /// From products to outputs.
     fn inverse<S: Lanes>(s: S, m: &[S::R; P]) -> [S::R; M];
+    /// The filter's transform; a kernel of one tap is the first of the three.
+    fn filter<S: Lanes>(s: S, g: &[S::R; 3]) -> [S::R; P];
 }
 
 /// A kernel of one tap.
@@ -46,6 +49,10 @@ impl Axis<1, 1, 1> for One {
     fn inverse<S: Lanes>(_: S, m: &[S::R; 1]) -> [S::R; 1] {
         *m
     }
+    #[inline(always)]
+    fn filter<S: Lanes>(_: S, g: &[S::R; 3]) -> [S::R; 1] {
+        [g[0]]
+    }
 }
 
 impl Axis<4, 4, 2> for F2 {
@@ -57,6 +64,12 @@ impl Axis<4, 4, 2> for F2 {
     fn inverse<S: Lanes>(s: S, m: &[S::R; 4]) -> [S::R; 2] {
         let (p, q) = (s.add(m[1], m[2]), s.sub(m[1], m[2]));
         [s.add(m[0], p), s.sub(q, m[3])]
+    }
+    #[inline(always)]
+    fn filter<S: Lanes>(s: S, g: &[S::R; 3]) -> [S::R; 4] {
+        let half = s.splat(0.5);
+        let (e, o) = (s.mul(half, s.add(g[0], g[2])), s.mul(half, g[1]));
+        [g[0], s.add(e, o), s.sub(e, o), g[2]]
     }
 }
 
@@ -88,6 +101,16 @@ impl Axis<6, 6, 4> for F4 {
             s.fma(s.splat(2.0 * B), u, s.fma(s.splat(0.5 * A), q, m[5])),
         ]
     }
+    #[inline(always)]
+    fn filter<S: Lanes>(s: S, g: &[S::R; 3]) -> [S::R; 6] {
+        // Differences of a point to 0 and to the three others multiply to -3/2 for +-1/sqrt 2, and to 6 for +-sqrt 2.
+        let (na, nb) = (-1.0 / 1.5, 1.0 / 6.0);
+        let e = s.mul(s.splat(na), s.fma(s.splat(0.5), g[2], g[0]));
+        let o = s.mul(s.splat(na * A), g[1]);
+        let f = s.mul(s.splat(nb), s.fma(s.splat(2.0), g[2], g[0]));
+        let p = s.mul(s.splat(nb * B), g[1]);
+        [g[0], s.add(e, o), s.sub(e, o), s.add(f, p), s.sub(f, p), g[2]]
+    }
 }
 
 impl Axis<5, 5, 2> for S2 {
@@ -98,6 +121,10 @@ impl Axis<5, 5, 2> for S2 {
     #[inline(always)]
     fn inverse<S: Lanes>(s: S, m: &[S::R; 5]) -> [S::R; 2] {
         [s.add(s.add(m[0], m[1]), m[3]), s.add(s.sub(m[1], m[2]), m[4])]
+    }
+    #[inline(always)]
+    fn filter<S: Lanes>(s: S, g: &[S::R; 3]) -> [S::R; 5] {
+        [g[0], s.add(g[0], g[2]), g[2], g[1], g[1]]
     }
 }
 
@@ -121,6 +148,14 @@ impl Axis<9, 9, 4> for S4 {
             s.fma(s.splat(SB * SB), r, s.fma(s.splat(SA * SA), p, m[7])),
             s.fma(s.splat(SB * SB * SB), u, s.fma(s.splat(SA * SA * SA), q, s.add(m[4], m[8]))),
         ]
+    }
+    #[inline(always)]
+    fn filter<S: Lanes>(s: S, g: &[S::R; 3]) -> [S::R; 9] {
+        // Differences of a point p to the three others multiply to 2 p (p^2 - q^2), q the points of the other pair.
+        let (na, nb) = (0.5 / (SA * SA - SB * SB), 0.5 / (SB * SB - SA * SA));
+        let (e, o) = (s.mul(s.splat(na / SA), g[0]), s.mul(s.splat(na), g[2]));
+        let (f, p) = (s.mul(s.splat(nb / SB), g[0]), s.mul(s.splat(nb), g[2]));
+        [s.add(e, o), s.sub(o, e), s.add(f, p), s.sub(p, f), g[2], g[1], g[1], g[1], g[1]]
     }
 }
 
@@ -151,41 +186,33 @@ impl Kind {
         }
     }
 
-    /// Arithmetic operations per transform of the inputs and of the products, for the estimate of time.
-    pub(super) const fn operations(self) -> (usize, usize) {
+    /// Arithmetic operations per transform of the inputs, of the products and of the filter, for the estimate of time.
+    pub(super) const fn operations(self) -> (usize, usize, usize) {
         match self {
-            Kind::One => (0, 0),
-            Kind::F2 => (4, 4),
-            Kind::F4 => (14, 12),
-            Kind::S2 => (2, 4),
-            Kind::S4 => (12, 13),
+            Kind::One => (0, 0, 0),
+            Kind::F2 => (4, 4, 5),
+            Kind::F4 => (14, 12, 10),
+            Kind::S2 => (2, 4, 1),
+            Kind::S4 => (12, 13, 8),
         }
     }
 
-    /// The filter's transform: `[P][taps]`, to be used in the first rows and columns that exist.
-    pub(super) fn filter(self) -> Vec<[f64; 3]> {
-        // Points a, b of equal and opposite pairs: 1 / product of differences to the other points.
+    /// What the three taps count in product `p` of the filter's transform.
+    pub(super) fn filter(self, p: usize) -> [f32; 3] {
+        fn row<X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(p: usize) -> [f32; 3] {
+            let one = |tap: usize| {
+                let mut g = [[0f32; 4]; 3];
+                g[tap] = [1.0; 4];
+                X::filter(Scalar, &g)[p][0]
+            };
+            [one(0), one(1), one(2)]
+        }
         match self {
-            Kind::One => vec![[1.0, 0.0, 0.0]],
-            Kind::F2 => vec![[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]],
-            Kind::F4 => {
-                let (a, b) = (std::f64::consts::FRAC_1_SQRT_2, std::f64::consts::SQRT_2);
-                // Differences to 0 and to the three other points: 2 a^2 (a^2 - b^2), which is -3/2, and 6 for b.
-                let row = |p: f64, n: f64| [1.0 / n, p / n, p * p / n];
-                vec![[1.0, 0.0, 0.0], row(a, -1.5), row(-a, -1.5), row(b, 6.0), row(-b, 6.0), [0.0, 0.0, 1.0]]
-            }
-            Kind::S2 => {
-                vec![[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
-            }
-            Kind::S4 => {
-                // The points as the inputs' transform has them, rounded to f32.
-                let (a, b) = (f64::from(SA), f64::from(SB));
-                let (na, nb) = (2.0 * a * (a * a - b * b), 2.0 * b * (b * b - a * a));
-                let row = |p: f64, n: f64| [1.0 / n, 0.0, p / n];
-                let mut rows = vec![row(a, na), row(-a, -na), row(b, nb), row(-b, -nb), [0.0, 0.0, 1.0]];
-                rows.extend([[0.0, 1.0, 0.0]; 4]);
-                rows
-            }
+            Kind::One => row::<One, 1, 1, 1>(p),
+            Kind::F2 => row::<F2, 4, 4, 2>(p),
+            Kind::F4 => row::<F4, 6, 6, 4>(p),
+            Kind::S2 => row::<S2, 5, 5, 2>(p),
+            Kind::S4 => row::<S4, 9, 9, 4>(p),
         }
     }
 }
@@ -193,18 +220,18 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::isa::Scalar;
 
     fn check<X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(kind: Kind, taps: usize, stride: usize) {
         assert_eq!(kind.sizes(), (L, P, M));
-        let filter = kind.filter();
         for impulse in 0..L * taps {
             let (at, tap) = (impulse / taps, impulse % taps);
             let mut d = [[0f32; 4]; L];
             d[at] = [1.0; 4];
+            let mut g = [[0f32; 4]; 3];
+            g[tap] = [1.0; 4];
             let mut products = X::forward(Scalar, &d);
-            for (m, g) in products.iter_mut().zip(&filter) {
-                *m = m.map(|v| v * g[tap] as f32);
+            for (m, g) in products.iter_mut().zip(X::filter(Scalar, &g)) {
+                *m = m.map(|v| v * g[0]);
             }
             let y = X::inverse(Scalar, &products);
             for (o, y) in y.iter().enumerate() {

@@ -2,71 +2,79 @@
 //! and each value meets few tiles. Making them reads the packed filter once, an eighth of what they would take to read.
 
 use super::Scheme;
+use super::axis::{Axis, F2, F4, Kind, One, S2, S4};
 use crate::backend::cpu::conv3d::{Geometry, packed_place};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
 use crate::base::par;
 use crate::tensor::{BLOCK, Isa};
 
-/// The transforms of the three axes as f32, `[P][3]` each.
-#[derive(Debug, Clone)]
-pub(super) struct Matrices {
-    z: Vec<[f32; 3]>,
-    xy: Vec<[f32; 3]>,
+/// One plane of products of one group of output channels, for some input channels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plane {
+    pub(super) scheme: Scheme,
+    /// Which plane.
+    pub(super) p: usize,
+    /// Taps `[kD][kH][kW][len]`, floats between taps.
+    pub(super) from: *const f32,
+    pub(super) tap: usize,
+    /// Floats of a tap to transform: input channels times `width`, a multiple of 16.
+    pub(super) len: usize,
+    /// `[P * P][len]`, floats between products.
+    pub(super) to: *mut f32,
+    pub(super) product: usize,
 }
 
-impl Matrices {
-    pub(super) fn new(scheme: Scheme) -> Self {
-        let narrow = |m: Vec<[f64; 3]>| m.into_iter().map(|r| r.map(|v| v as f32)).collect();
-        Self { z: narrow(scheme.z.filter()), xy: narrow(scheme.xy.filter()) }
+simd_entry!(unsafe plane = plane_of(a: &Plane));
+
+/// # Safety
+/// `len` floats of every tap are readable, and as many of every product at `to` are ours to write.
+#[inline(always)]
+unsafe fn plane_of<S: Lanes>(s: S, a: &Plane) {
+    // SAFETY: this function's own contract, in each arm.
+    unsafe {
+        match a.scheme.xy {
+            Kind::One => in_plane::<S, One, 1, 1, 1>(s, a, 1),
+            Kind::F2 => in_plane::<S, F2, 4, 4, 2>(s, a, 3),
+            Kind::F4 => in_plane::<S, F4, 6, 6, 4>(s, a, 3),
+            Kind::S2 => in_plane::<S, S2, 5, 5, 2>(s, a, 3),
+            Kind::S4 => in_plane::<S, S4, 9, 9, 4>(s, a, 3),
+        }
     }
 }
 
-/// One plane of products of one group of output channels, for some input channels.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Plane<'a> {
-    pub(super) matrices: &'a Matrices,
-    /// Which plane.
-    pub(super) p: usize,
-    /// Packed taps `[kD][kH][kW][inputs][width]` of the group from the first input channel on; floats between taps.
-    pub(super) from: *const f32,
-    pub(super) tap: usize,
-    pub(super) kernel: [usize; 3],
-    /// Floats of a tap to transform: input channels times `width`, a multiple of 16.
-    pub(super) len: usize,
-    /// `[P * P][len]`.
-    pub(super) to: *mut f32,
-}
-
-simd_entry!(unsafe plane = plane_of(a: &Plane<'_>));
-
 /// # Safety
-/// `len` floats of every tap are readable, and `P * P * len` floats at `to` are ours to write.
+/// As [`plane_of`].
 #[inline(always)]
-unsafe fn plane_of<S: Lanes>(s: S, a: &Plane<'_>) {
-    let [kd, kh, kw] = a.kernel;
-    let (gz, xy) = (&a.matrices.z[a.p], &a.matrices.xy);
-    let points = xy.len();
+unsafe fn in_plane<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(
+    s: S,
+    a: &Plane,
+    side: usize,
+) {
+    let z = a.scheme.z.filter(a.p);
+    let depth = if a.scheme.z == Kind::One { 1 } else { 3 };
     for at in (0..a.len).step_by(S::N) {
-        let mut taps = [s.splat(0.0); 9];
-        for (k, t) in taps.iter_mut().enumerate().take(kh * kw) {
-            for (z, g) in gz.iter().enumerate().take(kd) {
-                // SAFETY: by contract.
-                let v = unsafe { s.load(a.from.wrapping_add((z * kh * kw + k) * a.tap + at)) };
-                *t = s.fma(s.splat(*g), v, *t);
-            }
-        }
-        for (y, gy) in xy.iter().enumerate() {
-            let mut row = [s.splat(0.0); 3];
-            for (x, r) in row.iter_mut().enumerate().take(kw) {
-                for (k, g) in gy.iter().enumerate().take(kh) {
-                    *r = s.fma(s.splat(*g), taps[k * kw + x], *r);
+        // Columns of taps, each combined along z and transformed along y.
+        let mut columns = [[s.splat(0.0); P]; 3];
+        for x in 0..3 {
+            let mut taps = [s.splat(0.0); 3];
+            for y in 0..3 {
+                if x < side && y < side {
+                    for k in 0..depth {
+                        let tap = (k * side + y) * side + x;
+                        // SAFETY: by contract.
+                        let v = unsafe { s.load(a.from.wrapping_add(tap * a.tap + at)) };
+                        taps[y] = s.fma(s.splat(z[k]), v, taps[y]);
+                    }
                 }
             }
-            for (x, gx) in xy.iter().enumerate() {
-                let v = s.fma(s.splat(gx[2]), row[2], s.fma(s.splat(gx[1]), row[1], s.mul(s.splat(gx[0]), row[0])));
+            columns[x] = X::filter(s, &taps);
+        }
+        for y in 0..P {
+            let row = X::filter(s, &[columns[0][y], columns[1][y], columns[2][y]]);
+            for x in 0..P {
                 // SAFETY: by contract.
-                unsafe { s.store(v, a.to.wrapping_add((y * points + x) * a.len + at)) }
+                unsafe { s.store(row[x], a.to.wrapping_add((y * P + x) * a.product + at)) }
             }
         }
     }
@@ -86,7 +94,6 @@ pub(super) fn prepared_place(scheme: Scheme, g: &Geometry, p: usize, block: usiz
 
 /// Transforms the packed filter `packed` of `g` into `out` of [`prepared_len`] floats.
 pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: &[f32], out: &mut [f32]) {
-    let matrices = Matrices::new(scheme);
     let planes = scheme.z.sizes().1;
     let blocks = g.out_channels.div_ceil(BLOCK);
     let groups = blocks.div_ceil(2);
@@ -95,13 +102,13 @@ pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: 
         let (p, block) = (i / groups, i % groups * 2);
         let (from, width) = packed_place(g, block);
         let a = Plane {
-            matrices: &matrices,
+            scheme,
             p,
             from: packed[from..].as_ptr(),
             tap: g.in_channels * width,
-            kernel: g.kernel,
             len: g.in_channels * width,
             to: to.ptr().wrapping_add(prepared_place(scheme, g, p, block)),
+            product: g.in_channels * width,
         };
         // SAFETY: the packed filter has all taps of the group, and every item has a place of its own in `out`, whose
         // length is `prepared_len`.

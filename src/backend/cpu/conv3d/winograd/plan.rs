@@ -139,24 +139,27 @@ impl Plan {
 
     /// Chooses the largest blocks that `fits` allows: whole rows if possible, as square as that leaves.
     fn cut(&mut self, fits: impl Fn([usize; 3]) -> bool) {
+        // Sizes that cut an axis evenly.
+        let sizes = |axis: usize| {
+            let tiles = self.tiles[axis];
+            let mut sizes: Vec<usize> = (1..=tiles).map(|pieces| tiles.div_ceil(pieces)).collect();
+            sizes.dedup();
+            sizes
+        };
+        let [zs, ys, xs] = [0, 1, 2].map(sizes);
         let mut best = ([1; 3], 0.0);
-        for z in 1..=self.tiles[0].min(64) {
-            for y in 1..=self.tiles[1].min(64) {
-                for x in 1..=self.tiles[2].min(64) {
-                    // Blocks that cut an axis evenly.
-                    let even = |n: usize, axis: usize| {
-                        let pieces = self.tiles[axis].div_ceil(n);
-                        self.tiles[axis].div_ceil(pieces)
-                    };
-                    let b = [even(z, 0), even(y, 1), even(x, 2)];
-                    if b != [z, y, x] || !fits(b) {
+        for &z in &zs {
+            for &y in &ys {
+                for &x in &xs {
+                    let b = [z, y, x];
+                    if !fits(b) {
                         continue;
                     }
                     // Work that neighbouring tiles share, and how full the blocks are.
                     let size = (z * y * x) as f64;
                     let [rows, columns] = self.footprint(b);
                     let overlap = (rows * columns) as f64 / (y * self.step[1] * x * self.step[2]) as f64;
-                    let pieces: f64 = [z, y, x].iter().zip(&self.tiles).map(|(b, t)| t.div_ceil(*b) as f64).product();
+                    let pieces: f64 = b.iter().zip(&self.tiles).map(|(b, t)| t.div_ceil(*b) as f64).product();
                     let full = self.tiles.iter().product::<usize>() as f64 / (pieces * size);
                     // Few tiles read every weight often.
                     let score = full * size / (size + 4.0) / (1.0 + 0.15 * (overlap - 1.0));
@@ -217,7 +220,7 @@ impl Plan {
         let tiles = self.block.iter().product();
         let group = self.planes * self.points * self.products_point(tiles, 2 * BLOCK)
             + 2 * self.results(self.block)
-            + self.points * CHUNK * 2 * BLOCK;
+            + (self.points + self.g.kernel.iter().product::<usize>()) * (CHUNK * 2 * BLOCK + BLOCK);
         self.slab(self.block).max(group)
     }
 
@@ -246,7 +249,7 @@ impl Plan {
     pub(crate) fn cycles(&self) -> f64 {
         let ([lz, lxy, _], [mz, mxy, _]) = (self.inputs, self.outputs);
         let (pz, pxy) = (self.planes, self.scheme.xy.sizes().1);
-        let ((fz, iz), (fxy, ixy)) = (self.scheme.z.operations(), self.scheme.xy.operations());
+        let ((fz, iz, _), (fxy, ixy, gxy)) = (self.scheme.z.operations(), self.scheme.xy.operations());
         // A store takes two cycles, a load one; three in four operations find a unit free at once.
         let pass = |n: usize, operations: usize, loads: usize, stores: usize| {
             (n as f64) * (0.75 * operations as f64).max(0.0) + (loads + 2 * stores) as f64 * 0.7
@@ -264,8 +267,8 @@ impl Plan {
         let mut cycles = tiles * (self.in_blocks as f64 * inputs + o * outputs + products * 1.12 * (1.0 + 0.6 / block));
         if self.shared {
             let taps = self.g.kernel.iter().product::<usize>() as f64;
-            let filter = pz as f64 * (taps + (pxy * (9 + 3 * pxy)) as f64 + 1.4 * (pxy * pxy) as f64);
-            cycles += (tiles / block).ceil() * i * o * filter * 0.8;
+            let filter = pz as f64 * (2.0 * taps + 0.75 * ((3 + pxy) * gxy) as f64 + 1.4 * (pxy * pxy) as f64);
+            cycles += (tiles / block).ceil() * i * o * (filter + 4.0 * taps);
         }
         cycles
     }

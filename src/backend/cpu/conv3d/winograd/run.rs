@@ -1,7 +1,7 @@
 //! The passes of a plan, block by block.
 
 use super::Plan;
-use super::filter::{self, Matrices, prepared_place};
+use super::filter::{self, prepared_place};
 use super::gemm::{self, Gemm, Run, cover, widest};
 use super::plan::CHUNK;
 use super::transform::{self, Affine, ForwardXy, ForwardZ, InverseXy, InverseZ, Sums};
@@ -56,7 +56,6 @@ struct Job<'a> {
     p: &'a Problem<'a>,
     /// The filter made once, if there is one.
     kept: &'a [f32],
-    matrices: Matrices,
     inputs: Vec<(usize, usize, usize)>,
     runs: Vec<Run>,
     out: Shared,
@@ -106,7 +105,6 @@ pub(in super::super) fn run(
         plan,
         p,
         kept,
-        matrices: Matrices::new(plan.scheme),
         inputs: Plan::input_blocks(p.sources),
         runs,
         stream: out.len() * 4 >= STREAM_FROM,
@@ -232,20 +230,28 @@ impl Job<'_> {
         let outputs_point = plan.products_point(tiles, width);
         let ends = products.wrapping_add(plan.planes * plan.points * outputs_point);
         let made = ends.wrapping_add(2 * results);
+        let raw = made.wrapping_add(plan.points * (CHUNK * 2 * BLOCK + BLOCK));
         let mut first = 0;
         // Input channels in pieces whose filters fit the cache; their lanes in a tile's row may have gaps.
         for &(lane, channels) in &self.runs {
             for done in (0..channels).step_by(CHUNK) {
                 let n = CHUNK.min(channels - done);
+                // Taps and products a power of two apart would share the same few sets of a cache; the taps are in memory.
+                let tap = n * width + BLOCK;
+                for k in 0..g.kernel.iter().product() {
+                    let from = &self.p.filter[taps + (k * g.in_channels + first) * width..][..n * width];
+                    // SAFETY: this thread's scratch has room for the taps of a chunk after a plane's transformed filter.
+                    unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), raw.wrapping_add(k * tap), n * width) }
+                }
                 for p in 0..plan.planes {
                     let f = filter::Plane {
-                        matrices: &self.matrices,
+                        scheme: plan.scheme,
                         p,
-                        from: self.p.filter[taps + first * width..].as_ptr(),
-                        tap: g.in_channels * width,
-                        kernel: g.kernel,
+                        from: raw,
+                        tap,
                         len: n * width,
                         to: made,
+                        product: tap,
                     };
                     let runs = [(lane + done, n)];
                     let products = Gemm {
@@ -255,7 +261,7 @@ impl Job<'_> {
                         inputs_point,
                         runs: &runs,
                         filter: made,
-                        filter_point: n * width,
+                        filter_point: tap,
                         width,
                         outputs: products.wrapping_add(p * plan.points * outputs_point),
                         outputs_point,
