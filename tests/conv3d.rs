@@ -85,6 +85,32 @@ impl Problem {
         out
     }
 
+    /// For every output the error that a plain sum could make if all inputs of a channel were as large as its largest,
+    /// with the roundings of the transforms counted, too.
+    fn largest(&self, x: &[f32]) -> Vec<f64> {
+        let (w, b, voxels) = (self.w(), self.b(), self.output().iter().product::<usize>());
+        let (taps, channels) = (self.kernel.iter().product::<usize>(), self.in_channels());
+        let space = self.space.iter().product::<usize>();
+        let mut out = Vec::new();
+        for n in 0..self.batch {
+            let tops: Vec<f64> = (0..channels)
+                .map(|c| {
+                    x[(n * channels + c) * space..][..space].iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())))
+                })
+                .collect();
+            for o in 0..self.out_channels {
+                let mut sum = b.as_ref().map_or(0.0, |b| f64::from(b[o].abs()));
+                for (c, top) in tops.iter().enumerate() {
+                    let of = &w[(o * channels + c) * taps..][..taps];
+                    sum += top * of.iter().map(|w| f64::from(w.abs())).sum::<f64>();
+                }
+                // Three transforms each of inputs, filters and products, of at most six roundings.
+                out.extend(std::iter::repeat_n(gamma(channels + 54) * sum, voxels));
+            }
+        }
+        out
+    }
+
     fn params(&self, device: &Device) -> (Param, Option<Param>) {
         let w = testing::filter(&self.w(), self.filter_dims(), device).unwrap();
         (w, self.b().map(|b| testing::vector(&b, device).unwrap()))
@@ -130,10 +156,60 @@ impl Problem {
             let names = testing::conv3d_implementations(&device, self.input_dims(), &self.params(&device).0, self.how);
             assert!(names.contains(&"reference"));
             for name in names {
+                let growth = growth(name, &self.how, self.kernel);
+                let expected: Vec<_> = match growth {
+                    None => expected.clone(),
+                    Some(g) => {
+                        let largest = self.largest(&x);
+                        let bound = |(i, e): (usize, &Bounded)| Bounded { error: g * largest[i], ..*e };
+                        expected.iter().enumerate().map(bound).collect()
+                    }
+                };
                 check(&format!("{name} {self:?}"), &self.run(&device, &x, Some(name)), &expected);
             }
         }
     }
+}
+
+/// How much larger than in a plain sum rounding errors can grow where few products stand for many, all axes together; none
+/// for implementations that do the plain sum.
+///
+/// Along one axis an output is `sum_j A_ij (sum_k G_jk w_k) (sum_l B_jl x_l)`. With all |x| at most X that is bounded by
+/// `sum_j |A_ij| max_k |G_jk| sum_l |B_jl|` times X times the sum of |w|, and so are the partial results that are rounded.
+fn growth(name: &str, how: &Conv3d, kernel: [usize; 3]) -> Option<f64> {
+    let numbers = name.strip_prefix("winograd_")?.as_bytes();
+    let axis = |a: usize| -> f64 {
+        let outputs = usize::from(numbers[a] - b'0');
+        let pair = |a2: f64, b2: f64| ([a2.sqrt(), b2.sqrt()], [a2, b2]);
+        match (kernel[a], how.stride[a], outputs) {
+            (1, ..) => 1.0,
+            (_, 1, 2) => 2.0 + 2.0 * 0.5 * 2.0 + 2.0,
+            (_, 2, 2) => 2.0 + 1.0 + 1.0,
+            (_, stride, _) => {
+                // Points 0, +-a, +-b and infinity; without 0 at stride 2, where the middle tap goes by itself.
+                let (p, q) = if stride == 1 { pair(0.5, 2.0) } else { pair(0.375 * 0.375, 1.375 * 1.375) };
+                let ends = 1.0 + (q[0] + q[1]) + q[0] * q[1];
+                (0..4)
+                    .map(|i| {
+                        let row = |k: usize| {
+                            let (p, q, other) = (p[k], q[k], q[1 - k]);
+                            let inputs = (1.0 + other) * (1.0 + p);
+                            let filter = if stride == 1 {
+                                1f64.max(q) / (2.0 * q * (q - other)).abs()
+                            } else {
+                                1f64.max(p) / (2.0 * p * (q - other)).abs()
+                            };
+                            2.0 * p.powi(i) * inputs * filter
+                        };
+                        let first = if i == 0 && stride == 1 { ends } else { 0.0 };
+                        let last = if i == 3 { ends } else { 0.0 };
+                        row(0) + row(1) + first + last + 1.0
+                    })
+                    .fold(0.0, f64::max)
+            }
+        }
+    };
+    Some(axis(0) * axis(1) * axis(2))
 }
 
 fn axis() -> impl Strategy<Value = (usize, usize, usize, usize)> {

@@ -7,6 +7,7 @@ mod add;
 mod bad_input;
 mod cli;
 mod conv3d;
+mod conv3d_fused;
 mod conv_transpose3d;
 mod determinism;
 mod golden_predict;

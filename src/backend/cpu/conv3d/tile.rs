@@ -171,33 +171,69 @@ unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize, const
             }
         }
     }
-    for b in 0..B {
-        let bias = if t.bias.is_null() {
-            s.splat(0.0)
-        } else {
-            // SAFETY: by contract a non-null bias has B blocks.
-            s.load(unsafe { &*t.bias.add(b * BLOCK).cast::<[f32; BLOCK]>() })
-        };
-        let (true, Some(f)) = (FINISH, &t.finish) else {
-            for i in 0..W {
-                // SAFETY: by contract W voxels of B blocks are ours to write.
-                let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
-                s.store(s.add(sums[i][b], bias), out);
-            }
-            continue;
-        };
-        // SAFETY: by contract the vectors have B blocks.
-        let [mean, scale, shift] =
-            [f.mean, f.scale, f.shift].map(|v| s.load(unsafe { &*v.add(b * BLOCK).cast::<[f32; BLOCK]>() }));
-        let slope = s.splat(f.slope);
+    if let (true, Some(f)) = (FINISH, &t.finish) {
+        // Through memory: the loop below is too long to be unrolled, and sums that it indexes could not stay in registers
+        // above.
+        let mut results = [[[0.0; BLOCK]; B]; W];
         for i in 0..W {
-            // SAFETY: as above.
+            for b in 0..B {
+                s.store(sums[i][b], &mut results[i][b]);
+            }
+        }
+        // SAFETY: by contract.
+        return unsafe { finish(s, t, f, &results) };
+    }
+    for b in 0..B {
+        // SAFETY: by contract a bias that is there has B blocks.
+        let bias = unsafe { bias(s, t, b) };
+        for i in 0..W {
+            // SAFETY: by contract W voxels of B blocks are ours to write.
             let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
-            let mut v = s.add(sums[i][b], bias);
+            s.store(s.add(sums[i][b], bias), out);
+        }
+    }
+}
+
+/// # Safety
+/// A bias that is there has a block `b`.
+#[inline(always)]
+unsafe fn bias<S: Simd>(s: S, t: &Tile, b: usize) -> S::V {
+    if t.bias.is_null() {
+        return s.splat(0.0);
+    }
+    // SAFETY: by contract.
+    s.load(unsafe { &*t.bias.add(b * BLOCK).cast::<[f32; BLOCK]>() })
+}
+
+/// # Safety
+/// See [`TileFn`]; the addend has a voxel for every `factor` voxels of the row, in B blocks.
+#[inline(always)]
+unsafe fn finish<S: Simd, const W: usize, const B: usize>(
+    s: S,
+    t: &Tile,
+    f: &Finish,
+    results: &[[[f32; BLOCK]; B]; W],
+) {
+    let slope = s.splat(f.slope);
+    for b in 0..B {
+        // SAFETY: by contract the vectors have B blocks.
+        let (bias, [mean, scale, shift]) = unsafe {
+            let vector = |v: *const f32| s.load(&*v.add(b * BLOCK).cast::<[f32; BLOCK]>());
+            (bias(s, t, b), [f.mean, f.scale, f.shift].map(vector))
+        };
+        for i in 0..W {
+            // SAFETY: by contract W voxels of B blocks are ours to write.
+            let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
+            let mut v = s.add(s.load(&results[i][b]), bias);
             if !f.addend.is_null() {
-                let at = b * f.addend_block + ((f.x + i) as u32 / f.factor as u32) as usize * BLOCK;
-                // SAFETY: by contract the addend has a voxel for every `factor` voxels of the row.
-                v = s.add(v, s.load(unsafe { &*f.addend.add(at).cast::<[f32; BLOCK]>() }));
+                // A division takes longer than all else here.
+                let voxel = match f.factor {
+                    1 => f.x + i,
+                    2 => (f.x + i) / 2,
+                    n => (f.x + i) / n,
+                };
+                // SAFETY: by contract.
+                v = s.add(v, s.load(unsafe { &*f.addend.add(b * f.addend_block + voxel * BLOCK).cast() }));
             }
             let v = s.add(v, s.fma(s.sub(s.load(out), mean), scale, shift));
             // The leaky ReLU, since the slope is at most one.
