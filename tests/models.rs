@@ -172,7 +172,7 @@ fn activation_bytes_bound_the_measured_peak() {
     let mut cx = Ctx::infer(&device);
     let x = cx.leaf(Tensor::from_host(&vec![0.5; 32 * 32 * 64], Dims::from([1, 1, 32, 32, 64]), &device).unwrap());
     drop(net.features(&mut cx, x).unwrap());
-    let (peak, plan) = (device.memory().peak - weights, config.activation_bytes([32, 32, 64]));
+    let (peak, plan) = (device.memory().peak - weights, config.activation_bytes([32, 32, 64], &device, false));
     assert!(peak <= plan, "peak {peak} is above the plan {plan}");
     assert!(peak * 2 > plan, "the plan {plan} is far above the peak {peak}");
 }

@@ -3,6 +3,7 @@
 use super::{RandomParams, StuNet};
 use crate::error::Result;
 use crate::nn::ParamSource;
+use crate::ops;
 use crate::tensor::{BLOCK, Device};
 
 /// State-dict prefix, number of blocks, input channels of the first block, width.
@@ -161,26 +162,69 @@ impl StuNetConfig {
         total.saturating_add(product(&[self.dims[0], self.classes, voxels[0]]))
     }
 
-    /// Bytes of tensors at the peak of a forward pass that ends in the last features, input included. Follows the
-    /// order in which [`StuNet::features`] runs.
+    /// Bytes of tensors that a forward pass on `device` takes at its peak beside the parameters, up to the last features
+    /// and with the input: activations, the convolutions' working memory, and forms of filters that they keep from the
+    /// first pass on. Follows the order in which [`StuNet::features`] runs. Sizes too large to count give `usize::MAX`.
     #[must_use]
-    pub fn activation_bytes(&self, patch: [usize; 3]) -> usize {
-        let voxels = self.voxels(patch);
-        let t = |s: usize| self.dims[s].next_multiple_of(BLOCK) * voxels[s];
-        let mut peak = self.in_channels * voxels[0] + 2 * t(0);
-        let mut skips = 0;
+    pub fn activation_bytes(&self, patch: [usize; 3], device: &Device, strict: bool) -> usize {
+        self.plan_memory(patch, device, strict).map_or(usize::MAX, |(peak, kept)| peak.saturating_add(kept))
+    }
+
+    /// Those of [`StuNetConfig::activation_bytes`] that stay after a pass: filters in another form, kept by each network.
+    #[must_use]
+    pub fn kept_bytes(&self, patch: [usize; 3], device: &Device, strict: bool) -> usize {
+        self.plan_memory(patch, device, strict).map_or(usize::MAX, |(_, kept)| kept)
+    }
+
+    /// The peak without filters that are kept, and these.
+    fn plan_memory(&self, patch: [usize; 3], device: &Device, strict: bool) -> Option<(usize, usize)> {
+        let mut space = [patch; 6];
+        for s in 0..5 {
+            space[s + 1] = [0, 1, 2].map(|a| space[s][a] / self.strides[s][a].max(1));
+        }
+        let voxels = |s: usize| space[s].iter().try_fold(4usize, |n, &d| n.checked_mul(d));
+        let t = |s: usize, of: usize| voxels(s)?.checked_mul(self.dims[of].next_multiple_of(BLOCK));
+        let (mut peak, mut kept) = (0usize, 0usize);
+        // One convolution of a stage beside `live` bytes, its output among them.
+        let mut conv = |live: usize, channels: &[usize], s: usize, stride: [usize; 3]| {
+            let strided = stride != [1; 3];
+            let w = [self.dims[s], channels.iter().sum(), 3, 3, 3];
+            let input = space[s - usize::from(strided)];
+            let how = ops::Conv3d { stride, padding: [1; 3] };
+            let (work, keep) = ops::conv3d_memory(device, strict, channels, w, input, how).ok()?;
+            kept = kept.checked_add(keep)?;
+            peak = peak.max(live.checked_add(work)?);
+            Some(())
+        };
+        // A block holds the outputs of both its convolutions.
+        let mut skips = voxels(0)?.checked_mul(self.in_channels)?;
         for s in 0..6 {
-            // conv1's output, the shortcut, conv2's output; the stage's input is among the skips.
-            peak = peak.max(skips + 3 * t(s));
-            skips += t(s);
+            let size = t(s, s)?;
+            let live = skips.checked_add(2 * size)?;
+            let (from, stride) =
+                if s == 0 { (self.in_channels, [1; 3]) } else { (self.dims[s - 1], self.strides[s - 1]) };
+            conv(live, &[from], s, stride)?;
+            conv(live, &[self.dims[s]], s, [1; 3])?;
+            for _ in 1..self.depth[s] {
+                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
+                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
+            }
+            skips = skips.checked_add(size)?;
         }
         for u in 0..5 {
-            let (s, below) = (4 - u, t(5 - u));
-            skips -= t(s + 1);
-            // `skips` still holds this level's skip; beside it: the upsampled tensor, the shortcut and conv1's output.
-            peak = peak.max(skips + below + t(s)).max(skips + 3 * t(s));
+            let s = 4 - u;
+            let (size, low) = (t(s, s)?, t(s + 1, s)?);
+            // What is below this level is gone once its channels are mixed; the mixed tensor and its shortcut stay.
+            skips -= t(s + 1, s + 1)?;
+            let live = skips.checked_add(2 * size)?.checked_add(2 * low)?;
+            conv(live, &[self.dims[s], self.dims[s]], s, [1; 3])?;
+            conv(live, &[self.dims[s]], s, [1; 3])?;
+            for _ in 1..self.decoder_depth[u] {
+                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
+                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
+            }
         }
-        peak * 4
+        Some((peak, kept))
     }
 
     /// Builds the network with parameters from `source`.

@@ -145,6 +145,29 @@ pub fn conv3d_residual<'m>(
     Ok(cx.leaf(y))
 }
 
+/// Bytes beside inputs, filter and output that a convolution of these sizes takes on `device`: of working memory while it
+/// runs, and of another form of its filter that is kept from then on. `channels` are those of each source, `w` the
+/// filter's sizes, `input` (D, H, W) of the input.
+///
+/// # Errors
+/// [`Error::Shape`] when the sizes do not fit.
+pub fn conv3d_memory(
+    device: &Device,
+    strict: bool,
+    channels: &[usize],
+    w: [usize; 5],
+    input: [usize; 3],
+    how: Conv3d,
+) -> Result<(usize, usize)> {
+    let [d, h, width] = input;
+    let x = Dims::from([1, channels.iter().sum(), d, h, width]);
+    let g = sizes(&x, &w.into(), &how.output_dims(&x, &w.into())?, how);
+    let wish = Wish { strict, ..Wish::default() };
+    let choice = dispatch!(device, conv3d::choose(&g, channels, wish));
+    let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
+    Ok((4 * choice.workspace(device.threads()), 4 * choice.kept_filter().map_or(0, |k| k.0)))
+}
+
 /// The tensor itself if no one else has it, else a copy.
 fn owned(y: Var) -> Result<Tensor> {
     let y = blocked(OP, y.into_value())?;
@@ -282,7 +305,7 @@ fn concatenated(inputs: &[Source]) -> Result<Dims> {
 /// The problem's sizes, with every buffer's length checked against them, and those of the output.
 pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<(Geometry, Dims)> {
     let out = how.output_dims(x, w.dims())?;
-    let [o, i, ..] = w.dims().five();
+    let [o, ..] = w.dims().five();
     if w.value().as_slice().len() != packed_len(w.dims().five()) {
         return Err(Error::shape(OP, format!("filter {:?} is not packed", w.dims())));
     }
@@ -291,19 +314,23 @@ pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> R
     {
         return Err(Error::shape(OP, format!("bias of size {:?}, expected [{o}]", b.dims())));
     }
-    let g = Geometry {
+    Ok((sizes(x, w.dims(), &out, how), out))
+}
+
+fn sizes(x: &Dims, w: &Dims, out: &Dims, how: Conv3d) -> Geometry {
+    let [o, i, ..] = w.five();
+    Geometry {
         batch: x.five()[0],
         in_channels: i,
         out_channels: o,
         input: x.space(),
         output: out.space(),
-        kernel: w.dims().space(),
+        kernel: w.space(),
         stride: how.stride,
         padding: how.padding,
         filter_inputs: i,
         filter_first: 0,
-    };
-    Ok((g, out))
+    }
 }
 
 /// Packs a filter given in `[O, I, kD, kH, kW]` order for `device`. One packing serves one source and any two.

@@ -366,7 +366,12 @@ impl Predictor {
         let images = channels.saturating_mul(product(from).saturating_add(product(to)));
         // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
         let preprocessing = product(both).saturating_mul(2);
-        let activations = self.nets.iter().map(|n| n.config().activation_bytes(self.plan.patch)).max().unwrap_or(0);
+        let strict = self.options.strict;
+        let needs = |n: &StuNet| n.config().activation_bytes(self.plan.patch, &self.device, strict);
+        let kept = |n: &StuNet| n.config().kept_bytes(self.plan.patch, &self.device, strict);
+        // All folds keep filters, one runs at a time.
+        let others = self.nets.iter().skip(1).map(kept).fold(0, usize::saturating_add);
+        let activations = self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others);
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
         let mut network = [sweep.bytes(), patch, planes, product(from)].iter().fold(activations, |n, b| n + b);
