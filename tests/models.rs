@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use stunet::autograd::Ctx;
-use stunet::models::StuNetConfig;
+use stunet::models::{RandomParams, StuNetConfig};
 use stunet::nn::{Module, ParamSource};
 use stunet::tensor::{Dims, Tensor};
-use stunet::{Device, Error, Isa, Result};
+use stunet::{Device, Error, Isa, Precision, Result};
 
 use crate::common::shared;
 
@@ -116,6 +116,57 @@ fn forward_is_the_same_for_any_thread_count() {
     assert_eq!(bits[0], bits[1]);
     assert_eq!(bits[0], bits[2]);
     assert!(bits[0].iter().all(|&b| f32::from_bits(b).is_finite()));
+}
+
+/// Parameters whose filters are rounded to bf16.
+struct Rounded(RandomParams);
+
+impl ParamSource for Rounded {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.0.shape(name)
+    }
+
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
+        let mut values = self.0.values(name)?;
+        if self.shape(name).is_some_and(|s| s.len() == 5) {
+            values.to_mut().iter_mut().for_each(|v| *v = Precision::Bf16.round(*v));
+        }
+        Ok(values)
+    }
+
+    fn error(&self, name: &str, what: String) -> Error {
+        self.0.error(name, what)
+    }
+}
+
+/// All heads of a network stored as bf16 are, to the bit, those of the rounded network, which takes twice the memory.
+#[test]
+fn bf16_storage_is_the_rounded_network() {
+    let config = StuNetConfig { dims: [16, 24, 40, 48, 48, 48], ..StuNetConfig::small(2, 5) };
+    let params = RandomParams::new(3, config.parameters().into_iter().collect());
+    let rounded = Rounded(params.clone());
+    let values: Vec<f32> = (0..2 * 32 * 32 * 64).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    for &isa in Isa::available() {
+        for threads in [1, 3] {
+            let device = || Device::cpu_with(Some(threads), isa).unwrap();
+            let (first, second) = (device(), device());
+            let full = config.build(&rounded, &first).unwrap();
+            let half = config.build_with(&params, &second, Precision::Bf16).unwrap();
+            assert_eq!(half.head(), full.head());
+            let (twice, once) = (first.memory().peak, second.memory().peak);
+            assert!(once < twice * 51 / 100 && once == second.memory().in_use, "{once} {twice}");
+            for strict in [false, true] {
+                let [a, b] = [(&full, &first), (&half, &second)].map(|(net, device)| {
+                    let mut cx = Ctx::infer(device).strict(strict);
+                    let x = Tensor::from_host(&values, Dims::from([1, 2, 32, 32, 64]), device).unwrap();
+                    let x = cx.leaf(x);
+                    let heads = net.forward_all(&mut cx, x).unwrap();
+                    heads.into_iter().map(|y| y.into_value().to_host()).collect::<Vec<_>>()
+                });
+                assert!(a == b, "{isa:?} {threads} {strict}");
+            }
+        }
+    }
 }
 
 #[test]

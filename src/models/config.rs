@@ -3,7 +3,7 @@
 use super::{RandomParams, StuNet};
 use crate::error::Result;
 use crate::nn::ParamSource;
-use crate::tensor::{BLOCK, Device};
+use crate::tensor::{BLOCK, Device, Precision};
 
 /// State-dict prefix, number of blocks, input channels of the first block, width.
 type Stage = (String, usize, usize, usize);
@@ -189,7 +189,16 @@ impl StuNetConfig {
     /// [`Model`](crate::Error::Model) when a parameter is missing or has another shape,
     /// [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn build(&self, source: &dyn ParamSource, device: &Device) -> Result<StuNet> {
-        StuNet::load(self, source, device)
+        self.build_with(source, device, Precision::F32)
+    }
+
+    /// As [`StuNetConfig::build`], with the filters stored in `precision`. Parameters are read one at a time: beside the
+    /// network, one of them is in memory.
+    ///
+    /// # Errors
+    /// As [`StuNetConfig::build`].
+    pub fn build_with(&self, source: &dyn ParamSource, device: &Device, precision: Precision) -> Result<StuNet> {
+        StuNet::load(self, source, device, precision)
     }
 
     /// Builds the network with seeded random parameters.
@@ -197,7 +206,16 @@ impl StuNetConfig {
     /// # Errors
     /// [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn build_random(&self, device: &Device, seed: u64) -> Result<StuNet> {
-        StuNet::load(self, &RandomParams::new(seed, self.parameters().into_iter().collect()), device)
+        self.build_random_with(device, seed, Precision::F32)
+    }
+
+    /// As [`StuNetConfig::build_random`], with the filters stored in `precision`.
+    ///
+    /// # Errors
+    /// As [`StuNetConfig::build_random`].
+    pub fn build_random_with(&self, device: &Device, seed: u64, precision: Precision) -> Result<StuNet> {
+        let source = RandomParams::new(seed, self.parameters().into_iter().collect());
+        self.build_with(&source, device, precision)
     }
 }
 

@@ -144,14 +144,14 @@ impl Predictor {
         Self::open_with(model, device, &ModelOptions::default())
     }
 
-    /// Opens chosen folds or checkpoints of a model folder.
+    /// Opens chosen folds or checkpoints of a model folder, the filters stored as chosen.
     ///
     /// # Errors
     /// As [`Predictor::open`].
     pub fn open_with(model: impl AsRef<Path>, device: &Device, options: &ModelOptions) -> Result<Self> {
         let folder = ModelFolder::open(model.as_ref(), options)?;
         let config = folder.architecture.config(folder.plan.strides);
-        let build = |f: &FoldWeights| config.build(&f.weights, device);
+        let build = |f: &FoldWeights| config.build_with(&f.weights, device, options.precision);
         let nets = device.install(|| folder.folds.iter().map(build).collect::<Result<Vec<_>>>())?;
         Ok(Self { plan: folder.plan, nets, device: device.clone(), options: PredictOptions::default() })
     }
