@@ -39,7 +39,7 @@ pub use io::{Geometry, Image, Segmentation};
 pub use nnunet::model::{Folds, ModelOptions};
 pub use nnunet::plans::{Decision, InferencePlan};
 pub use nnunet::predict::{Mode, PredictOptions, Prediction, Predictor, Probabilities, Report};
-pub use tensor::{Device, Isa};
+pub use tensor::{Device, Isa, Precision};
 
 /// The README's program compiles.
 #[cfg(doctest)]

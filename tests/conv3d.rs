@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use stunet::autograd::{Ctx, Param};
 use stunet::ops::{self, Conv3d, Sources, testing};
-use stunet::tensor::Device;
+use stunet::tensor::{Device, Precision};
 
 use crate::common::bound::{Bounded, check, gamma};
 use crate::common::drive::{activation, bits, devices, result, soil, threaded_devices, values};
@@ -135,14 +135,18 @@ impl Problem {
     /// Runs the named implementation, or the one the operation picks.
     fn run(&self, device: &Device, x: &[f32], name: Option<&str>) -> Vec<f32> {
         let (w, b) = self.params(device);
+        self.run_with(device, x, name, &w, b.as_ref())
+    }
+
+    fn run_with(&self, device: &Device, x: &[f32], name: Option<&str>, w: &Param, b: Option<&Param>) -> Vec<f32> {
         let mut cx = Ctx::infer(device);
         let [d, h, width] = self.output();
         let sources = self.sources(&mut cx, x);
         soil(device, [self.batch, self.out_channels, d, h, width]);
         result(
             match name {
-                None => ops::conv3d(&mut cx, sources, &w, b.as_ref(), self.how),
-                Some(name) => testing::conv3d(name, &mut cx, sources, &w, b.as_ref(), self.how).map(|r| r.0),
+                None => ops::conv3d(&mut cx, sources, w, b, self.how),
+                Some(name) => testing::conv3d(name, &mut cx, sources, w, b, self.how).map(|r| r.0),
             }
             .unwrap(),
         )
@@ -292,6 +296,68 @@ fn large_filter() {
     cube((96, Some(64)), 64, [2, 3, 9], 1).check();
 }
 
+/// A filter stored as bf16 gives, to the bit, what rounding it first gives, by every implementation: with transformed
+/// filters that are kept and that are made on the way, of one group of output channels and of several.
+#[test]
+fn bf16_storage_is_rounding_first() {
+    let pointwise = Conv3d { stride: [1; 3], padding: [0; 3] };
+    for p in [
+        cube((20, None), 40, [20, 18, 22], 1),
+        cube((24, Some(20)), 24, [5, 6, 9], 1),
+        cube((160, None), 96, [4, 4, 4], 1),
+        cube((32, None), 48, [7, 8, 9], 2),
+        Problem { blocked: false, ..cube((1, None), 16, [4, 5, 35], 1) },
+        Problem { kernel: [1; 3], how: pointwise, ..cube((20, Some(16)), 105, [3, 5, 17], 1) },
+        Problem { kernel: [1, 3, 3], batch: 2, ..cube((33, None), 17, [3, 6, 8], 1) },
+    ] {
+        let (x, dims) = (p.x(), p.filter_dims());
+        let w = p.w();
+        let rounded: Vec<f32> = w.iter().map(|w| Precision::Bf16.round(*w)).collect();
+        for [one, two, seven] in threaded_devices() {
+            let (any, b) = p.params(&one);
+            for name in testing::conv3d_implementations(&one, p.input_dims(), &any, p.how) {
+                // One of its own: a transformed filter is kept for all sets, and they round differently.
+                let full = testing::filter(&rounded, dims, &one).unwrap();
+                let expected = bits(&p.run_with(&one, &x, Some(name), &full, b.as_ref()));
+                for device in [&one, &two, &seven] {
+                    let half = testing::stored_filter(&w, dims, Precision::Bf16, device).unwrap();
+                    // Twice: the second time with the filter that the first has kept.
+                    for _ in 0..2 {
+                        let got = p.run_with(device, &x, Some(name), &half, b.as_ref());
+                        assert!(bits(&got) == expected, "{name} {p:?} {}", device.threads());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What [`Precision::Bf16`] promises of a layer's weights, and that storing them takes half the memory.
+#[test]
+fn bf16_moves_weights_little() {
+    let dims = [32, 24, 3, 3, 3];
+    let w = values(dims.iter().product(), 5);
+    let (mut moved, mut norm) = (0.0, 0.0);
+    for &w in &w {
+        let error = f64::from(Precision::Bf16.round(w)) - f64::from(w);
+        assert!(error.abs() <= f64::from(w).abs() / 256.0);
+        assert_eq!(Precision::F32.round(w).to_bits(), w.to_bits());
+        (moved, norm) = (moved + error * error, norm + f64::from(w).powi(2));
+    }
+    assert!((moved / norm).sqrt() <= 1.0 / 512.0, "{:e}", (moved / norm).sqrt());
+    // Ties go to the even neighbour.
+    for (w, even) in [(1.0 + 1.0 / 256.0, 1.0), (1.0 + 3.0 / 256.0, 1.0 + 4.0 / 256.0)] {
+        assert_eq!(Precision::Bf16.round(w), even);
+    }
+    let bytes = [Precision::F32, Precision::Bf16].map(|precision| {
+        let device = Device::cpu();
+        let stored = testing::stored_filter(&w, dims, precision, &device).unwrap();
+        assert_eq!(stored.precision(), precision);
+        device.memory().peak
+    });
+    assert_eq!(bytes[0], 2 * bytes[1]);
+}
+
 #[test]
 fn bytes_do_not_depend_on_threads() {
     for p in [cube((24, Some(20)), 40, [9, 17, 33], 1), cube((96, None), 96, [5, 6, 8], 2)] {
@@ -377,7 +443,7 @@ fn misfits_are_errors() {
         assert!(e.starts_with("conv3d: ") && !e.contains('\n'), "{e}");
     }
     assert!(run([1, 4, 4, 4, 4], Some(&b), ok).contains("bias"));
-    assert!(ops::pack_filter(&[0.0; 5], [1, 1, 3, 3, 3], &device).is_err());
+    assert!(ops::pack_filter(&[0.0; 5], [1, 1, 3, 3, 3], Precision::F32, &device).is_err());
     let mut cx = Ctx::infer(&device);
     let (a, c) = (
         activation(&mut cx, &[0.0; 16], [1, 2, 2, 2, 2], false),

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use stunet::autograd::Ctx;
-use stunet::models::StuNetConfig;
+use stunet::models::{RandomParams, StuNetConfig};
 use stunet::nn::{Module, ParamSource};
 use stunet::tensor::{Dims, Tensor};
-use stunet::{Device, Error, Isa, Result};
+use stunet::{Device, Error, Isa, Precision, Result};
 
 use crate::common::shared;
 
@@ -122,6 +122,57 @@ fn forward_is_the_same_for_any_thread_count() {
     assert!(bits[0].iter().all(|&b| f32::from_bits(b).is_finite()));
 }
 
+/// Parameters whose filters are rounded to bf16.
+struct Rounded(RandomParams);
+
+impl ParamSource for Rounded {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.0.shape(name)
+    }
+
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
+        let mut values = self.0.values(name)?;
+        if self.shape(name).is_some_and(|s| s.len() == 5) {
+            values.to_mut().iter_mut().for_each(|v| *v = Precision::Bf16.round(*v));
+        }
+        Ok(values)
+    }
+
+    fn error(&self, name: &str, what: String) -> Error {
+        self.0.error(name, what)
+    }
+}
+
+/// All heads of a network stored as bf16 are, to the bit, those of the rounded network, which takes twice the memory.
+#[test]
+fn bf16_storage_is_the_rounded_network() {
+    let config = StuNetConfig { dims: [16, 24, 40, 48, 48, 48], ..StuNetConfig::small(2, 5) };
+    let params = RandomParams::new(3, config.parameters().into_iter().collect());
+    let rounded = Rounded(params.clone());
+    let values: Vec<f32> = (0..2 * 32 * 32 * 64).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    for &isa in Isa::available() {
+        for threads in [1, 3] {
+            let device = || Device::cpu_with(Some(threads), isa).unwrap();
+            let (first, second) = (device(), device());
+            let full = config.build(&rounded, &first).unwrap();
+            let half = config.build_with(&params, &second, Precision::Bf16).unwrap();
+            assert_eq!(half.head(), full.head());
+            let (twice, once) = (first.memory().peak, second.memory().peak);
+            assert!(once < twice * 51 / 100 && once == second.memory().in_use, "{once} {twice}");
+            for strict in [false, true] {
+                let [a, b] = [(&full, &first), (&half, &second)].map(|(net, device)| {
+                    let mut cx = Ctx::infer(device).strict(strict);
+                    let x = Tensor::from_host(&values, Dims::from([1, 2, 32, 32, 64]), device).unwrap();
+                    let x = cx.leaf(x);
+                    let heads = net.forward_all(&mut cx, x).unwrap();
+                    heads.into_iter().map(|y| y.into_value().to_host()).collect::<Vec<_>>()
+                });
+                assert!(a == b, "{isa:?} {threads} {strict}");
+            }
+        }
+    }
+}
+
 #[test]
 fn wrong_inputs_are_refused() {
     let device = Device::cpu();
@@ -172,7 +223,8 @@ fn activation_bytes_bound_the_measured_peak() {
     let mut cx = Ctx::infer(&device);
     let x = cx.leaf(Tensor::from_host(&vec![0.5; 32 * 32 * 64], Dims::from([1, 1, 32, 32, 64]), &device).unwrap());
     drop(net.features(&mut cx, x).unwrap());
-    let (peak, plan) = (device.memory().peak - weights, config.activation_bytes([32, 32, 64], &device, false));
+    let (peak, plan) =
+        (device.memory().peak - weights, config.activation_bytes([32, 32, 64], &device, false, net.precision()));
     assert!(peak <= plan, "peak {peak} is above the plan {plan}");
     assert!(peak * 2 > plan, "the plan {plan} is far above the peak {peak}");
 }
@@ -184,7 +236,6 @@ fn planned_passes_miss_nothing_and_give_the_same() {
         let config = StuNetConfig { dims: [8, 16, 20, 24, 24, 24], ..StuNetConfig::small(1, 3) };
         let device = Device::cpu_with_threads(threads).unwrap();
         let net = config.build_random(&device, 0).unwrap();
-        let weights = device.memory().in_use;
         let values: Vec<f32> = (0..32 * 32 * 64).map(|i| (i % 61) as f32 / 30.0 - 1.0).collect();
         let pass = || {
             let mut cx = Ctx::infer(&device);
@@ -193,6 +244,8 @@ fn planned_passes_miss_nothing_and_give_the_same() {
         };
         let plain = pass();
         device.trim();
+        // With the filters in the forms that convolutions keep from the first pass on.
+        let weights = device.memory().in_use;
         for run in 0..4 {
             assert_eq!(device.planned(&[32, 32, 64], pass), plain, "run {run}");
         }

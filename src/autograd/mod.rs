@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::error::Result;
-use crate::tensor::{Device, Dims, Tensor};
+use crate::tensor::{Device, Dims, Precision, Tensor};
 
 /// What a forward pass needs and no tensor knows: where it runs. `'m` is the borrow of the model whose parameters
 /// the pass reads, so that they need no reference counts and cannot change meanwhile.
@@ -124,6 +124,7 @@ impl Var {
 pub struct Param {
     value: Tensor,
     dims: Dims,
+    precision: Precision,
     /// Other forms of the values that an operation keeps, by its key.
     derived: Mutex<Vec<(u64, Arc<Tensor>)>>,
 }
@@ -131,13 +132,24 @@ pub struct Param {
 impl Param {
     /// `value` holds a parameter of logical size `dims`, packed for its device.
     pub(crate) fn new(value: Tensor, dims: Dims) -> Self {
-        Self { value, dims, derived: Mutex::default() }
+        Self::stored(value, dims, Precision::F32)
+    }
+
+    /// As [`Param::new`]; of [`Precision::Bf16`], each float of `value` holds the bits of two values.
+    pub(crate) fn stored(value: Tensor, dims: Dims, precision: Precision) -> Self {
+        Self { value, dims, precision, derived: Mutex::default() }
     }
 
     /// Logical sizes: `[O, I, kD, kH, kW]` of a filter (`[I, O, ..]` of a transposed convolution's), `[C]` of a vector.
     #[must_use]
     pub fn dims(&self) -> &Dims {
         &self.dims
+    }
+
+    /// How the values are stored.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The packed values.

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use stunet::nnunet::model::{Folds, ModelOptions};
-use stunet::{Device, Isa, Result};
+use stunet::{Device, Isa, Precision, Result};
 
 /// Which networks of a model.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -103,6 +103,23 @@ impl From<IsaChoice> for Isa {
             IsaChoice::Scalar => Isa::Scalar,
             IsaChoice::Avx2 => Isa::Avx2,
             IsaChoice::Avx512 => Isa::Avx512,
+        }
+    }
+}
+
+/// How weights are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(super) enum PrecisionChoice {
+    #[default]
+    F32,
+    Bf16,
+}
+
+impl From<PrecisionChoice> for Precision {
+    fn from(c: PrecisionChoice) -> Self {
+        match c {
+            PrecisionChoice::F32 => Precision::F32,
+            PrecisionChoice::Bf16 => Precision::Bf16,
         }
     }
 }

@@ -16,7 +16,7 @@ use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Error, Result};
 
 use self::record::Record;
-use super::args::DeviceArgs;
+use super::args::{DeviceArgs, PrecisionChoice};
 
 /// Time a layer, a network or a whole prediction with random weights on this machine
 ///
@@ -69,9 +69,9 @@ struct Options {
     /// Classes, background included
     #[arg(long, value_name = "N", default_value_t = 105, value_parser = clap::value_parser!(u16).range(2..=4096))]
     classes: u16,
-    /// Numbers in memory
+    /// How filters are stored; arithmetic is in f32
     #[arg(long, value_enum, default_value = "f32")]
-    precision: Precision,
+    precision: PrecisionChoice,
     /// Only kernels as accurate as plain summation
     #[arg(long)]
     strict: bool,
@@ -91,11 +91,6 @@ enum Size {
     Base,
     Large,
     Huge,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Precision {
-    F32,
 }
 
 /// The name of a value as it is typed.
@@ -154,7 +149,6 @@ impl Options {
     }
 
     fn ctx<'m>(&self, device: &Device) -> Ctx<'m> {
-        let Precision::F32 = self.precision;
         Ctx::infer(device).strict(self.strict)
     }
 }

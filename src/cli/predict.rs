@@ -16,7 +16,7 @@ use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunRe
 use stunet::preview::{self, PreviewOptions};
 use stunet::{Error, Image, Mode, PredictOptions, Prediction, Predictor, Result, io};
 
-use super::args::{DeviceArgs, ModelArgs, bytes, step_size};
+use super::args::{DeviceArgs, ModelArgs, PrecisionChoice, bytes, step_size};
 use super::output::{self, say_error, say_warning};
 use super::progress::{self, Bar};
 use super::system;
@@ -80,6 +80,9 @@ pub(super) struct Args {
     /// Only kernels as accurate as plain summation; slower
     #[arg(long, help_heading = RESULT)]
     strict: bool,
+    /// Weights in memory: bf16 halves what they take, arithmetic stays f32
+    #[arg(long, value_enum, default_value = "f32", help_heading = RESULT)]
+    precision: PrecisionChoice,
     /// Refuse what needs more memory, as in 4GiB [default: what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = RESULT)]
     memory_limit: Option<usize>,
@@ -171,13 +174,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if !args.quiet {
         output::show_library_warnings();
     }
-    let opening = args.opening.options();
+    let opening = args.opening.options().precision(args.precision.into());
     let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
     predictor.validate()?;
 
     let mut report = if args.report.is_some() || args.json {
         let files = ModelFolder::open(&model, &opening)?.sources;
-        let mut report = RunReport::new(ModelRecord::of(&model, &files, predictor.plan())?, &device, &options);
+        let record = ModelRecord::of(&model, &files, predictor.plan())?.precision(opening.precision);
+        let mut report = RunReport::new(record, &device, &options);
         report.ignored = ignored.iter().map(|p| p.display().to_string()).collect();
         Some(report)
     } else {

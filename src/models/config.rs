@@ -4,7 +4,7 @@ use super::{RandomParams, StuNet};
 use crate::error::Result;
 use crate::nn::ParamSource;
 use crate::ops;
-use crate::tensor::{BLOCK, Device};
+use crate::tensor::{BLOCK, Device, Precision};
 
 /// State-dict prefix, number of blocks, input channels of the first block, width.
 type Stage = (String, usize, usize, usize);
@@ -166,18 +166,24 @@ impl StuNetConfig {
     /// and with the input: activations, the convolutions' working memory, and forms of filters that they keep from the
     /// first pass on. Follows the order in which [`StuNet::features`] runs. Sizes too large to count give `usize::MAX`.
     #[must_use]
-    pub fn activation_bytes(&self, patch: [usize; 3], device: &Device, strict: bool) -> usize {
-        self.plan_memory(patch, device, strict).map_or(usize::MAX, |(peak, kept)| peak.saturating_add(kept))
+    pub fn activation_bytes(&self, patch: [usize; 3], device: &Device, strict: bool, precision: Precision) -> usize {
+        self.plan_memory(patch, device, strict, precision).map_or(usize::MAX, |(peak, kept)| peak.saturating_add(kept))
     }
 
     /// Those of [`StuNetConfig::activation_bytes`] that stay after a pass: filters in another form, kept by each network.
     #[must_use]
-    pub fn kept_bytes(&self, patch: [usize; 3], device: &Device, strict: bool) -> usize {
-        self.plan_memory(patch, device, strict).map_or(usize::MAX, |(_, kept)| kept)
+    pub fn kept_bytes(&self, patch: [usize; 3], device: &Device, strict: bool, precision: Precision) -> usize {
+        self.plan_memory(patch, device, strict, precision).map_or(usize::MAX, |(_, kept)| kept)
     }
 
     /// The peak without filters that are kept, and these.
-    fn plan_memory(&self, patch: [usize; 3], device: &Device, strict: bool) -> Option<(usize, usize)> {
+    fn plan_memory(
+        &self,
+        patch: [usize; 3],
+        device: &Device,
+        strict: bool,
+        precision: Precision,
+    ) -> Option<(usize, usize)> {
         let mut space = [patch; 6];
         for s in 0..5 {
             space[s + 1] = [0, 1, 2].map(|a| space[s][a] / self.strides[s][a].max(1));
@@ -191,7 +197,7 @@ impl StuNetConfig {
             let w = [self.dims[s], channels.iter().sum(), 3, 3, 3];
             let input = space[s - usize::from(strided)];
             let how = ops::Conv3d { stride, padding: [1; 3] };
-            let (work, keep) = ops::conv3d_memory(device, strict, channels, w, input, how).ok()?;
+            let (work, keep) = ops::conv3d_memory(device, strict, precision, channels, w, input, how).ok()?;
             kept = kept.checked_add(keep)?;
             peak = peak.max(live.checked_add(work)?);
             Some(())
@@ -233,7 +239,16 @@ impl StuNetConfig {
     /// [`Model`](crate::Error::Model) when a parameter is missing or has another shape,
     /// [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn build(&self, source: &dyn ParamSource, device: &Device) -> Result<StuNet> {
-        StuNet::load(self, source, device)
+        self.build_with(source, device, Precision::F32)
+    }
+
+    /// As [`StuNetConfig::build`], with the filters stored in `precision`. Parameters are read one at a time: beside the
+    /// network, one of them is in memory.
+    ///
+    /// # Errors
+    /// As [`StuNetConfig::build`].
+    pub fn build_with(&self, source: &dyn ParamSource, device: &Device, precision: Precision) -> Result<StuNet> {
+        StuNet::load(self, source, device, precision)
     }
 
     /// Builds the network with seeded random parameters.
@@ -241,7 +256,16 @@ impl StuNetConfig {
     /// # Errors
     /// [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn build_random(&self, device: &Device, seed: u64) -> Result<StuNet> {
-        StuNet::load(self, &RandomParams::new(seed, self.parameters().into_iter().collect()), device)
+        self.build_random_with(device, seed, Precision::F32)
+    }
+
+    /// As [`StuNetConfig::build_random`], with the filters stored in `precision`.
+    ///
+    /// # Errors
+    /// As [`StuNetConfig::build_random`].
+    pub fn build_random_with(&self, device: &Device, seed: u64, precision: Precision) -> Result<StuNet> {
+        let source = RandomParams::new(seed, self.parameters().into_iter().collect());
+        self.build_with(&source, device, precision)
     }
 }
 

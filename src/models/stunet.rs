@@ -6,7 +6,7 @@ use crate::autograd::{Ctx, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Conv3d, InstanceNorm, Module, ParamSource};
 use crate::ops::{self, Source, Sources};
-use crate::tensor::Device;
+use crate::tensor::{Device, Precision};
 
 /// Negative slope of every leaky ReLU of the network.
 const SLOPE: f32 = 0.01;
@@ -34,10 +34,11 @@ impl ResBlock {
         width: usize,
         stride: [usize; 3],
         shortcut: bool,
+        precision: Precision,
         device: &Device,
     ) -> Result<Self> {
         let conv = |k: &str, inputs: usize, kernel, stride| {
-            Conv3d::load(source, &format!("{name}.{k}"), width, inputs, kernel, stride, device)
+            Conv3d::load_with(source, &format!("{name}.{k}"), width, inputs, kernel, stride, precision, device)
         };
         Ok(Self {
             conv1: conv("conv1", inputs, K3, stride)?,
@@ -78,14 +79,15 @@ impl Stage {
         inputs: usize,
         width: usize,
         stride: [usize; 3],
+        precision: Precision,
         device: &Device,
     ) -> Result<Self> {
         let block = |b: usize| {
             let name = format!("{name}.{b}");
             if b == 0 {
-                ResBlock::load(source, &name, inputs, width, stride, true, device)
+                ResBlock::load(source, &name, inputs, width, stride, true, precision, device)
             } else {
-                ResBlock::load(source, &name, width, width, ONE, false, device)
+                ResBlock::load(source, &name, width, width, ONE, false, precision, device)
             }
         };
         (0..blocks).map(block).collect::<Result<_>>().map(Stage)
@@ -107,6 +109,7 @@ impl Stage {
 #[derive(Debug)]
 pub struct StuNet {
     config: StuNetConfig,
+    precision: Precision,
     encoder: Vec<Stage>,
     up: Vec<Conv3d>,
     decoder: Vec<Stage>,
@@ -126,33 +129,38 @@ pub struct Head {
 }
 
 impl StuNet {
-    pub(super) fn load(config: &StuNetConfig, source: &dyn ParamSource, device: &Device) -> Result<Self> {
+    pub(super) fn load(
+        config: &StuNetConfig,
+        source: &dyn ParamSource,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self> {
         let c = config;
+        let mut weight = source.values("seg_outputs.4.weight")?.into_owned();
+        // Callers that apply the head themselves are to get what the layer gives.
+        weight.iter_mut().for_each(|w| *w = precision.round(*w));
         let mut net = Self {
             config: c.clone(),
+            precision,
             encoder: Vec::new(),
             up: Vec::new(),
             decoder: Vec::new(),
             heads: Vec::new(),
-            last_head: Head {
-                weight: source.values("seg_outputs.4.weight")?.into_owned(),
-                bias: source.values("seg_outputs.4.bias")?.into_owned(),
-                features: c.dims[0],
-            },
+            last_head: Head { weight, bias: source.values("seg_outputs.4.bias")?.into_owned(), features: c.dims[0] },
         };
         for s in 0..6 {
             let name = format!("conv_blocks_context.{s}");
             let (input, stride) = if s == 0 { (c.in_channels, ONE) } else { (c.dims[s - 1], c.strides[s - 1]) };
-            net.encoder.push(Stage::load(source, &name, c.depth[s], input, c.dims[s], stride, device)?);
+            net.encoder.push(Stage::load(source, &name, c.depth[s], input, c.dims[s], stride, precision, device)?);
         }
         for u in 0..5 {
             let (below, w) = (c.dims[5 - u], c.dims[4 - u]);
             let up = format!("upsample_layers.{u}.conv");
-            net.up.push(Conv3d::load(source, &up, w, below, K1, ONE, device)?);
+            net.up.push(Conv3d::load_with(source, &up, w, below, K1, ONE, precision, device)?);
             let name = format!("conv_blocks_localization.{u}");
-            net.decoder.push(Stage::load(source, &name, c.decoder_depth[u], 2 * w, w, ONE, device)?);
+            net.decoder.push(Stage::load(source, &name, c.decoder_depth[u], 2 * w, w, ONE, precision, device)?);
             let head = format!("seg_outputs.{u}");
-            net.heads.push(Conv3d::load(source, &head, c.classes, w, K1, ONE, device)?);
+            net.heads.push(Conv3d::load_with(source, &head, c.classes, w, K1, ONE, precision, device)?);
         }
         Ok(net)
     }
@@ -161,6 +169,12 @@ impl StuNet {
     #[must_use]
     pub fn config(&self) -> &StuNetConfig {
         &self.config
+    }
+
+    /// How its filters are stored.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The full-resolution head.

@@ -4,7 +4,7 @@ use super::{Module, ParamSource, filter, transposed_filter, vector};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 use crate::ops::{self, Affine, Moments, Sources};
-use crate::tensor::Device;
+use crate::tensor::{Device, Precision};
 
 /// 3D convolution with bias. The padding keeps the size at stride 1 (half the kernel per axis).
 #[derive(Debug)]
@@ -29,11 +29,28 @@ impl Conv3d {
         stride: [usize; 3],
         device: &Device,
     ) -> Result<Self> {
+        Self::load_with(source, name, out, inputs, kernel, stride, Precision::F32, device)
+    }
+
+    /// As [`Conv3d::load`], with the weights stored in `precision`.
+    ///
+    /// # Errors
+    /// As [`Conv3d::load`].
+    pub fn load_with(
+        source: &dyn ParamSource,
+        name: &str,
+        out: usize,
+        inputs: usize,
+        kernel: [usize; 3],
+        stride: [usize; 3],
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Self> {
         let [kd, kh, kw] = kernel;
         let dims = [out, inputs, kd, kh, kw];
         let bias = format!("{name}.bias");
         Ok(Self {
-            weight: filter(source, &format!("{name}.weight"), dims, device)?,
+            weight: filter(source, &format!("{name}.weight"), dims, precision, device)?,
             bias: source.shape(&bias).map(|_| vector(source, &bias, out, device)).transpose()?,
             how: ops::Conv3d { stride, padding: kernel.map(|k| k / 2) },
         })

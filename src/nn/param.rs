@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use crate::autograd::Param;
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::tensor::Device;
+use crate::tensor::{Device, Precision};
 
 /// A named source of parameter values: a weight file, an initialiser, a test.
 pub trait ParamSource {
@@ -23,13 +23,19 @@ pub trait ParamSource {
     fn error(&self, name: &str, what: String) -> Error;
 }
 
-/// Reads a filter `[O, I, kD, kH, kW]` and packs it for the device.
+/// Reads a filter `[O, I, kD, kH, kW]` and packs it for the device, to be stored in `precision`.
 ///
 /// # Errors
 /// Whatever the source says; [`Error::Model`] when the shape differs from `dims`.
-pub fn filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
+pub fn filter(
+    source: &dyn ParamSource,
+    name: &str,
+    dims: [usize; 5],
+    precision: Precision,
+    device: &Device,
+) -> Result<Param> {
     let values = expect(source, name, &dims)?;
-    Ok(Param::new(ops::pack_filter(&values, dims, device)?, dims.into()))
+    Ok(Param::stored(ops::pack_filter(&values, dims, precision, device)?, dims.into(), precision))
 }
 
 /// Reads a filter `[I, O, kD, kH, kW]` of a transposed convolution and packs it for the device.

@@ -12,7 +12,7 @@ use super::predict::{PredictOptions, Report};
 use crate::error::{Error, Result};
 use crate::io::Segmentation;
 use crate::io::atomic::write_atomically;
-use crate::tensor::Device;
+use crate::tensor::{Device, Precision};
 
 /// Stands in every report.
 pub const NOTICE: &str = "Research use only. Not a medical device; not for diagnosis.";
@@ -176,6 +176,8 @@ pub struct ModelRecord {
     pub path: PathBuf,
     /// Every file of it with its hash.
     pub files: Vec<FileRecord>,
+    /// "f32" or "bf16": how its filters were held in memory.
+    pub precision: &'static str,
     /// Preprocessing, labels, windows.
     pub plan: InferencePlan,
 }
@@ -309,12 +311,19 @@ fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error>
 }
 
 impl ModelRecord {
-    /// Hashes `files` of the model at `path`.
+    /// Hashes `files` of the model at `path`, whose filters are held as they are.
     ///
     /// # Errors
     /// [`Error::Io`] when one cannot be read.
     pub fn of(path: &Path, files: &[PathBuf], plan: &InferencePlan) -> Result<Self> {
         let files = files.iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
-        Ok(Self { path: path.into(), files, plan: plan.clone() })
+        Ok(Self { path: path.into(), files, precision: Precision::default().name(), plan: plan.clone() })
+    }
+
+    /// With filters held in another precision.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision.name();
+        self
     }
 }

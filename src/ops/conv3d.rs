@@ -3,10 +3,10 @@
 use super::lazy::{Affine, Moments, Source, Sources};
 use super::{activation, blocked, memory};
 use crate::autograd::{Ctx, Param, Var};
-use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Wish, packed_len};
+use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Packed, Problem, Residual, Wish, packed_len};
 use crate::backend::{dispatch, no_implementation};
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Dims, Layout, Tensor};
+use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
 const OP: &str = "conv3d";
 
@@ -129,31 +129,35 @@ pub fn conv3d_residual<'m>(
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let wish = Wish { residual: true, strict: cx.is_strict(), name: None };
     let choice = choose(cx, &g, &channels, wish)?;
+    let filter = packed(w);
+    let mut work = workspace(cx, &choice, filter)?;
     let sources: Vec<_> = inputs.iter().map(read).collect();
     let residual =
         Residual { norm: norm.norm(), addend: addend.as_ref().map(|(low, factor)| (low.value().as_slice(), *factor)) };
     let p = Problem {
         geometry: g,
         sources: &sources,
-        filter: w.value().as_slice(),
+        filter,
         bias: bias.map(|b| b.value().as_slice()),
         residual: Some(residual),
     };
+    let work = room(&mut work)?;
     let to = memory(OP, &mut y)?;
-    dispatch!(cx.device(), conv3d::forward(&choice, &p, &[], &mut [], to, false));
+    dispatch!(cx.device(), conv3d::forward(&choice, &p, &[], work, to, false));
     cx.note("conv3d_residual", clock, choice.name(), macs(&g), || describe(&g));
     Ok(cx.leaf(y))
 }
 
 /// Bytes beside inputs, filter and output that a convolution of these sizes takes on `device`: of working memory while it
 /// runs, and of another form of its filter that is kept from then on. `channels` are those of each source, `w` the
-/// filter's sizes, `input` (D, H, W) of the input.
+/// filter's sizes, stored in `precision`, `input` (D, H, W) of the input.
 ///
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit.
 pub fn conv3d_memory(
     device: &Device,
     strict: bool,
+    precision: Precision,
     channels: &[usize],
     w: [usize; 5],
     input: [usize; 3],
@@ -165,7 +169,9 @@ pub fn conv3d_memory(
     let wish = Wish { strict, ..Wish::default() };
     let choice = dispatch!(device, conv3d::choose(&g, channels, wish));
     let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
-    Ok((4 * choice.workspace(device.threads()), 4 * choice.kept_filter().map_or(0, |k| k.0)))
+    let widened = if precision == Precision::Bf16 && !choice.reads_lazily() { packed_len(w) } else { 0 };
+    let work = choice.workspace(device.threads(), Packed::F32(&[])) + widened;
+    Ok((4 * work, 4 * choice.kept_filter().map_or(0, |k| k.0)))
 }
 
 /// The tensor itself if no one else has it, else a copy.
@@ -212,32 +218,21 @@ fn compute(
     let clock = cx.clock();
     let [d, h, width] = g.output;
     let out_dims = Dims::from([g.batch, g.out_channels, d, h, width]);
+    let filter = packed(w);
     let kept = match choice.kept_filter() {
         None => None,
         Some((len, key)) => Some(w.derived(key, || {
-            let mut out = Tensor::empty(Dims::from([len]), Layout::PLAIN, cx.device())?;
+            let mut out = cx.device().unplanned(|| Tensor::empty(Dims::from([len]), Layout::PLAIN, cx.device()))?;
             let to = memory(OP, &mut out)?;
-            dispatch!(cx.device(), conv3d::prepare_filter(&choice, &g, w.value().as_slice(), to));
+            dispatch!(cx.device(), conv3d::prepare_filter(&choice, &g, filter, to));
             Ok(out)
         })?),
     };
     let mut out = Tensor::empty(out_dims, Layout::BLOCKED, cx.device())?;
-    let mut work = match choice.workspace(cx.device().threads()) {
-        0 => None,
-        n => Some(Tensor::empty(Dims::from([n]), Layout::PLAIN, cx.device())?),
-    };
+    let mut work = workspace(cx, &choice, filter)?;
     let sources: Vec<_> = inputs.iter().map(read).collect();
-    let p = Problem {
-        geometry: g,
-        sources: &sources,
-        filter: w.value().as_slice(),
-        bias: b.map(|b| b.value().as_slice()),
-        residual: None,
-    };
-    let work: &mut [f32] = match &mut work {
-        Some(t) => memory(OP, t)?,
-        None => &mut [],
-    };
+    let p = Problem { geometry: g, sources: &sources, filter, bias: b.map(|b| b.value().as_slice()), residual: None };
+    let work = room(&mut work)?;
     let kept = kept.as_ref().map_or(&[][..], |t| t.as_slice());
     let to = memory(OP, &mut out)?;
     let moments = dispatch!(cx.device(), conv3d::forward(&choice, &p, kept, work, to, measure));
@@ -248,6 +243,26 @@ fn compute(
 fn choose(cx: &Ctx<'_>, g: &Geometry, channels: &[usize], wish: Wish<'_>) -> Result<Choice> {
     let found = dispatch!(cx.device(), conv3d::choose(g, channels, wish));
     found.ok_or_else(|| no_implementation(OP, wish.name))
+}
+
+/// A filter as the backend reads it.
+fn packed(w: &Param) -> Packed<'_> {
+    let stored = w.value().as_slice();
+    match w.precision() {
+        Precision::F32 => Packed::F32(stored),
+        Precision::Bf16 => Packed::Bf16(bytemuck::cast_slice(stored)),
+    }
+}
+
+fn workspace(cx: &Ctx<'_>, choice: &Choice, filter: Packed<'_>) -> Result<Option<Tensor>> {
+    match choice.workspace(cx.device().threads(), filter) {
+        0 => Ok(None),
+        n => Tensor::empty(Dims::from([n]), Layout::PLAIN, cx.device()).map(Some),
+    }
+}
+
+fn room(work: &mut Option<Tensor>) -> Result<&mut [f32]> {
+    work.as_mut().map_or(Ok(&mut []), |t| memory(OP, t))
 }
 
 /// A source as the backend reads it.
@@ -306,7 +321,7 @@ fn concatenated(inputs: &[Source]) -> Result<Dims> {
 pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<(Geometry, Dims)> {
     let out = how.output_dims(x, w.dims())?;
     let [o, ..] = w.dims().five();
-    if w.value().as_slice().len() != packed_len(w.dims().five()) {
+    if packed(w).len() != packed_len(w.dims().five()) {
         return Err(Error::shape(OP, format!("filter {:?} is not packed", w.dims())));
     }
     if let Some(b) = b
@@ -333,17 +348,26 @@ fn sizes(x: &Dims, w: &Dims, out: &Dims, how: Conv3d) -> Geometry {
     }
 }
 
-/// Packs a filter given in `[O, I, kD, kH, kW]` order for `device`. One packing serves one source and any two.
+/// Packs a filter given in `[O, I, kD, kH, kW]` order for `device`. One packing serves one source and any two. Stored as
+/// [`Precision::Bf16`], each float of the result holds the bits of two values.
 ///
 /// # Errors
 /// [`Error::Shape`] when the number of values is not the product of `dims`; [`Error::OutOfMemory`].
-pub fn pack_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Tensor> {
+pub fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
     if values.len() != dims.iter().product::<usize>() {
         return Err(Error::shape("pack_filter", format!("{} values for a filter {dims:?}", values.len())));
     }
-    let mut out = Tensor::empty(Dims::from([packed_len(dims)]), Layout::PLAIN, device)?;
+    // Whole blocks of 16 values, so always a whole number of pairs.
+    let floats = match precision {
+        Precision::F32 => packed_len(dims),
+        Precision::Bf16 => packed_len(dims) / 2,
+    };
+    let mut out = Tensor::empty(Dims::from([floats]), Layout::PLAIN, device)?;
     let to = memory("pack_filter", &mut out)?;
-    dispatch!(device, conv3d::pack_filter(values, dims, to));
+    match precision {
+        Precision::F32 => dispatch!(device, conv3d::pack_filter(values, dims, to)),
+        Precision::Bf16 => dispatch!(device, conv3d::pack_filter_bf16(values, dims, bytemuck::cast_slice_mut(to))),
+    }
     Ok(out)
 }
 

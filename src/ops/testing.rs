@@ -5,7 +5,7 @@ use super::{Conv3d, InstanceNorm, Moments, Sources};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::{cpu, dispatch, names};
 use crate::error::Result;
-use crate::tensor::{Device, Layout, Tensor};
+use crate::tensor::{Device, Layout, Precision, Tensor};
 
 /// Implementations of [`super::conv3d`] on `device`, in order of preference.
 #[must_use]
@@ -107,7 +107,12 @@ pub fn head_labels(name: &str, cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &
 
 /// A filter parameter from values in `[O, I, kD, kH, kW]` order.
 pub fn filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
-    Ok(Param::new(super::pack_filter(values, dims, device)?, dims.into()))
+    stored_filter(values, dims, Precision::F32, device)
+}
+
+/// As [`filter`], stored in `precision`.
+pub fn stored_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Param> {
+    Ok(Param::stored(super::pack_filter(values, dims, precision, device)?, dims.into(), precision))
 }
 
 /// A filter parameter of a transposed convolution from values in `[I, O, kD, kH, kW]` order.

@@ -119,6 +119,8 @@ struct Run {
     key: Vec<usize>,
     /// Requests of other threads are other people's.
     thread: ThreadId,
+    /// What is asked for now is to outlive the run, or comes only once.
+    paused: bool,
     mode: Mode,
 }
 
@@ -178,7 +180,7 @@ impl Arena {
                 None
             }
         };
-        self.run = Some(Run { key: key.to_vec(), thread, mode });
+        self.run = Some(Run { key: key.to_vec(), thread, paused: false, mode });
         (true, wanted)
     }
 
@@ -206,9 +208,15 @@ impl Arena {
         }
     }
 
+    /// Pauses or resumes the run of `thread`, if there is one; returns whether it was paused.
+    pub(super) fn pause(&mut self, thread: ThreadId, on: bool) -> bool {
+        let run = self.run.as_mut().filter(|r| r.thread == thread);
+        run.is_some_and(|r| std::mem::replace(&mut r.paused, on))
+    }
+
     /// The planned memory for this request, if `thread` has a run under way and the plan's range is free.
     pub(super) fn take(&mut self, size: usize, thread: ThreadId) -> Option<Memory> {
-        let run = self.run.as_mut().filter(|r| r.thread == thread)?;
+        let run = self.run.as_mut().filter(|r| r.thread == thread && !r.paused)?;
         let Mode::Replay { plan, seen, differs } = &mut run.mode else { return None };
         let k = seen.entry(size).or_default();
         let planned = plan.by_size.get(&size).and_then(|list| list.get(*k)).copied();
@@ -231,7 +239,9 @@ impl Arena {
 
     /// Tells a trace under way that the pool served `thread`.
     pub(super) fn taken(&mut self, size: usize, memory: &Memory, thread: ThreadId) {
-        if let Some(Run { mode: Mode::Record(trace), .. }) = self.run.as_mut().filter(|r| r.thread == thread) {
+        if let Some(Run { mode: Mode::Record(trace), .. }) =
+            self.run.as_mut().filter(|r| r.thread == thread && !r.paused)
+        {
             trace.taken(size, memory.address());
         }
     }

@@ -176,6 +176,16 @@ impl Device {
         f()
     }
 
+    /// Runs `f`, whose tensors are no part of a [`Device::planned`] run that this thread is in: they come only once, or
+    /// outlive it.
+    pub(crate) fn unplanned<R>(&self, f: impl FnOnce() -> R) -> R {
+        let Device::Cpu(d) = self;
+        let before = d.pool.pause(true);
+        let result = f();
+        d.pool.pause(before);
+        result
+    }
+
     /// Runs `f` with this device's threads as the current rayon pool.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         let Device::Cpu(d) = self;

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use device::{CpuDevice, CudaStatus, Device, Isa, MemoryReport, cuda_status};
 pub use dims::Dims;
-pub use dtype::DType;
+pub use dtype::{DType, Precision};
 pub use layout::{BLOCK, Layout};
 
 use crate::error::{Error, Result};

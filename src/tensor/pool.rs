@@ -148,6 +148,11 @@ impl Pool {
         Scope { pool: entered.then_some(self) }
     }
 
+    /// Pauses or resumes this thread's run, if there is one; returns whether it was paused.
+    pub(super) fn pause(&self, on: bool) -> bool {
+        self.lock().arena.pause(thread::current().id(), on)
+    }
+
     /// Starts the peak over from what is in use.
     pub(super) fn reset_peak(&self) {
         let mut s = self.lock();

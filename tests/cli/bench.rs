@@ -6,8 +6,9 @@ use stunet::Isa;
 use crate::common::binary::{Ran, stunet};
 
 fn bench(what: &str, more: &[&str]) -> Ran {
-    let common = ["bench", what, "--patch", "32", "--classes", "7", "--runs", "1", "--threads", "2", "--device", "cpu"];
-    stunet(&[&common[..], more].concat())
+    let common = ["bench", what, "--classes", "7", "--runs", "1", "--threads", "2", "--device", "cpu"];
+    let patch: &[&str] = if more.contains(&"--patch") { &[] } else { &["--patch", "32"] };
+    stunet(&[&common[..], patch, more].concat())
 }
 
 /// The only line of standard output.

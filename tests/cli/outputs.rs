@@ -85,6 +85,16 @@ fn probabilities_picture_and_report() {
 
 /// nnU-Net v1 calls them softmax and stores half precision.
 #[test]
+fn precision_is_an_option_that_the_report_names() {
+    let bench = Bench::new();
+    for (more, expected) in [(&[][..], "f32"), (&["--precision", "bf16"], "bf16")] {
+        let ran = bench.predict(&[&["-i", "a_0000.nii", "-o", "o.nii.gz", "--json"], more].concat());
+        let report: Value = serde_json::from_str(ran.ok()).unwrap();
+        assert_eq!(report["model"]["precision"], expected);
+    }
+}
+
+#[test]
 fn probabilities_of_v1_models() {
     let bench = Bench::new();
     bench.turn_to_v1();

@@ -4,9 +4,11 @@
 //! `[kD][kH][kW][I][16 or 32]`. The input channels stay whole, so one packing serves any split of them into sources.
 
 mod direct;
+mod packed;
 mod tile;
 mod winograd;
 
+pub(crate) use self::packed::{Packed, pack_filter, pack_filter_bf16};
 use self::winograd::{Plan, Scheme};
 use super::moments::{Moments, moments};
 use crate::base::par;
@@ -72,7 +74,7 @@ pub(crate) struct Problem<'a> {
     /// One or two.
     pub(crate) sources: &'a [Source<'a>],
     /// See [`pack_filter`].
-    pub(crate) filter: &'a [f32],
+    pub(crate) filter: Packed<'a>,
     /// Padded to whole blocks.
     pub(crate) bias: Option<&'a [f32]>,
     /// Direct implementations only.
@@ -183,9 +185,9 @@ impl Choice {
         Some((plan.kept_filter(), plan.scheme().key()))
     }
 
-    /// Floats of working memory for `threads` threads.
-    pub(crate) fn workspace(&self, threads: usize) -> usize {
-        self.plan.as_ref().map_or(0, |p| p.workspace(threads))
+    /// Floats of working memory for `threads` threads, to read `filter`.
+    pub(crate) fn workspace(&self, threads: usize, filter: Packed<'_>) -> usize {
+        self.plan.as_ref().map_or(filter.room(), |p| p.workspace(threads))
     }
 }
 
@@ -234,7 +236,7 @@ pub(crate) fn names(isa: Isa, g: &Geometry) -> Vec<&'static str> {
 }
 
 /// Transforms a packed filter into the form that `choice` keeps.
-pub(crate) fn prepare_filter(_: Isa, choice: &Choice, g: &Geometry, packed: &[f32], out: &mut [f32]) {
+pub(crate) fn prepare_filter(_: Isa, choice: &Choice, g: &Geometry, packed: Packed<'_>, out: &mut [f32]) {
     if let Some(plan) = &choice.plan {
         winograd::prepare(choice.algorithm.isa, plan.scheme(), g, packed, out);
     }
@@ -254,7 +256,7 @@ pub(crate) fn forward(
     let g = &p.geometry;
     let blocks = g.batch * g.out_channels.div_ceil(BLOCK);
     match (&choice.algorithm.how, &choice.plan) {
-        (How::Direct(kernels), _) => direct::run(kernels, isa, p, out, measure),
+        (How::Direct(kernels), _) => direct::run(kernels, isa, p, p.filter.floats(isa, work), out, measure),
         (_, Some(plan)) => {
             let sums = winograd::run(plan, p, kept, work, out);
             let per_sample = sums.len() / g.batch;
@@ -266,7 +268,7 @@ pub(crate) fn forward(
             if measure { (0..blocks).map(of).collect() } else { Vec::new() }
         }
         _ => {
-            reference(p, out);
+            reference(p, p.filter.floats(isa, work), out);
             let len = out.len() / blocks.max(1);
             if measure { out.chunks_exact(len).map(|x| moments(isa, x)).collect() } else { Vec::new() }
         }
@@ -288,26 +290,8 @@ fn packed_place(g: &Geometry, block: usize) -> (usize, usize) {
     (first * BLOCK * taps * g.filter_inputs + g.filter_first * width + (block - first) * BLOCK, width)
 }
 
-/// Packs `values` in `[O, I, kD, kH, kW]` order into `out` of [`packed_len`] floats. Lanes past O become zero.
-pub(crate) fn pack_filter(_: Isa, values: &[f32], [o, i, kd, kh, kw]: [usize; 5], out: &mut [f32]) {
-    let taps = kd * kh * kw;
-    par::chunks_mut(out, 2 * BLOCK * i * taps, |group, out| {
-        let width = out.len() / (i * taps).max(1);
-        out.fill(0.0);
-        let first = group * 2 * BLOCK;
-        for c in 0..i {
-            for lane in 0..width.min(o - first) {
-                let from = &values[((first + lane) * i + c) * taps..][..taps];
-                for (t, v) in from.iter().enumerate() {
-                    out[(t * i + c) * width + lane] = *v;
-                }
-            }
-        }
-    });
-}
-
 /// The definition, one output value at a time.
-fn reference(p: &Problem<'_>, out: &mut [f32]) {
+fn reference(p: &Problem<'_>, filter: &[f32], out: &mut [f32]) {
     let g = &p.geometry;
     let [od, oh, ow] = g.output;
     let blocks = g.out_channels.div_ceil(BLOCK);
@@ -318,7 +302,7 @@ fn reference(p: &Problem<'_>, out: &mut [f32]) {
             let (lane, voxel) = (v % BLOCK, v / BLOCK);
             let at = [voxel / (oh * ow), voxel / ow % oh, voxel % ow];
             let bias = p.bias.map_or(0.0, |b| b[block * BLOCK + lane]);
-            *o = bias + dot(p, n, at, &p.filter[weights + lane..], width);
+            *o = bias + dot(p, n, at, &filter[weights + lane..], width);
         }
     });
 }

@@ -21,7 +21,8 @@ impl Args {
         let (config, device) = (options.config(), options.device.open()?);
         let (patch, runs) = (options.patch(&config)?, options.runs(5));
         let mut record = options.record("forward", patch, runs, &device);
-        let net = device.install(|| config.build_random(&device, 0))?;
+        let precision = options.precision.into();
+        let net = device.install(|| config.build_random_with(&device, 0, precision))?;
         let x = input(config.in_channels, patch, &device)?;
         let seconds = time(&device, runs, &[], || {
             let mut cx = options.ctx(&device);

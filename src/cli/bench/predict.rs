@@ -36,7 +36,8 @@ impl Args {
         let (patch, runs) = (options.patch(&config)?, options.runs(1));
         let shape = [0, 1, 2].map(|a| usize::from(self.shape[a]));
         let mut record = options.record("predict", patch, runs, &device);
-        let net = device.install(|| config.build_random(&device, 0))?;
+        let precision = options.precision.into();
+        let net = device.install(|| config.build_random_with(&device, 0, precision))?;
         // Also the run that is not counted: filters are transformed in it.
         let mut cx = options.ctx(&device).traced();
         let x = cx.leaf(input(config.in_channels, patch, &device)?);

@@ -9,7 +9,7 @@ use super::{Architecture, ModelFolder, ModelKind, ModelOptions};
 use crate::error::Result;
 use crate::io::weights;
 use crate::nnunet::plans::{Channel, Rules};
-use crate::tensor::{DType, Device};
+use crate::tensor::{DType, Device, Precision};
 
 /// A class of the segmentation.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -138,7 +138,7 @@ impl ModelFolder {
             mirror_axes: plan.mirror_axes.clone(),
             folds: self.folds.iter().map(|f| f.name.clone()).collect(),
             weight_bytes: 4 * parameters,
-            activation_bytes: config.activation_bytes(plan.patch, &Device::cpu(), false) as u64,
+            activation_bytes: config.activation_bytes(plan.patch, &Device::cpu(), false, Precision::F32) as u64,
             files,
         })
     }

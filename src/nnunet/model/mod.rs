@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::io::weights::Weights;
 use crate::nn::ParamSource;
 use crate::nnunet::plans::InferencePlan;
+use crate::tensor::Precision;
 
 pub use architecture::Architecture;
 pub use convert::convert;
@@ -52,10 +53,12 @@ pub struct ModelOptions {
     /// `model_final_checkpoint.model` (v1) and, where that is absent, the only `.model` file of the fold. The own folder
     /// has no choice of checkpoints.
     pub checkpoint: Option<String>,
+    /// How the networks' filters are stored. No matter to who only looks at the model.
+    pub precision: Precision,
 }
 
 impl ModelOptions {
-    /// All folds, the default checkpoint.
+    /// All folds, the default checkpoint, filters as they are.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -72,6 +75,13 @@ impl ModelOptions {
     #[must_use]
     pub fn checkpoint(mut self, name: impl Into<String>) -> Self {
         self.checkpoint = Some(name.into());
+        self
+    }
+
+    /// With filters stored in this precision.
+    #[must_use]
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
         self
     }
 }

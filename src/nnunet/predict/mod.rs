@@ -161,14 +161,14 @@ impl Predictor {
         Self::open_with(model, device, &ModelOptions::default())
     }
 
-    /// Opens chosen folds or checkpoints of a model folder.
+    /// Opens chosen folds or checkpoints of a model folder, the filters stored as chosen.
     ///
     /// # Errors
     /// As [`Predictor::open`].
     pub fn open_with(model: impl AsRef<Path>, device: &Device, options: &ModelOptions) -> Result<Self> {
         let folder = ModelFolder::open(model.as_ref(), options)?;
         let config = folder.architecture.config(folder.plan.strides);
-        let build = |f: &FoldWeights| config.build(&f.weights, device);
+        let build = |f: &FoldWeights| config.build_with(&f.weights, device, options.precision);
         let nets = device.install(|| folder.folds.iter().map(build).collect::<Result<Vec<_>>>())?;
         Ok(Self { plan: folder.plan, nets, device: device.clone(), options: PredictOptions::default() })
     }
@@ -367,8 +367,8 @@ impl Predictor {
         // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
         let preprocessing = product(both).saturating_mul(2);
         let strict = self.options.strict;
-        let needs = |n: &StuNet| n.config().activation_bytes(self.plan.patch, &self.device, strict);
-        let kept = |n: &StuNet| n.config().kept_bytes(self.plan.patch, &self.device, strict);
+        let needs = |n: &StuNet| n.config().activation_bytes(self.plan.patch, &self.device, strict, n.precision());
+        let kept = |n: &StuNet| n.config().kept_bytes(self.plan.patch, &self.device, strict, n.precision());
         // All folds keep filters, one runs at a time.
         let others = self.nets.iter().skip(1).map(kept).fold(0, usize::saturating_add);
         let activations = self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others);

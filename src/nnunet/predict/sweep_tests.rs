@@ -157,7 +157,8 @@ fn every_aggregation_gives_the_weighted_mean() {
                     let error = (f64::from(*g) - e).abs();
                     assert!(error <= tolerance, "{folds} folds, {gather:?}, value {i}: {g} against {e}");
                 }
-                let planned = plan.bytes() + nets[0].config().activation_bytes(PATCH, &device, false);
+                let planned =
+                    plan.bytes() + nets[0].config().activation_bytes(PATCH, &device, false, nets[0].precision());
                 // A recycled piece of memory may be a quarter larger than what was asked for (`Pool::take`).
                 assert!(peak <= planned + planned / 4, "{gather:?}: peak {peak} above the plan {planned}");
                 for threads in [1, 4] {

@@ -18,9 +18,16 @@ const FILTER_IN_CACHE: usize = 512 << 10;
 /// Longest piece of a row that is done in one go: a multiple of all tile widths. A pointwise convolution is one row.
 const SEGMENT: usize = 480;
 
-/// Writes the convolution of `p` to `out`. With `measure`, returns the moments of `[sample][output block]`.
-pub(super) fn run(kernels: &Kernels, isa: Isa, p: &Problem<'_>, out: &mut [f32], measure: bool) -> Vec<Moments> {
-    let plan = Plan::new(kernels, p, out);
+/// Writes the convolution of `p` to `out`; `filter` is the one of `p`. With `measure`, returns the moments of `[sample][output block]`.
+pub(super) fn run(
+    kernels: &Kernels,
+    isa: Isa,
+    p: &Problem<'_>,
+    filter: &[f32],
+    out: &mut [f32],
+    measure: bool,
+) -> Vec<Moments> {
+    let plan = Plan::new(kernels, p, filter, out);
     if !measure {
         par::for_each(plan.items(), |i| plan.item(i));
         return Vec::new();
@@ -50,6 +57,7 @@ struct Cover {
 
 struct Plan<'a> {
     p: &'a Problem<'a>,
+    filter: &'a [f32],
     /// The problem's geometry, with axes merged where that changes nothing.
     g: Geometry,
     out: Shared,
@@ -65,7 +73,7 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(kernels: &Kernels, p: &'a Problem<'a>, out: &mut [f32]) -> Self {
+    fn new(kernels: &Kernels, p: &'a Problem<'a>, filter: &'a [f32], out: &mut [f32]) -> Self {
         let mut g = p.geometry;
         let repeated = p.residual.is_some_and(|r| r.addend.is_some());
         if g.kernel == [1; 3] && g.stride == [1; 3] && !repeated {
@@ -82,12 +90,13 @@ impl<'a> Plan<'a> {
         let [od, oh, ow] = g.output;
         let per_row = ow.div_ceil(SEGMENT);
         let cover = |len| [kernels.one, kernels.two].map(|widths| cover(widths, step, p.residual.is_some(), len));
-        let by_group = p.filter.len() * 4 > FILTER_IN_CACHE;
+        let by_group = filter.len() * 4 > FILTER_IN_CACHE;
         let taps: usize = g.kernel.iter().product();
         let lanes = BLOCK * if by_group { blocks.min(2) } else { blocks };
         let flops = 2 * taps * g.in_channels * lanes * ow.min(SEGMENT);
         Self {
             p,
+            filter,
             g,
             out: Shared::new(out),
             groups,
@@ -158,7 +167,7 @@ impl<'a> Plan<'a> {
         let out = (((n * all_blocks + block) * od + z) * oh + y) * ow * BLOCK;
         let mut tile = Tile {
             sources: [self.stream(0, n, z, y), self.stream(1, n, z, y)],
-            filter: self.p.filter[filter..].as_ptr(),
+            filter: self.filter[filter..].as_ptr(),
             channel,
             tap: channel * g.filter_inputs,
             z: valid(z, kd, g.stride[0], g.padding[0], g.input[0]),

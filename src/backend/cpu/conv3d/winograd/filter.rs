@@ -3,7 +3,7 @@
 
 use super::Scheme;
 use super::axis::{Axis, F2, F4, Kind, One, S2, S4};
-use crate::backend::cpu::conv3d::{Geometry, packed_place};
+use crate::backend::cpu::conv3d::{Geometry, Packed, packed_place};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
 use crate::base::par;
@@ -93,7 +93,7 @@ pub(super) fn prepared_place(scheme: Scheme, g: &Geometry, p: usize, block: usiz
 }
 
 /// Transforms the packed filter `packed` of `g` into `out` of [`prepared_len`] floats.
-pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: &[f32], out: &mut [f32]) {
+pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: Packed<'_>, out: &mut [f32]) {
     let planes = scheme.z.sizes().1;
     let blocks = g.out_channels.div_ceil(BLOCK);
     let groups = blocks.div_ceil(2);
@@ -101,10 +101,12 @@ pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: 
     par::for_each(planes * groups, |i| {
         let (p, block) = (i / groups, i % groups * 2);
         let (from, width) = packed_place(g, block);
+        let taps = g.kernel.iter().product::<usize>() * g.in_channels * width;
+        let packed = packed.part(isa, from..from + taps);
         let a = Plane {
             scheme,
             p,
-            from: packed[from..].as_ptr(),
+            from: packed.as_ptr(),
             tap: g.in_channels * width,
             len: g.in_channels * width,
             to: to.ptr().wrapping_add(prepared_place(scheme, g, p, block)),

@@ -239,9 +239,10 @@ impl Job<'_> {
                 // Taps and products a power of two apart would share the same few sets of a cache; the taps are in memory.
                 let tap = n * width + BLOCK;
                 for k in 0..g.kernel.iter().product() {
-                    let from = &self.p.filter[taps + (k * g.in_channels + first) * width..][..n * width];
+                    let from = taps + (k * g.in_channels + first) * width;
                     // SAFETY: this thread's scratch has room for the taps of a chunk after a plane's transformed filter.
-                    unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), raw.wrapping_add(k * tap), n * width) }
+                    let to = unsafe { std::slice::from_raw_parts_mut(raw.wrapping_add(k * tap), n * width) };
+                    self.p.filter.read(plan.isa, from, to);
                 }
                 for p in 0..plan.planes {
                     let f = filter::Plane {
