@@ -6,6 +6,7 @@ use stunet::autograd::{Param, Var};
 use stunet::models::RandomParams;
 use stunet::nn::ParamSource;
 use stunet::ops::{Conv3d, Sources, testing};
+use stunet::tensor::Precision;
 use stunet::{Device, Error, Result};
 
 use super::record::{Candidate, Layer};
@@ -75,7 +76,7 @@ impl Args {
         device: &Device,
     ) -> Result<(Layer, Seconds)> {
         let options = &self.options;
-        let (w, xs) = (shape.filter(device)?, shape.inputs(device)?);
+        let (w, xs) = (shape.filter(options.precision.into(), device)?, shape.inputs(device)?);
         let how = Conv3d { stride: shape.stride, padding: [1; 3] };
         let estimates = testing::conv3d_estimates(device, shape.dims(), &shape.inputs, &w, how, options.strict)?;
         let mut layer = Layer {
@@ -145,10 +146,10 @@ impl Shape {
         format!("{inputs}->{} 3x3x3 stride {stride} at {at}", self.out)
     }
 
-    fn filter(&self, device: &Device) -> Result<Param> {
+    fn filter(&self, precision: Precision, device: &Device) -> Result<Param> {
         let dims = [self.out, self.channels(), 3, 3, 3];
         let source = RandomParams::new(0, BTreeMap::from([("weight".to_owned(), dims.to_vec())]));
-        testing::filter(&source.values("weight")?, dims, device)
+        testing::stored_filter(&source.values("weight")?, dims, precision, device)
     }
 
     /// One input or two, in the layout in which they pass between layers; the network's own as it arrives.
