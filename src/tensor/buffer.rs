@@ -102,7 +102,7 @@ impl Region {
     /// of them.
     pub(super) fn claim(self: &Arc<Self>, start: usize, len: usize) -> Option<Memory> {
         let end = start.checked_add(len).filter(|&end| end <= self.bytes())?;
-        if len == 0 || start % 64 != 0 || len % 64 != 0 {
+        if len == 0 || !start.is_multiple_of(64) || !len.is_multiple_of(64) {
             return None;
         }
         let mut live = self.lock();
