@@ -1,7 +1,7 @@
 //! Floor 3: the context of a forward pass. Names no operation.
 
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::error::Result;
@@ -159,13 +159,28 @@ impl Param {
 
     /// The form of the values that belongs to `key`, made by `make` when it is asked for first.
     pub(crate) fn derived(&self, key: u64, make: impl FnOnce() -> Result<Tensor>) -> Result<Arc<Tensor>> {
-        // Held while the form is made, so that two passes never make it twice. A panic inside leaves nothing half done.
-        let mut forms = self.derived.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, form)) = forms.iter().find(|(k, _)| *k == key) {
-            return Ok(form.clone());
+        let find = |forms: &[(u64, Arc<Tensor>)]| forms.iter().find(|(k, _)| *k == key).map(|(_, f)| f.clone());
+        if let Some(form) = find(&self.forms()) {
+            return Ok(form);
         }
+        // Not under the lock: a thread that waits for its part of the making may run another pass that asks for the same
+        // form. Two passes that both make it make the same.
         let form = Arc::new(make()?);
+        let mut forms = self.forms();
+        if let Some(form) = find(&forms) {
+            return Ok(form);
+        }
         forms.push((key, form.clone()));
         Ok(form)
+    }
+
+    /// Bytes of all such forms.
+    pub(crate) fn derived_bytes(&self) -> usize {
+        self.forms().iter().map(|(_, f)| 4 * f.as_slice().len()).sum()
+    }
+
+    fn forms(&self) -> MutexGuard<'_, Vec<(u64, Arc<Tensor>)>> {
+        // A list that only grows: a panic elsewhere leaves nothing half done in it.
+        self.derived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

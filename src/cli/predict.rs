@@ -408,11 +408,14 @@ impl Args {
             let channels = predictor.plan().channels.len();
             predictor.check_memory(&geometry, channels).map_err(|e| job.case.name_file(e))?;
         }
-        let image = job.case.read(&predictor.plan().channels)?;
+        // Files are packed and unpacked by the device's threads, too.
+        let device = predictor.device().clone();
+        let image = device.install(|| job.case.read(&predictor.plan().channels))?;
         let read = begin.elapsed().as_secs_f64();
         let mut prediction = predictor.predict_with(&image, &mut bar).map_err(|e| job.case.name_file(e))?;
         let begin = Instant::now();
-        let written = self.write(job, &image, &prediction, predictor.plan().rules)?;
+        let rules = predictor.plan().rules;
+        let written = device.install(|| self.write(job, &image, &prediction, rules))?;
         let write = begin.elapsed().as_secs_f64();
         drop(bar);
         if !self.json {

@@ -206,7 +206,7 @@ impl StuNetConfig {
         let mut skips = voxels(0)?.checked_mul(self.in_channels)?;
         for s in 0..6 {
             let size = t(s, s)?;
-            let live = skips.checked_add(2 * size)?;
+            let live = skips.checked_add(size.checked_mul(2)?)?;
             let (from, stride) =
                 if s == 0 { (self.in_channels, [1; 3]) } else { (self.dims[s - 1], self.strides[s - 1]) };
             conv(live, &[from], s, stride)?;
@@ -222,7 +222,7 @@ impl StuNetConfig {
             let (size, low) = (t(s, s)?, t(s + 1, s)?);
             // What is below this level is gone once its channels are mixed; the mixed tensor and its shortcut stay.
             skips -= t(s + 1, s + 1)?;
-            let live = skips.checked_add(2 * size)?.checked_add(2 * low)?;
+            let live = skips.checked_add(size.checked_mul(2)?)?.checked_add(low.checked_mul(2)?)?;
             conv(live, &[self.dims[s], self.dims[s]], s, [1; 3])?;
             conv(live, &[self.dims[s]], s, [1; 3])?;
             for _ in 1..self.decoder_depth[u] {

@@ -171,6 +171,13 @@ impl StuNet {
         &self.config
     }
 
+    /// Bytes of filters in other forms, which convolutions keep from the first pass on.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        let blocks = self.encoder.iter().chain(&self.decoder).flat_map(|s| &s.0);
+        blocks.map(|b| b.conv1.kept_bytes() + b.conv2.kept_bytes()).sum()
+    }
+
     /// How its filters are stored.
     #[must_use]
     pub fn precision(&self) -> Precision {

@@ -64,6 +64,12 @@ impl Conv3d {
         ops::conv3d(cx, x, &self.weight, self.bias.as_ref(), self.how)
     }
 
+    /// Bytes of the filter's other forms, which it keeps from its first run on.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        self.weight.derived_bytes()
+    }
+
     /// Runs without the bias, which a normalisation takes out again, and takes the moments for it.
     ///
     /// # Errors
@@ -156,7 +162,7 @@ impl InstanceNorm {
     /// The normalisation of an activation with these moments, and leaky ReLU of `slope` where given, to be applied later.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] when the channels do not fit.
+    /// [`crate::Error::Shape`] when the channels do not fit, or for a slope outside [0, 1].
     pub fn affine(&self, moments: &Moments, slope: Option<f32>) -> Result<Affine> {
         Affine::new(moments, &self.weight, &self.bias, ops::InstanceNorm { eps: 1e-5, slope })
     }

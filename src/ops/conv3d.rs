@@ -171,7 +171,7 @@ pub fn conv3d_memory(
     let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
     let widened = if precision == Precision::Bf16 && !choice.reads_lazily() { packed_len(w) } else { 0 };
     let work = choice.workspace(device.threads(), Packed::F32(&[])) + widened;
-    Ok((4 * work, 4 * choice.kept_filter().map_or(0, |k| k.0)))
+    Ok((work.saturating_mul(4), choice.kept_filter().map_or(0, |k| k.0.saturating_mul(4))))
 }
 
 /// The tensor itself if no one else has it, else a copy.

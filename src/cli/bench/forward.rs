@@ -30,10 +30,15 @@ impl Args {
             net.labels(&mut cx, x).map(drop)
         })?;
         record.measured(seconds, config.macs(patch) as f64, &device);
-        let mut cx = options.ctx(&device).traced();
-        let x = cx.leaf(x);
-        device.install(|| net.labels(&mut cx, x))?;
-        record.layers = cx.steps().iter().map(Layer::from).collect();
+        record.layers = device.install(|| {
+            // The same memory as the timed runs.
+            device.planned(&[], || -> Result<_> {
+                let mut cx = options.ctx(&device).traced();
+                let x = cx.leaf(x.clone());
+                net.labels(&mut cx, x)?;
+                Ok(cx.steps().iter().map(Layer::from).collect())
+            })
+        })?;
         record.print(options.json)
     }
 }

@@ -38,7 +38,10 @@ impl Args {
         let mut record = options.record("predict", patch, runs, &device);
         let precision = options.precision.into();
         let net = device.install(|| config.build_random_with(&device, 0, precision))?;
-        // Also the run that is not counted: filters are transformed in it.
+        // Filters are transformed in the first run, which is not counted.
+        let mut cx = options.ctx(&device);
+        let x = cx.leaf(input(config.in_channels, patch, &device)?);
+        device.install(|| net.features(&mut cx, x).map(drop))?;
         let mut cx = options.ctx(&device).traced();
         let x = cx.leaf(input(config.in_channels, patch, &device)?);
         device.install(|| net.features(&mut cx, x).map(drop))?;

@@ -79,7 +79,7 @@ pub struct Inspection {
     pub folds: Vec<String>,
     /// Bytes of one fold's weights as f32.
     pub weight_bytes: u64,
-    /// Tensors alive at once at the peak of one patch, as f32.
+    /// Tensors alive at once at the peak of one patch, as f32, with the working memory of this machine's threads.
     pub activation_bytes: u64,
     /// The files.
     pub files: Vec<FileReport>,

@@ -56,7 +56,7 @@ pub struct PredictOptions {
     pub probabilities: bool,
     /// Only kernels as accurate as adding up all products one after the other: see [`Ctx::strict`](crate::autograd::Ctx::strict).
     pub strict: bool,
-    /// Refuse to start when more bytes than this would be needed, everything counted, and never exceed it.
+    /// Refuse to start when more bytes than this would be needed, everything counted; live tensors never exceed it.
     pub memory_limit: Option<usize>,
 }
 
@@ -184,6 +184,12 @@ impl Predictor {
     #[must_use]
     pub fn plan(&self) -> &InferencePlan {
         &self.plan
+    }
+
+    /// Where it runs.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Segments an image.
@@ -374,11 +380,15 @@ impl Predictor {
         let activations = self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others);
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
-        let mut network = [sweep.bytes(), patch, planes, product(from)].iter().fold(activations, |n, b| n + b);
+        let mut network =
+            [sweep.bytes(), patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
         if self.options.probabilities {
             network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
         }
-        Ok(self.device.memory().in_use.saturating_add(images).saturating_add(network.max(preprocessing)))
+        // Filters that are kept already are in use and in the plan.
+        let kept: usize = self.nets.iter().map(StuNet::kept_bytes).sum();
+        let held = self.device.memory().in_use.saturating_sub(kept);
+        Ok(held.saturating_add(images).saturating_add(network.max(preprocessing)))
     }
 
     /// Refuses what [`PredictOptions::memory_limit`] does not allow, before anything is read or run.
@@ -390,7 +400,7 @@ impl Predictor {
         let needed = self.memory_needed(geometry, channels)?;
         if needed > limit {
             let in_use = self.device.memory().in_use;
-            let asked = needed - in_use;
+            let asked = needed.saturating_sub(in_use);
             return Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use, limit });
         }
         Ok(())
