@@ -190,7 +190,7 @@ fn residual_blocks_end_in_one_pass() {
                 let affine = normal * f64::from(scale[o]) + f64::from(shift[o]);
                 let size = absolute + (normal * f64::from(scale[o])).abs() + f64::from(shift[o].abs());
                 let value = sum + affine;
-                let value = if value > 0.0 { value } else { value * f64::from(slope as f32) };
+                let value = if value > 0.0 { value } else { value * f64::from(slope) };
                 // The products, and a few roundings of the normalisation; the mean may be large against the deviation.
                 let mean = (mean / (variance + 1e-5).sqrt() * f64::from(scale[o])).abs();
                 let error = gamma(inputs + 8) * (size + mean);
