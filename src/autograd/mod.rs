@@ -48,14 +48,14 @@ impl Ctx<'_> {
         self
     }
 
-    /// A pass that records what runs; see [`Ctx::steps`].
+    /// A pass that records what takes its time, convolutions, normalisations and heads; see [`Ctx::steps`].
     #[must_use]
     pub fn traced(mut self) -> Self {
         self.steps = Some(Vec::new());
         self
     }
 
-    /// What has run so far, if the pass is [`Ctx::traced`].
+    /// What has been recorded so far, if the pass is [`Ctx::traced`].
     #[must_use]
     pub fn steps(&self) -> &[Step] {
         self.steps.as_deref().unwrap_or_default()

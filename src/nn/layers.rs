@@ -162,7 +162,7 @@ impl InstanceNorm {
     /// The normalisation of an activation with these moments, and leaky ReLU of `slope` where given, to be applied later.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] when the channels do not fit, or for a slope outside [0, 1].
+    /// [`crate::Error::Shape`] when the channels do not fit.
     pub fn affine(&self, moments: &Moments, slope: Option<f32>) -> Result<Affine> {
         Affine::new(moments, &self.weight, &self.bias, ops::InstanceNorm { eps: 1e-5, slope })
     }

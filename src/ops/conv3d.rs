@@ -106,7 +106,7 @@ pub fn conv3d_residual<'m>(
         let what = format!("residual of {expected:?} for {:?}", y.value().dims());
         return Err(Error::shape(OP, what));
     }
-    norm.fits(OP, &expected)?;
+    norm.is_readable(OP, &expected)?;
     // A repeated first source becomes an addend that is repeated.
     let mut addend: Option<(Var, [usize; 3])> = None;
     let mut bias = b;
@@ -117,7 +117,8 @@ pub fn conv3d_residual<'m>(
         let channels = low.value.value().dims().five()[1];
         let part = Geometry { in_channels: channels, input: space, output: space, ..g };
         let factor = low.factor;
-        let (low, _) = compute(cx, vec![Source::from(low.value)], part, w, bias.take(), Wish::default(), false)?;
+        let wish = Wish { strict: cx.is_strict(), ..Wish::default() };
+        let (low, _) = compute(cx, vec![Source::from(low.value)], part, w, bias.take(), wish, false)?;
         addend = Some((low, factor));
         g.filter_first = channels;
         g.in_channels -= channels;

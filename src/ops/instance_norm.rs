@@ -1,11 +1,10 @@
 //! Instance normalisation, with what a residual block does next.
 
-use super::{activation, blocked, memory};
+use super::lazy::{Affine, Moments};
+use super::{activation, blocked};
 use crate::autograd::{Ctx, Param, Var};
-use crate::backend::cpu::instance_norm::{Operand, Problem};
 use crate::backend::dispatch;
-use crate::error::{Error, Result};
-use crate::tensor::{BLOCK, Layout, Tensor};
+use crate::error::Result;
 
 /// How to normalise.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,7 +24,8 @@ pub struct InstanceNorm {
 /// fixed pieces, so they depend neither on the number of threads nor, beyond rounding, on the size of the mean.
 ///
 /// # Errors
-/// [`Error::Shape`] when the sizes do not fit; [`Error::OutOfMemory`].
+/// [`Error::Shape`](crate::Error::Shape) when the sizes do not fit;
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn instance_norm<'m>(
     cx: &mut Ctx<'m>,
     x: Var,
@@ -48,42 +48,9 @@ pub(super) fn run(
 ) -> Result<Var> {
     const OP: &str = "instance_norm";
     let [_, c, d, h, space_w] = activation(OP, x.value().dims())?;
-    for (what, p) in [("weight", w), ("bias", b)] {
-        if p.dims().as_slice() != [c] || p.value().as_slice().len() != Layout::BLOCKED.padded(c) {
-            return Err(Error::shape(OP, format!("{what} of size {:?} for {c} channels", p.dims())));
-        }
-    }
-    if let Some(r) = &residual
-        && r.value().dims() != x.value().dims()
-    {
-        let (x, r) = (x.value().dims(), r.value().dims());
-        return Err(Error::shape(OP, format!("input {x:?} and residual {r:?}, expected equal sizes")));
-    }
-    let mut x = blocked(OP, x.into_value())?;
-    let mut residual = residual.map(|r| blocked(OP, r.into_value())).transpose()?;
-    let mut p = Problem {
-        blocks: c.div_ceil(BLOCK),
-        space: d * h * space_w,
-        x: Operand::Out,
-        residual: None,
-        weight: w.value().as_slice(),
-        bias: b.value().as_slice(),
-        eps: how.eps,
-        slope: how.slope,
-    };
-    if x.is_unique() {
-        p.residual = residual.as_ref().map(|r| Operand::At(r.as_slice()));
-        dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut x)?))?;
-        return Ok(cx.leaf(x));
-    }
-    p.x = Operand::At(x.as_slice());
-    if let Some(mut r) = residual.take_if(|r| r.is_unique()) {
-        p.residual = Some(Operand::Out);
-        dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut r)?))?;
-        return Ok(cx.leaf(r));
-    }
-    p.residual = residual.as_ref().map(|r| Operand::At(r.as_slice()));
-    let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, cx.device())?;
-    dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut out)?))?;
-    Ok(cx.leaf(out))
+    let x = blocked(OP, x.into_value())?;
+    let blocks = dispatch!(cx.device(), instance_norm::measure(name, d * h * space_w, x.as_slice()))?;
+    let norm = Affine::new(&Moments::new(c, blocks), w, b, how)?;
+    let x = cx.leaf(x);
+    norm.apply_by(cx, x, residual, name)
 }

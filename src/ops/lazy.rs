@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::{activation, blocked, memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::Norm;
+use crate::backend::cpu::instance_norm::{Operand, Problem};
 use crate::backend::cpu::moments::Moments as BlockMoments;
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
@@ -48,7 +49,7 @@ impl Affine {
     /// Instance normalisation with weight `w` and bias `b`, both `[C]`, of an activation with these moments.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the channels do not fit, or for a slope outside [0, 1].
+    /// [`Error::Shape`] when the channels do not fit.
     pub fn new(moments: &Moments, w: &Param, b: &Param, how: super::InstanceNorm) -> Result<Self> {
         const OP: &str = "instance_norm";
         let c = moments.channels;
@@ -57,10 +58,6 @@ impl Affine {
             if p.dims().as_slice() != [c] || p.value().as_slice().len() != padded {
                 return Err(Error::shape(OP, format!("{what} of size {:?} for {c} channels", p.dims())));
             }
-        }
-        let slope = how.slope.unwrap_or(1.0);
-        if !(0.0..=1.0).contains(&slope) {
-            return Err(Error::shape(OP, format!("slope {slope}, expected 0 to 1")));
         }
         let (w, b) = (w.value().as_slice(), b.value().as_slice());
         let n = moments.blocks.len() / c.div_ceil(BLOCK);
@@ -74,7 +71,7 @@ impl Affine {
                 shift.push(b[first + lane]);
             }
         }
-        Ok(Self { channels: c, mean, scale, shift, slope })
+        Ok(Self { channels: c, mean, scale, shift, slope: how.slope.unwrap_or(1.0) })
     }
 
     pub(super) fn norm(&self) -> Norm<'_> {
@@ -90,11 +87,24 @@ impl Affine {
         Ok(())
     }
 
+    /// Checks that an activation of sizes `dims` can be normalised while it is read: the leaky ReLU is then a maximum.
+    pub(super) fn is_readable(&self, op: &'static str, dims: &Dims) -> Result<()> {
+        self.fits(op, dims)?;
+        if !(0.0..=1.0).contains(&self.slope) {
+            return Err(Error::shape(op, format!("a leaky ReLU of slope {}, expected 0 to 1", self.slope)));
+        }
+        Ok(())
+    }
+
     /// Applies it to `x`, adding `residual` before the leaky ReLU; in place in whichever has no other owner.
     ///
     /// # Errors
     /// [`Error::Shape`] when the sizes do not fit; [`Error::OutOfMemory`].
     pub fn apply(&self, cx: &mut Ctx<'_>, x: Var, residual: Option<Var>) -> Result<Var> {
+        self.apply_by(cx, x, residual, None)
+    }
+
+    pub(super) fn apply_by(&self, cx: &mut Ctx<'_>, x: Var, residual: Option<Var>, name: Option<&str>) -> Result<Var> {
         const OP: &str = "instance_norm";
         self.fits(OP, x.value().dims())?;
         if let Some(r) = &residual
@@ -107,22 +117,25 @@ impl Affine {
         let dims = *x.value().dims();
         let mut x = blocked(OP, x.into_value())?;
         let mut residual = residual.map(|r| blocked(OP, r.into_value())).transpose()?;
-        let (norm, space) = (self.norm(), dims.space().iter().product::<usize>());
+        let mut p =
+            Problem { space: dims.space().iter().product(), norm: self.norm(), x: Operand::Out, residual: None };
         let out = if x.is_unique() {
-            let r = residual.as_ref().map(Tensor::as_slice);
-            let to = memory(OP, &mut x)?;
-            dispatch!(cx.device(), instance_norm::apply(&norm, space, None, r, to));
+            p.residual = residual.as_ref().map(|r| Operand::At(r.as_slice()));
+            dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut x)?))?;
             x
-        } else if let Some(mut r) = residual.take_if(|r| r.is_unique()) {
-            // The sum is the same either way round: the residual's memory takes the result.
-            let to = memory(OP, &mut r)?;
-            dispatch!(cx.device(), instance_norm::apply_into_residual(&norm, space, x.as_slice(), to));
-            r
         } else {
-            let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
-            let r = residual.as_ref().map(Tensor::as_slice);
-            let to = memory(OP, &mut out)?;
-            dispatch!(cx.device(), instance_norm::apply(&norm, space, Some(x.as_slice()), r, to));
+            p.x = Operand::At(x.as_slice());
+            let mut out = match residual.take_if(|r| r.is_unique()) {
+                Some(r) => {
+                    p.residual = Some(Operand::Out);
+                    r
+                }
+                None => {
+                    p.residual = residual.as_ref().map(|r| Operand::At(r.as_slice()));
+                    Tensor::empty(dims, Layout::BLOCKED, cx.device())?
+                }
+            };
+            dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut out)?))?;
             out
         };
         cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{dims:?}"));
@@ -145,7 +158,7 @@ impl From<Var> for Source {
 }
 
 impl Source {
-    /// `value` with `norm` applied to it.
+    /// `value` with `norm` applied to it, whose leaky ReLU has a slope in [0, 1].
     #[must_use]
     pub fn normalised(value: Var, norm: Arc<Affine>) -> Self {
         Self { value, norm: Some(norm), factor: [1; 3] }
@@ -165,7 +178,7 @@ impl Source {
             return Err(Error::shape(op, format!("factor {f:?}, expected at least 1 per axis")));
         }
         if let Some(norm) = &self.norm {
-            norm.fits(op, self.value.value().dims())?;
+            norm.is_readable(op, self.value.value().dims())?;
         }
         Ok([n, c, d.saturating_mul(f[0]), h.saturating_mul(f[1]), w.saturating_mul(f[2])])
     }

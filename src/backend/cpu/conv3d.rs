@@ -208,9 +208,9 @@ fn direct_cycles(g: &Geometry) -> f64 {
 
 /// The implementation of least estimated time that the device and `wish` allow. `channels` are those of each source.
 pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], wish: Wish<'_>) -> Option<Choice> {
+    // Every set has all kinds of implementations, so what is for lesser processors is only taken by name.
     let allowed = |a: &&'static Algorithm| {
-        a.isa <= isa
-            && wish.name.is_none_or(|n| n == a.name)
+        wish.name.map_or(a.isa == isa, |n| n == a.name && a.isa <= isa)
             && (a.strict || !wish.strict)
             && (!wish.residual || matches!(a.how, How::Direct(_)))
     };

@@ -1,4 +1,4 @@
-//! Instance normalisation: one pass for the statistics, one that normalises, adds and applies leaky ReLU.
+//! Instance normalisation: one pass for the moments, one that normalises, adds and applies leaky ReLU.
 
 use super::PIECE;
 use super::conv3d::Norm;
@@ -18,95 +18,51 @@ pub(crate) enum Operand<'a> {
     At(&'a [f32]),
 }
 
-/// All but the output: blocked tensors, vectors padded to whole blocks.
+/// All but the output, of blocked tensors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Problem<'a> {
-    /// Channel blocks of one sample.
-    pub(crate) blocks: usize,
     /// Voxels per channel, at least one.
     pub(crate) space: usize,
+    pub(crate) norm: Norm<'a>,
     pub(crate) x: Operand<'a>,
-    /// Added after the normalisation.
+    /// Added after the normalisation, before the leaky ReLU.
     pub(crate) residual: Option<Operand<'a>>,
-    pub(crate) weight: &'a [f32],
-    pub(crate) bias: &'a [f32],
-    pub(crate) eps: f32,
-    /// Leaky ReLU at the end.
-    pub(crate) slope: Option<f32>,
 }
 
 type Run = fn(Isa, &Problem<'_>, &mut [f32]);
 
 pub(crate) static INSTANCE_NORM: [Impl<(), Run>; 3] = levels(run);
 
+fn picked(isa: Isa, name: Option<&str>) -> Result<&'static Impl<(), Run>> {
+    pick(&INSTANCE_NORM, isa, &(), name).ok_or_else(|| no_implementation("instance_norm", name))
+}
+
+/// The moments of every channel block of `x`, of `space` voxels each.
+pub(crate) fn measure(isa: Isa, name: Option<&str>, space: usize, x: &[f32]) -> Result<Vec<Moments>> {
+    let (isa, len) = (picked(isa, name)?.isa, space * BLOCK);
+    let per_block = len.div_ceil(PIECE);
+    let parts = par::map(x.len() / len * per_block, |i| {
+        let block = &x[i / per_block * len..][..len];
+        moments(isa, &block[i % per_block * PIECE..len.min((i % per_block + 1) * PIECE)])
+    });
+    Ok(parts.chunks(per_block).map(|p| p.iter().fold(Moments::default(), |all, m| all.merge(*m))).collect())
+}
+
 /// Writes the normalised `p.x` to `out`.
 pub(crate) fn forward(isa: Isa, name: Option<&str>, p: &Problem<'_>, out: &mut [f32]) -> Result<()> {
-    let i = pick(&INSTANCE_NORM, isa, &(), name).ok_or_else(|| no_implementation("instance_norm", name))?;
+    let i = picked(isa, name)?;
     (i.run)(i.isa, p, out);
     Ok(())
 }
 
-/// One channel block at a time where a block is large, so that its second pass finds it in the cache if it fits;
-/// small blocks in parallel.
 fn run(isa: Isa, p: &Problem<'_>, out: &mut [f32]) {
     let len = p.space * BLOCK;
-    if len <= PIECE {
-        par::chunks_mut(out, len, |i, out| {
-            let (x, residual) = (p.x.part(i * len, len), p.residual.map(|r| r.part(i * len, len)));
-            let m = Affine::new(p, i % p.blocks, moments(isa, x.slice(out)));
-            applied::on(isa, &m, x, residual, out);
-        });
-        return;
-    }
-    for (i, out) in out.chunks_exact_mut(len).enumerate() {
-        let (x, residual) = (p.x.part(i * len, len), p.residual.map(|r| r.part(i * len, len)));
-        let x_all = x.slice(out);
-        let parts = par::map(len.div_ceil(PIECE), |j| moments(isa, &x_all[j * PIECE..len.min((j + 1) * PIECE)]));
-        let m = Affine::new(p, i % p.blocks, parts.into_iter().reduce(Moments::merge).unwrap_or_default());
-        par::chunks_mut(out, PIECE, |j, out| {
-            let (at, n) = (j * PIECE, out.len());
-            applied::on(isa, &m, x.part(at, n), residual.map(|r| r.part(at, n)), out);
-        });
-    }
-}
-
-/// Writes `leaky_relu(normalised(x) + residual)` to `out`; without `x`, the input is in `out`. `space` voxels per
-/// channel.
-pub(crate) fn apply(
-    isa: Isa,
-    norm: &Norm<'_>,
-    space: usize,
-    x: Option<&[f32]>,
-    residual: Option<&[f32]>,
-    out: &mut [f32],
-) {
-    known(isa, norm, space, x.map_or(Operand::Out, Operand::At), residual.map(Operand::At), out);
-}
-
-/// Writes `leaky_relu(normalised(x) + out)` to `out`.
-pub(crate) fn apply_into_residual(isa: Isa, norm: &Norm<'_>, space: usize, x: &[f32], out: &mut [f32]) {
-    known(isa, norm, space, Operand::At(x), Some(Operand::Out), out);
-}
-
-fn known(isa: Isa, norm: &Norm<'_>, space: usize, x: Operand<'_>, residual: Option<Operand<'_>>, out: &mut [f32]) {
-    let len = space * BLOCK;
-    let vector = |v: &[f32], i: usize| {
-        let mut block = [0.0; BLOCK];
-        block.copy_from_slice(&v[i * BLOCK..][..BLOCK]);
-        block
-    };
     let per_block = len.div_ceil(PIECE);
-    let blocks: Vec<&mut [f32]> = out.chunks_mut(len).flat_map(|b| b.chunks_mut(PIECE)).collect();
-    par::each(blocks, |i, out| {
-        let (block, at) = (i / per_block, i % per_block * PIECE);
-        let m = Affine {
-            mean: vector(norm.mean, block),
-            scale: vector(norm.scale, block),
-            shift: vector(norm.shift, block),
-            slope: Some(norm.slope),
-        };
-        let (at, n) = (block * len + at, out.len());
-        applied::on(isa, &m, x.part(at, n), residual.map(|r| r.part(at, n)), out);
+    let pieces: Vec<&mut [f32]> = out.chunks_mut(len).flat_map(|block| block.chunks_mut(PIECE)).collect();
+    par::each(pieces, |i, out| {
+        let block = i / per_block;
+        let (at, n) = (block * len + i % per_block * PIECE, out.len());
+        applied::on(isa, &Affine::of(&p.norm, block), p.x.part(at, n), p.residual.map(|r| r.part(at, n)), out);
     });
 }
 
@@ -117,16 +73,6 @@ impl<'a> Operand<'a> {
             Operand::At(x) => Operand::At(&x[at..at + len]),
         }
     }
-
-    fn slice<'s>(self, out: &'s [f32]) -> &'s [f32]
-    where
-        'a: 's,
-    {
-        match self {
-            Operand::Out => out,
-            Operand::At(x) => x,
-        }
-    }
 }
 
 /// `(x - mean) * scale + shift`, which, unlike `x * scale + shift'`, loses nothing when the mean is large.
@@ -135,20 +81,14 @@ struct Affine {
     mean: [f32; BLOCK],
     scale: [f32; BLOCK],
     shift: [f32; BLOCK],
-    slope: Option<f32>,
+    slope: f32,
 }
 
 impl Affine {
-    fn new(p: &Problem<'_>, block: usize, m: Moments) -> Self {
-        let mut a = Affine { mean: [0.0; BLOCK], scale: [0.0; BLOCK], shift: [0.0; BLOCK], slope: p.slope };
-        for c in 0..BLOCK {
-            let k = block * BLOCK + c;
-            let variance = m.squares[c] / m.count;
-            a.mean[c] = m.mean[c] as f32;
-            a.scale[c] = (f64::from(p.weight[k]) / (variance + f64::from(p.eps)).sqrt()) as f32;
-            a.shift[c] = p.bias[k];
-        }
-        a
+    /// That of one channel block.
+    fn of(norm: &Norm<'_>, block: usize) -> Self {
+        let part = |v: &[f32]| v.as_chunks::<BLOCK>().0[block];
+        Self { mean: part(norm.mean), scale: part(norm.scale), shift: part(norm.shift), slope: norm.slope }
     }
 }
 
@@ -158,7 +98,7 @@ simd_entry!(applied = apply_to(m: &Affine, x: Operand<'_>, residual: Option<Oper
 fn apply_to<S: Simd>(s: S, m: &Affine, x: Operand<'_>, residual: Option<Operand<'_>>, out: &mut [f32]) {
     let (mean, scale, shift) = (s.load(&m.mean), s.load(&m.scale), s.load(&m.shift));
     // A slope of one changes nothing, so "no activation" needs no loop of its own.
-    let slope = s.splat(m.slope.unwrap_or(1.0));
+    let slope = s.splat(m.slope);
     let (out, _) = out.as_chunks_mut::<BLOCK>();
     for (i, o) in out.iter_mut().enumerate() {
         let v = s.fma(s.sub(operand(s, x, i, o), mean), scale, shift);

@@ -25,20 +25,27 @@ pub(crate) mod upsample_nearest;
 pub(crate) const PIECE: usize = 1 << 16;
 
 /// The start of an output that several threads write at places of their own.
-#[derive(Clone, Copy)]
-pub(crate) struct Shared(*mut f32);
+pub(crate) struct Shared<T = f32>(*mut T);
 
 // SAFETY: only an address; whoever writes through it promises that no two threads touch the same element.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
-    pub(crate) fn new(out: &mut [f32]) -> Self {
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(crate) fn new(out: &mut [T]) -> Self {
         Self(out.as_mut_ptr())
     }
 
-    pub(crate) fn ptr(self) -> *mut f32 {
+    pub(crate) fn ptr(self) -> *mut T {
         self.0
     }
 }

@@ -21,7 +21,7 @@ use self::sweep::{Gather, Sweep, SweepPlan};
 use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
 use super::postprocess::keep_largest_components;
-use super::preprocess::{Preprocessed, plan_shape, preprocess};
+use super::preprocess::{Preprocessed, plan_shape, preprocess_by};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{Geometry, Image, Segmentation};
@@ -226,7 +226,7 @@ impl Predictor {
         self.validate()?;
         let this = &*self;
         this.device.install(|| {
-            let case = preprocess(image, &this.plan)?;
+            let case = preprocess_by(this.device.isa(), image, &this.plan)?;
             let plan = this.plan_sweep(case.shape)?;
             let head = this.combined_head(&plan)?;
             let (inputs, channels) = (plan.channels(), this.plan.heads);
@@ -290,7 +290,7 @@ impl Predictor {
     fn run(&self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
         let clock = Instant::now();
         tell(progress, Event::Stage("preprocess"))?;
-        let case = preprocess(image, &self.plan)?;
+        let case = preprocess_by(self.device.isa(), image, &self.plan)?;
         let preprocessing = clock.elapsed().as_secs_f64();
 
         let sweep = self.plan_sweep(case.shape)?;

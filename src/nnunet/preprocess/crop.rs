@@ -75,8 +75,7 @@ impl Mask {
             for (y, packed) in plane.chunks_mut(words).enumerate() {
                 inside(z, y, &mut row);
                 for (word, voxels) in packed.iter_mut().zip(row.chunks(64)) {
-                    let bytes = voxels.chunks(8).rev();
-                    *word = bytes.fold(0, |w, eight| w << 8 | u64::from(pack(eight)));
+                    *word = voxels.iter().rev().fold(0, |w, &v| w << 1 | u64::from(v));
                 }
             }
         });
@@ -168,14 +167,6 @@ impl Mask {
             }
         }
     }
-}
-
-/// Up to eight voxels as bits, the first the lowest.
-fn pack(voxels: &[bool]) -> u8 {
-    let mut eight = [0u8; 8];
-    eight.iter_mut().zip(voxels).for_each(|(e, &v)| *e = u8::from(v));
-    // Bit 0 of byte i is brought to bit 56 + i; no two meet on the way.
-    (u64::from_le_bytes(eight).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8
 }
 
 /// Spreads the set bits of a row through the `free` ones, both ways.

@@ -10,6 +10,7 @@ use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::Image;
 use crate::nnunet::plans::{Channel, InferencePlan, Normalization, Resampling, Rules};
+use crate::tensor::Isa;
 use crop::{Mask, Scan};
 use normalize::Map;
 use resample::{Held, Rows, View};
@@ -55,6 +56,11 @@ pub struct Properties {
 /// [`Error::Usage`] for a plan whose parts do not fit each other; [`Error::Unsupported`] for spline orders other than 0,
 /// 1 and 3; [`Error::OutOfMemory`].
 pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
+    preprocess_by(Isa::detect(), image, plan)
+}
+
+/// [`preprocess`] with the kernels of one instruction set.
+pub(crate) fn preprocess_by(isa: Isa, image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
     let (found, expected) = (image.channels.len(), plan.channels.len());
     if found != expected {
         let names: Vec<&str> = plan.channels.iter().map(|c| c.name.as_str()).collect();
@@ -79,7 +85,7 @@ pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
     let shape = resample::new_shape(view.shape, spacing, plan.spacing_mm)?;
     let apart = resample::separate_axis(&plan.resampling_data, spacing, plan.spacing_mm);
     let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &view));
-    let job = Job { plan, view, shape, apart, mask };
+    let job = Job { plan, view, shape, apart, mask, isa };
     let voxels: usize = shape.iter().product();
     let mut data = resample::zeros(voxels.saturating_mul(expected), "the preprocessed image")?;
     match plan.rules {
@@ -113,6 +119,7 @@ struct Job<'a> {
     shape: [usize; 3],
     apart: Option<usize>,
     mask: Option<Mask>,
+    isa: Isa,
 }
 
 impl Job<'_> {
@@ -125,7 +132,7 @@ impl Job<'_> {
             let mask = self.mask.as_ref().filter(|_| masked(channel));
             let raw = Held { array, view: self.view };
             let map = normalize::map(self.plan.rules, number, channel, &raw, mask)?;
-            resample::resample(&Normalised { raw, map, mask }, self.shape, rule, self.apart, out)?;
+            resample::resample(&Normalised { raw, map, mask }, self.shape, rule, self.apart, self.isa, out)?;
         }
         Ok(())
     }
@@ -136,7 +143,7 @@ impl Job<'_> {
         let channels = image.channels.iter().zip(&self.plan.channels).zip(data.chunks_mut(voxels)).enumerate();
         for (number, ((array, channel), out)) in channels {
             let source = WithoutNan(Held { array, view: self.view });
-            resample::resample(&source, self.shape, &self.plan.resampling_data, self.apart, out)?;
+            resample::resample(&source, self.shape, &self.plan.resampling_data, self.apart, self.isa, out)?;
             let mask = mask.as_ref().filter(|_| channel.use_mask && channel.normalization != Normalization::None);
             let inside = mask.filter(|_| masked(channel));
             let held = Held { array: out, view: View::whole(self.shape) };
@@ -161,7 +168,7 @@ impl Job<'_> {
     fn resampled_mask(&self, mask: &Mask) -> Result<Mask> {
         let rule = Resampling { order: 1, order_z: 0, force_separate_z: None };
         let mut share = resample::zeros(self.shape.iter().product(), "the nonzero mask")?;
-        resample::resample(mask, self.shape, &rule, self.apart, &mut share)?;
+        resample::resample(mask, self.shape, &rule, self.apart, self.isa, &mut share)?;
         let view = View::whole(self.shape);
         Ok(Mask::new(self.shape, |z, y, inside| {
             let mut row = vec![0f32; inside.len()];

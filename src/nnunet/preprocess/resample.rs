@@ -182,12 +182,13 @@ pub(crate) fn resample<R: Rows + ?Sized>(
     to: [usize; 3],
     rule: &Resampling,
     apart: Option<usize>,
+    isa: Isa,
     out: &mut [f32],
 ) -> Result<()> {
     let [az, ay, ax] = axes(source.shape(), to, rule, apart)?;
     match apart {
-        None => volume(source, [&az, &ay, &ax], false, out),
-        Some(0) => volume(source, [&az, &ay, &ax], true, out),
+        None => volume(isa, source, [&az, &ay, &ax], false, out),
+        Some(0) => volume(isa, source, [&az, &ay, &ax], true, out),
         // The core treats its first axis apart: bring the coarse axis there, and its result back.
         Some(axis) => {
             let (order, back) = if axis == 1 { ([1, 0, 2], [1, 0, 2]) } else { ([2, 0, 1], [1, 2, 0]) };
@@ -196,7 +197,7 @@ pub(crate) fn resample<R: Rows + ?Sized>(
             copy_rows(source, &mut held);
             let turned = Held { array: &held, view: View::whole(from).transposed(order) };
             let mut result = zeros(out.len(), "resampling")?;
-            volume(&turned, order.map(|k| &all[k]), true, &mut result)?;
+            volume(isa, &turned, order.map(|k| &all[k]), true, &mut result)?;
             copy_rows(&Held { array: &result, view: View::whole(order.map(|k| to[k])).transposed(back) }, out);
             Ok(())
         }
@@ -204,10 +205,16 @@ pub(crate) fn resample<R: Rows + ?Sized>(
 }
 
 /// Slices along the first axis, then along the first axis.
-fn volume<R: Rows + ?Sized>(source: &R, [az, ay, ax]: [&Axis; 3], apart: bool, out: &mut [f32]) -> Result<()> {
+fn volume<R: Rows + ?Sized>(
+    isa: Isa,
+    source: &R,
+    [az, ay, ax]: [&Axis; 3],
+    apart: bool,
+    out: &mut [f32],
+) -> Result<()> {
     let (plane, slices) = (ay.output() * ax.output(), az.input());
     if az.is_same() {
-        let ranges = in_plane(source, ay, ax, apart, out);
+        let ranges = in_plane(isa, source, ay, ax, apart, out);
         let resampled = !(ay.is_same() && ax.is_same());
         if resampled && !apart {
             let (lo, hi) = join(&ranges);
@@ -217,9 +224,9 @@ fn volume<R: Rows + ?Sized>(source: &R, [az, ay, ax]: [&Axis; 3], apart: bool, o
     }
     // The planes in between are kept in f32: one rounding, 6e-8 of the value.
     let mut between = zeros(slices * plane, "resampling")?;
-    let ranges = in_plane(source, ay, ax, apart, &mut between);
+    let ranges = in_plane(isa, source, ay, ax, apart, &mut between);
     let clip = if apart { (f32::MIN, f32::MAX) } else { join(&ranges) };
-    through_planes(&between, az, plane, clip, out);
+    through_planes(isa, &between, az, plane, clip, out);
     Ok(())
 }
 
@@ -245,8 +252,15 @@ struct Scratch {
 /// every slice's input.
 ///
 /// First along y, where lines lie side by side already, then along x, where they are turned.
-fn in_plane<R: Rows + ?Sized>(source: &R, ay: &Axis, ax: &Axis, clip: bool, out: &mut [f32]) -> Vec<(f32, f32)> {
-    let ([slices, ny, nx], isa) = (source.shape(), Isa::detect());
+fn in_plane<R: Rows + ?Sized>(
+    isa: Isa,
+    source: &R,
+    ay: &Axis,
+    ax: &Axis,
+    clip: bool,
+    out: &mut [f32],
+) -> Vec<(f32, f32)> {
+    let [slices, ny, nx] = source.shape();
     let (my, mx) = (ay.output(), ax.output());
     let mut planes: Vec<(&mut [f32], (f32, f32))> =
         out.chunks_mut((my * mx).max(1)).map(|p| (p, (f32::MAX, f32::MIN))).collect();
@@ -323,10 +337,10 @@ fn along_x(isa: Isa, axis: &Axis, scratch: &mut Scratch, keep: impl Fn(f64) -> f
 }
 
 /// Resamples along the first axis: `between` is (slices, plane).
-fn through_planes(between: &[f32], az: &Axis, plane: usize, (lo, hi): (f32, f32), out: &mut [f32]) {
+fn through_planes(isa: Isa, between: &[f32], az: &Axis, plane: usize, (lo, hi): (f32, f32), out: &mut [f32]) {
     // Columns of the result are not contiguous: each piece of columns is made apart and then laid in place.
     const PIECE: usize = 8 * LANES;
-    let (m, isa) = (az.output(), Isa::detect());
+    let m = az.output();
     let mut rows: Vec<Vec<&mut [f32]>> = (0..plane.div_ceil(PIECE)).map(|_| Vec::with_capacity(m)).collect();
     for slice in out.chunks_mut(plane.max(1)) {
         slice.chunks_mut(PIECE).zip(&mut rows).for_each(|(part, row)| row.push(part));

@@ -192,11 +192,11 @@ impl<'a> Plan<'a> {
             if let Some(f) = &mut tile.finish {
                 f.x = x;
             }
-            // SAFETY: the sources, the filter and the bias have the sizes of the problem (checked by the operation
-            // that built it); taps outside the input are excluded by `z`, `y`, `left` and `right` (padding is at most
-            // one, so at most one voxel at either end of a row is concerned); the spans cover each segment once and each
-            // segment belongs to one item, so no one else writes there; the list of implementations offers this function
-            // only to devices with its instruction set.
+            // Taps outside the input are excluded by `z`, `y`, `left` and `right`: padding is at most one, so at most one
+            // voxel at either end of a row is concerned. The spans cover each segment once, and each segment belongs to
+            // one item.
+            // SAFETY: sources, filter, bias, and the vectors and addend of `finish` have the sizes of the problem, which
+            // the operation checked; no one else writes these voxels; the device has the function's instruction set.
             unsafe { f(&tile) }
         }
     }

@@ -96,7 +96,7 @@ fn dense(scores: &Dense, plan: &InferencePlan, p: &Properties, apart: Option<usi
         .map(|c| {
             let (array, mut out) = (scores.volume(c), vec![0.0; to.iter().product()]);
             let held = Held { array: &array, view: View::whole(scores.shape) };
-            resample(&held, to, &plan.resampling_probabilities, apart, &mut out).unwrap();
+            resample(&held, to, &plan.resampling_probabilities, apart, Isa::detect(), &mut out).unwrap();
             out
         })
         .collect();

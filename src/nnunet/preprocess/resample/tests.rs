@@ -55,7 +55,7 @@ fn by_indicators(labels: &[u8], from: [usize; 3], to: [usize; 3], rule: &Resampl
         let indicator: Vec<f32> = labels.iter().map(|&l| f32::from(u8::from(l == label))).collect();
         let mut share = vec![0.0; out.len()];
         let held = Held { array: &indicator, view: View::whole(from) };
-        resample(&held, to, rule, apart, &mut share).unwrap();
+        resample(&held, to, rule, apart, Isa::detect(), &mut share).unwrap();
         // 1/3 + 1/6 may be a hair below 1/2, here or there.
         for (o, s) in out.iter_mut().zip(share) {
             match s {
@@ -104,7 +104,8 @@ fn unknown_orders_are_refused() {
     let (array, view) = (vec![0.0; 8], View::whole([2, 2, 2]));
     let mut out = vec![0.0; 27];
     for (rule, apart) in [(rule(2, 0, None), None), (rule(3, 3, None), Some(0))] {
-        let error = resample(&Held { array: &array, view }, [3, 3, 3], &rule, apart, &mut out).unwrap_err();
+        let error =
+            resample(&Held { array: &array, view }, [3, 3, 3], &rule, apart, Isa::detect(), &mut out).unwrap_err();
         assert!(error.to_string().contains("order"), "{error}");
     }
     assert!(resample_labels(&[0u8; 8], [2; 3], [3; 3], &rule(3, 0, None), None).is_err());

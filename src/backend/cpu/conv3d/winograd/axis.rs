@@ -159,6 +159,22 @@ impl Axis<9, 9, 4> for S4 {
     }
 }
 
+/// `by_kind!(kind, function::<S>(arguments))` calls `function::<S, Scheme, L, P, M>(arguments)` of the scheme that `kind`
+/// stands for.
+macro_rules! by_kind {
+    ($kind:expr, $f:ident $(::<$s:ty>)? ( $($a:expr),* )) => {{
+        use $crate::backend::cpu::conv3d::winograd::axis::{F2, F4, Kind, One, S2, S4};
+        match $kind {
+            Kind::One => $f::<$($s,)? One, 1, 1, 1>($($a),*),
+            Kind::F2 => $f::<$($s,)? F2, 4, 4, 2>($($a),*),
+            Kind::F4 => $f::<$($s,)? F4, 6, 6, 4>($($a),*),
+            Kind::S2 => $f::<$($s,)? S2, 5, 5, 2>($($a),*),
+            Kind::S4 => $f::<$($s,)? S4, 9, 9, 4>($($a),*),
+        }
+    }};
+}
+pub(super) use by_kind;
+
 /// The schemes as values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
@@ -207,13 +223,7 @@ impl Kind {
             };
             [one(0), one(1), one(2)]
         }
-        match self {
-            Kind::One => row::<One, 1, 1, 1>(p),
-            Kind::F2 => row::<F2, 4, 4, 2>(p),
-            Kind::F4 => row::<F4, 6, 6, 4>(p),
-            Kind::S2 => row::<S2, 5, 5, 2>(p),
-            Kind::S4 => row::<S4, 9, 9, 4>(p),
-        }
+        by_kind!(self, row(p))
     }
 }
 

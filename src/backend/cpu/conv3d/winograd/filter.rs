@@ -2,7 +2,7 @@
 //! and each value meets few tiles. Making them reads the packed filter once, an eighth of what they would take to read.
 
 use super::Scheme;
-use super::axis::{Axis, F2, F4, Kind, One, S2, S4};
+use super::axis::{Axis, Kind, by_kind};
 use crate::backend::cpu::conv3d::{Geometry, Packed, packed_place};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
@@ -31,26 +31,14 @@ simd_entry!(unsafe plane = plane_of(a: &Plane));
 /// `len` floats of every tap are readable, and as many of every product at `to` are ours to write.
 #[inline(always)]
 unsafe fn plane_of<S: Lanes>(s: S, a: &Plane) {
-    // SAFETY: this function's own contract, in each arm.
-    unsafe {
-        match a.scheme.xy {
-            Kind::One => in_plane::<S, One, 1, 1, 1>(s, a, 1),
-            Kind::F2 => in_plane::<S, F2, 4, 4, 2>(s, a, 3),
-            Kind::F4 => in_plane::<S, F4, 6, 6, 4>(s, a, 3),
-            Kind::S2 => in_plane::<S, S2, 5, 5, 2>(s, a, 3),
-            Kind::S4 => in_plane::<S, S4, 9, 9, 4>(s, a, 3),
-        }
-    }
+    // SAFETY: this function's own contract.
+    unsafe { by_kind!(a.scheme.xy, in_plane::<S>(s, a)) }
 }
 
 /// # Safety
 /// As [`plane_of`].
 #[inline(always)]
-unsafe fn in_plane<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(
-    s: S,
-    a: &Plane,
-    side: usize,
-) {
+unsafe fn in_plane<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(s: S, a: &Plane) {
     let z = a.scheme.z.filter(a.p);
     let depth = if a.scheme.z == Kind::One { 1 } else { 3 };
     for at in (0..a.len).step_by(S::N) {
@@ -59,13 +47,12 @@ unsafe fn in_plane<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, c
         for x in 0..3 {
             let mut taps = [s.splat(0.0); 3];
             for y in 0..3 {
-                if x < side && y < side {
-                    for k in 0..depth {
-                        let tap = (k * side + y) * side + x;
-                        // SAFETY: by contract.
-                        let v = unsafe { s.load(a.from.wrapping_add(tap * a.tap + at)) };
-                        taps[y] = s.fma(s.splat(z[k]), v, taps[y]);
-                    }
+                for k in 0..depth {
+                    // Three by three taps in the plane, or there would be no scheme.
+                    let tap = (k * 3 + y) * 3 + x;
+                    // SAFETY: by contract.
+                    let v = unsafe { s.load(a.from.wrapping_add(tap * a.tap + at)) };
+                    taps[y] = s.fma(s.splat(z[k]), v, taps[y]);
                 }
             }
             columns[x] = X::filter(s, &taps);

@@ -29,8 +29,7 @@ pub(super) struct Gemm<'a> {
     pub(super) add: bool,
 }
 
-/// Cuts `tiles` into pieces that kernels exist for, as wide and as even as possible. `two`: the kernels have two
-/// registers of outputs per tile.
+/// Cuts `tiles` into pieces of at most `most` that kernels exist for, as wide and as even as possible.
 pub(super) fn cover(tiles: usize, most: usize) -> Vec<(usize, usize)> {
     let pieces = tiles.div_ceil(most).max(1);
     let mut out = Vec::new();
@@ -48,11 +47,21 @@ pub(super) fn cover(tiles: usize, most: usize) -> Vec<(usize, usize)> {
 }
 
 /// Tiles that a kernel exists for.
-const WIDTHS: [usize; 11] = [24, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1];
+const WIDTHS: [usize; 10] = [16, 12, 10, 8, 6, 5, 4, 3, 2, 1];
 
 /// The widest kernel to use for groups of `width` outputs with registers of `n` floats of which `keep` may be kept.
 pub(super) fn widest(n: usize, keep: usize, width: usize) -> usize {
-    if width == n { keep.min(16) } else { keep / 2 }
+    if width == n { WIDTHS[0] } else { keep / 2 }
+}
+
+/// The kernel for `$n` tiles, of those of the widths listed and of 1.
+macro_rules! pieces {
+    ($n:expr, $f:ident :: <$s:ty, $r:literal> $arguments:tt, [$($w:literal),*]) => {
+        match $n {
+            $($w => $f::<$s, $w, $r> $arguments,)*
+            _ => $f::<$s, 1, $r> $arguments,
+        }
+    };
 }
 
 simd_entry!(unsafe gemm = gemm_of(g: &Gemm<'_>));
@@ -75,32 +84,9 @@ unsafe fn gemm_of<S: Lanes>(s: S, g: &Gemm<'_>) {
                 let (i, o) = (inputs.wrapping_add(first * g.tile), outputs.wrapping_add(first * g.width));
                 // SAFETY: by contract.
                 unsafe {
-                    if two {
-                        match n {
-                            12 => piece::<S, 12, 2>(s, g, i, filter, o, ahead),
-                            10 => piece::<S, 10, 2>(s, g, i, filter, o, ahead),
-                            8 => piece::<S, 8, 2>(s, g, i, filter, o, ahead),
-                            6 => piece::<S, 6, 2>(s, g, i, filter, o, ahead),
-                            5 => piece::<S, 5, 2>(s, g, i, filter, o, ahead),
-                            4 => piece::<S, 4, 2>(s, g, i, filter, o, ahead),
-                            3 => piece::<S, 3, 2>(s, g, i, filter, o, ahead),
-                            2 => piece::<S, 2, 2>(s, g, i, filter, o, ahead),
-                            _ => piece::<S, 1, 2>(s, g, i, filter, o, ahead),
-                        }
-                    } else {
-                        match n {
-                            24 => piece::<S, 24, 1>(s, g, i, filter, o, ahead),
-                            16 => piece::<S, 16, 1>(s, g, i, filter, o, ahead),
-                            12 => piece::<S, 12, 1>(s, g, i, filter, o, ahead),
-                            10 => piece::<S, 10, 1>(s, g, i, filter, o, ahead),
-                            8 => piece::<S, 8, 1>(s, g, i, filter, o, ahead),
-                            6 => piece::<S, 6, 1>(s, g, i, filter, o, ahead),
-                            5 => piece::<S, 5, 1>(s, g, i, filter, o, ahead),
-                            4 => piece::<S, 4, 1>(s, g, i, filter, o, ahead),
-                            3 => piece::<S, 3, 1>(s, g, i, filter, o, ahead),
-                            2 => piece::<S, 2, 1>(s, g, i, filter, o, ahead),
-                            _ => piece::<S, 1, 1>(s, g, i, filter, o, ahead),
-                        }
+                    match two {
+                        true => pieces!(n, piece::<S, 2>(s, g, i, filter, o, ahead), [12, 10, 8, 6, 5, 4, 3, 2]),
+                        false => pieces!(n, piece::<S, 1>(s, g, i, filter, o, ahead), [16, 12, 10, 8, 6, 5, 4, 3, 2]),
                     }
                 }
                 ahead = false;

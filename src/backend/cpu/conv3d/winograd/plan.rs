@@ -180,6 +180,11 @@ impl Plan {
         (first, tiles * (i + 1) / n - first)
     }
 
+    /// Products of a tile along y and x.
+    pub(super) fn side(&self) -> usize {
+        self.scheme.xy.sizes().1
+    }
+
     /// Rows and columns of inputs that a block of tiles reads.
     pub(super) fn footprint(&self, [_, y, x]: [usize; 3]) -> [usize; 2] {
         [(y - 1) * self.step[1] + self.inputs[1], (x - 1) * self.step[2] + self.inputs[2]]
@@ -248,11 +253,11 @@ impl Plan {
     /// Estimated time on one core, in cycles of a core that does one multiply-add of 16 floats in each.
     pub(crate) fn cycles(&self) -> f64 {
         let ([lz, lxy, _], [mz, mxy, _]) = (self.inputs, self.outputs);
-        let (pz, pxy) = (self.planes, self.scheme.xy.sizes().1);
+        let (pz, pxy) = (self.planes, self.side());
         let ((fz, iz, _), (fxy, ixy, gxy)) = (self.scheme.z.operations(), self.scheme.xy.operations());
         // A store takes two cycles, a load one; three in four operations find a unit free at once.
         let pass = |n: usize, operations: usize, loads: usize, stores: usize| {
-            (n as f64) * (0.75 * operations as f64).max(0.0) + (loads + 2 * stores) as f64 * 0.7
+            0.75 * (n * operations) as f64 + 0.7 * (loads + 2 * stores) as f64
         };
         let area = self.footprint(self.block);
         let per_tile = (area[0] * area[1]) as f64 / (self.block[1] * self.block[2]) as f64;

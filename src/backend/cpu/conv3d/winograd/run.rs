@@ -4,7 +4,7 @@ use super::Plan;
 use super::filter::{self, prepared_place};
 use super::gemm::{self, Gemm, Run, cover, widest};
 use super::plan::CHUNK;
-use super::transform::{self, Affine, ForwardXy, ForwardZ, InverseXy, InverseZ, Sums};
+use super::transform::{self, Affine, ForwardZ, InPlane, InverseZ, Sums};
 use crate::backend::cpu::Shared;
 use crate::backend::cpu::conv3d::{Problem, packed_place};
 use crate::backend::cpu::lanes::Lanes;
@@ -60,22 +60,9 @@ struct Job<'a> {
     runs: Vec<Run>,
     out: Shared,
     work: Shared,
-    sums: SumSlots,
+    /// One slot per block of tiles and output block.
+    sums: Shared<Sums>,
     stream: bool,
-}
-
-/// One slot per block of tiles and output block.
-#[derive(Clone, Copy)]
-struct SumSlots(*mut Sums);
-// SAFETY: only an address; every slot is written by one work item.
-unsafe impl Send for SumSlots {}
-// SAFETY: as above.
-unsafe impl Sync for SumSlots {}
-
-impl SumSlots {
-    fn at(self, i: usize) -> *mut Sums {
-        self.0.wrapping_add(i)
-    }
 }
 
 /// Writes the convolution of `p` to `out`; returns the sums of every block of tiles, `[sample][block][output block]`.
@@ -110,7 +97,7 @@ pub(in super::super) fn run(
         stream: out.len() * 4 >= STREAM_FROM,
         out: Shared::new(out),
         work: Shared::new(work),
-        sums: SumSlots(sums.as_mut_ptr()),
+        sums: Shared::new(&mut sums),
     };
     let block = |i: usize| {
         let (sample, b) = (i / blocks, i % blocks);
@@ -333,15 +320,17 @@ impl Job<'_> {
 
     fn inputs_in_plane(&self, b: &Block, from: *const f32, to: *mut f32, product: usize) {
         let plan = self.plan;
-        let a = ForwardXy {
+        let columns = plan.footprint(b.tiles)[1];
+        let step = plan.step[1];
+        let a = InPlane {
             kind: plan.scheme.xy,
-            from,
-            columns: plan.footprint(b.tiles)[1],
             tiles: [b.tiles[1], b.tiles[2]],
-            step: plan.step[1],
+            from,
+            from_tile: [step * columns * BLOCK, step * BLOCK],
+            from_value: [columns * BLOCK, BLOCK],
             to,
-            tile: plan.row,
-            product,
+            to_tile: [b.tiles[2] * plan.row, plan.row],
+            to_value: [plan.side() * product, product],
         };
         // SAFETY: `from` is a plane that `inputs_along_z` made for this block; each channel block of the tiles' rows at
         // `to` is written by one thread.
@@ -350,7 +339,17 @@ impl Job<'_> {
 
     fn outputs_in_plane(&self, b: &Block, from: *const f32, tile: usize, product: usize, to: *mut f32) {
         let plan = self.plan;
-        let a = InverseXy { kind: plan.scheme.xy, from, tile, product, tiles: [b.tiles[1], b.tiles[2]], to };
+        let (side, width) = (plan.outputs[1], b.tiles[2] * plan.outputs[2]);
+        let a = InPlane {
+            kind: plan.scheme.xy,
+            tiles: [b.tiles[1], b.tiles[2]],
+            from,
+            from_tile: [b.tiles[2] * tile, tile],
+            from_value: [product, plan.side() * product],
+            to,
+            to_tile: [side * width * BLOCK, side * BLOCK],
+            to_value: [BLOCK, width * BLOCK],
+        };
         // SAFETY: `from` holds the products of this block's layer, `to` a plane of its results, both in this thread's
         // scratch.
         unsafe { transform::inverse_xy::on(plan.isa, &a) }
@@ -382,6 +381,6 @@ impl Job<'_> {
 
     fn keep(&self, b: &Block, block: usize, sums: Sums) {
         // SAFETY: each block of tiles and output block has a slot of its own.
-        unsafe { self.sums.at(b.index * self.plan.out_blocks + block).write(sums) }
+        unsafe { self.sums.ptr().wrapping_add(b.index * self.plan.out_blocks + block).write(sums) }
     }
 }

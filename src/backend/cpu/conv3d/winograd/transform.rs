@@ -3,7 +3,7 @@
 //! z comes first and last, so that the planes between can be worked on one after the other while they lie in the cache,
 //! and so that memory is read and written in whole rows.
 
-use super::axis::{Axis, F2, F4, Kind, One, S2, S4};
+use super::axis::{Axis, F2, F4, Kind, One, S2, S4, by_kind};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
 use crate::backend::cpu::moments::Moments;
@@ -49,16 +49,8 @@ simd_entry!(unsafe forward_z = forward_z_of(a: &ForwardZ));
 /// of a normalisation hold a block.
 #[inline(always)]
 unsafe fn forward_z_of<S: Lanes>(s: S, a: &ForwardZ) {
-    // SAFETY: this function's own contract, in each arm.
-    unsafe {
-        match a.kind {
-            Kind::One => along_z::<S, One, 1, 1, 1>(s, a),
-            Kind::F2 => along_z::<S, F2, 4, 4, 2>(s, a),
-            Kind::F4 => along_z::<S, F4, 6, 6, 4>(s, a),
-            Kind::S2 => along_z::<S, S2, 5, 5, 2>(s, a),
-            Kind::S4 => along_z::<S, S4, 9, 9, 4>(s, a),
-        }
-    }
+    // SAFETY: this function's own contract.
+    unsafe { by_kind!(a.kind, along_z::<S>(s, a)) }
 }
 
 /// # Safety
@@ -183,38 +175,39 @@ unsafe fn row_z<
     }
 }
 
-/// One channel block of one layer of tiles, in one of the planes that [`forward_z`] made.
+/// A pass in the plane, for one channel block of one layer of tiles: values of each tile along one axis, then along the
+/// other. Steps are floats.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ForwardXy {
+pub(super) struct InPlane {
     pub(super) kind: Kind,
-    /// `[rows][columns][BLOCK]`.
-    pub(super) from: *const f32,
-    pub(super) columns: usize,
-    /// Tiles along y and x, and the distance of their first inputs.
+    /// Along y and x.
     pub(super) tiles: [usize; 2],
-    pub(super) step: usize,
-    /// Product 0 of the first tile; floats between tiles, and between products.
+    pub(super) from: *const f32,
+    /// To the next tile along y and x; to the next value along the axis that comes second, and first.
+    pub(super) from_tile: [usize; 2],
+    pub(super) from_value: [usize; 2],
     pub(super) to: *mut f32,
-    pub(super) tile: usize,
-    pub(super) product: usize,
+    /// The same of the results.
+    pub(super) to_tile: [usize; 2],
+    pub(super) to_value: [usize; 2],
 }
 
-simd_entry!(unsafe forward_xy = forward_xy_of(a: &ForwardXy));
+simd_entry!(unsafe forward_xy = forward_xy_of(a: &InPlane));
+simd_entry!(unsafe inverse_xy = inverse_xy_of(a: &InPlane));
 
+/// Inputs to products, x first.
+///
 /// # Safety
-/// The rows and columns of all tiles' inputs are readable at `from`, and `P` by `P` products of every tile are ours to
-/// write.
+/// The blocks of `L` by `L` values of all tiles are readable, and those of `P` by `P` products are ours to write.
 #[inline(always)]
-unsafe fn forward_xy_of<S: Lanes>(s: S, a: &ForwardXy) {
-    // Columns of products that are made together: as many as registers hold, the rest of the work is repeated.
+unsafe fn forward_xy_of<S: Lanes>(s: S, a: &InPlane) {
     // SAFETY: this function's own contract, in each arm.
     unsafe {
         match (a.kind, S::KEEP >= 20) {
             (Kind::One, _) => plane_forward::<S, One, 1, 1, 1, 1>(s, a),
             (Kind::F2, true) => plane_forward::<S, F2, 4, 4, 2, 4>(s, a),
             (Kind::F2, false) => plane_forward::<S, F2, 4, 4, 2, 2>(s, a),
-            (Kind::F4, true) => plane_forward::<S, F4, 6, 6, 4, 3>(s, a),
-            (Kind::F4, false) => plane_forward::<S, F4, 6, 6, 4, 1>(s, a),
+            (Kind::F4, _) => plane_forward::<S, F4, 6, 6, 4, 3>(s, a),
             (Kind::S2, true) => plane_forward::<S, S2, 5, 5, 2, 5>(s, a),
             (Kind::S2, false) => plane_forward::<S, S2, 5, 5, 2, 1>(s, a),
             (Kind::S4, true) => plane_forward::<S, S4, 9, 9, 4, 2>(s, a),
@@ -223,82 +216,19 @@ unsafe fn forward_xy_of<S: Lanes>(s: S, a: &ForwardXy) {
     }
 }
 
+/// Products to outputs, y first.
+///
 /// # Safety
-/// As [`forward_xy_of`].
+/// The blocks of `P` by `P` products of all tiles are readable, and those of `M` by `M` outputs are ours to write.
 #[inline(always)]
-unsafe fn plane_forward<
-    S: Lanes,
-    X: Axis<L, P, M>,
-    const L: usize,
-    const P: usize,
-    const M: usize,
-    const TOGETHER: usize,
->(
-    s: S,
-    a: &ForwardXy,
-) {
-    for i in 0..a.tiles[0] * a.tiles[1] {
-        let (ty, tx) = (i / a.tiles[1], i % a.tiles[1]);
-        let from = a.from.wrapping_add((ty * a.step * a.columns + tx * a.step) * BLOCK);
-        let to = a.to.wrapping_add(i * a.tile);
-        for part in (0..BLOCK).step_by(S::N) {
-            let mut first = 0;
-            while first < P {
-                let mut half = [[s.splat(0.0); L]; TOGETHER];
-                for y in 0..L {
-                    let mut d = [s.splat(0.0); L];
-                    for x in 0..L {
-                        // SAFETY: by contract.
-                        d[x] = unsafe { s.load(from.wrapping_add((y * a.columns + x) * BLOCK + part)) };
-                    }
-                    let t = X::forward(s, &d);
-                    for k in 0..TOGETHER {
-                        if first + k < P {
-                            half[k][y] = t[first + k];
-                        }
-                    }
-                }
-                for k in 0..TOGETHER {
-                    if first + k < P {
-                        let t = X::forward(s, &half[k]);
-                        for y in 0..P {
-                            // SAFETY: by contract.
-                            unsafe { s.store(t[y], to.wrapping_add((y * P + first + k) * a.product + part)) }
-                        }
-                    }
-                }
-                first += TOGETHER;
-            }
-        }
-    }
-}
-
-/// The way back in the plane, for one layer of tiles and one output block.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct InverseXy {
-    pub(super) kind: Kind,
-    /// Product 0 of the first tile; floats between tiles, and between products.
-    pub(super) from: *const f32,
-    pub(super) tile: usize,
-    pub(super) product: usize,
-    pub(super) tiles: [usize; 2],
-    /// `[tiles y * M][tiles x * M][BLOCK]`.
-    pub(super) to: *mut f32,
-}
-
-simd_entry!(unsafe inverse_xy = inverse_xy_of(a: &InverseXy));
-
-/// # Safety
-/// `P` by `P` products of every tile are readable, and `M` by `M` outputs of every tile are ours to write.
-#[inline(always)]
-unsafe fn inverse_xy_of<S: Lanes>(s: S, a: &InverseXy) {
+unsafe fn inverse_xy_of<S: Lanes>(s: S, a: &InPlane) {
     // SAFETY: this function's own contract, in each arm.
     unsafe {
         match (a.kind, S::KEEP >= 20) {
             (Kind::One, _) => plane_inverse::<S, One, 1, 1, 1, 1>(s, a),
             (Kind::F2, _) => plane_inverse::<S, F2, 4, 4, 2, 2>(s, a),
             (Kind::F4, true) => plane_inverse::<S, F4, 6, 6, 4, 4>(s, a),
-            (Kind::F4, false) => plane_inverse::<S, F4, 6, 6, 4, 1>(s, a),
+            (Kind::F4, false) => plane_inverse::<S, F4, 6, 6, 4, 2>(s, a),
             (Kind::S2, _) => plane_inverse::<S, S2, 5, 5, 2, 2>(s, a),
             (Kind::S4, true) => plane_inverse::<S, S4, 9, 9, 4, 2>(s, a),
             (Kind::S4, false) => plane_inverse::<S, S4, 9, 9, 4, 1>(s, a),
@@ -306,56 +236,65 @@ unsafe fn inverse_xy_of<S: Lanes>(s: S, a: &InverseXy) {
     }
 }
 
-/// # Safety
-/// As [`inverse_xy_of`].
-#[inline(always)]
-unsafe fn plane_inverse<
-    S: Lanes,
-    X: Axis<L, P, M>,
-    const L: usize,
-    const P: usize,
-    const M: usize,
-    const TOGETHER: usize,
->(
-    s: S,
-    a: &InverseXy,
-) {
-    let width = a.tiles[1] * M;
-    for i in 0..a.tiles[0] * a.tiles[1] {
-        let (ty, tx) = (i / a.tiles[1], i % a.tiles[1]);
-        let from = a.from.wrapping_add(i * a.tile);
-        let to = a.to.wrapping_add((ty * M * width + tx * M) * BLOCK);
-        for part in (0..BLOCK).step_by(S::N) {
-            let mut first = 0;
-            while first < M {
-                let mut half = [[s.splat(0.0); P]; TOGETHER];
-                for x in 0..P {
-                    let mut m = [s.splat(0.0); P];
-                    for y in 0..P {
-                        // SAFETY: by contract.
-                        m[y] = unsafe { s.load(from.wrapping_add((y * P + x) * a.product + part)) };
-                    }
-                    let t = X::inverse(s, &m);
-                    for k in 0..TOGETHER {
-                        if first + k < M {
-                            half[k][x] = t[first + k];
+/// A pass in the plane by [`Axis::forward`] or [`Axis::inverse`], `$n` values to `$m` along each axis. `TOGETHER` lines of
+/// results of the first axis are kept at a time, as many as registers hold well, and what they have in common with other
+/// lines is done again for those.
+macro_rules! plane_pass {
+    ($name:ident, $transform:ident, $n:ident, $m:ident) => {
+        /// # Safety
+        /// The tiles' values are readable, and their results are ours to write.
+        #[inline(always)]
+        unsafe fn $name<
+            S: Lanes,
+            X: Axis<L, P, M>,
+            const L: usize,
+            const P: usize,
+            const M: usize,
+            const TOGETHER: usize,
+        >(
+            s: S,
+            a: &InPlane,
+        ) {
+            for i in 0..a.tiles[0] * a.tiles[1] {
+                let (y, x) = (i / a.tiles[1], i % a.tiles[1]);
+                let from = a.from.wrapping_add(y * a.from_tile[0] + x * a.from_tile[1]);
+                let to = a.to.wrapping_add(y * a.to_tile[0] + x * a.to_tile[1]);
+                for part in (0..BLOCK).step_by(S::N) {
+                    for first in (0..$m).step_by(TOGETHER) {
+                        let mut kept = [[s.splat(0.0); $n]; TOGETHER];
+                        for second in 0..$n {
+                            let mut d = [s.splat(0.0); $n];
+                            for k in 0..$n {
+                                let at = second * a.from_value[0] + k * a.from_value[1] + part;
+                                // SAFETY: by contract.
+                                d[k] = unsafe { s.load(from.wrapping_add(at)) };
+                            }
+                            let t = X::$transform(s, &d);
+                            for k in 0..TOGETHER {
+                                if first + k < $m {
+                                    kept[k][second] = t[first + k];
+                                }
+                            }
+                        }
+                        for k in 0..TOGETHER {
+                            if first + k < $m {
+                                let t = X::$transform(s, &kept[k]);
+                                for second in 0..$m {
+                                    let at = second * a.to_value[0] + (first + k) * a.to_value[1] + part;
+                                    // SAFETY: by contract.
+                                    unsafe { s.store(t[second], to.wrapping_add(at)) }
+                                }
+                            }
                         }
                     }
                 }
-                for k in 0..TOGETHER {
-                    if first + k < M {
-                        let t = X::inverse(s, &half[k]);
-                        for x in 0..M {
-                            // SAFETY: by contract.
-                            unsafe { s.store(t[x], to.wrapping_add(((first + k) * width + x) * BLOCK + part)) }
-                        }
-                    }
-                }
-                first += TOGETHER;
             }
         }
-    }
+    };
 }
+
+plane_pass!(plane_forward, forward, L, P);
+plane_pass!(plane_inverse, inverse, P, M);
 
 /// The last step, for one layer of tiles and one output block: along z, and to memory.
 #[derive(Debug, Clone, Copy)]
@@ -410,16 +349,8 @@ simd_entry!(unsafe inverse_z = inverse_z_of(a: &InverseZ, sums: &mut Sums));
 /// registers aligned if `stream`.
 #[inline(always)]
 unsafe fn inverse_z_of<S: Lanes>(s: S, a: &InverseZ, sums: &mut Sums) {
-    // SAFETY: this function's own contract, in each arm.
-    unsafe {
-        match a.kind {
-            Kind::One => back_along_z::<S, One, 1, 1, 1>(s, a, sums),
-            Kind::F2 => back_along_z::<S, F2, 4, 4, 2>(s, a, sums),
-            Kind::F4 => back_along_z::<S, F4, 6, 6, 4>(s, a, sums),
-            Kind::S2 => back_along_z::<S, S2, 5, 5, 2>(s, a, sums),
-            Kind::S4 => back_along_z::<S, S4, 9, 9, 4>(s, a, sums),
-        }
-    }
+    // SAFETY: this function's own contract.
+    unsafe { by_kind!(a.kind, back_along_z::<S>(s, a, sums)) }
 }
 
 /// # Safety
@@ -432,7 +363,8 @@ unsafe fn back_along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usiz
 ) {
     // SAFETY: this function's own contract, in each arm.
     unsafe {
-        match (a.size[0] >= M, a.stream) {
+        // Half a cache line written past the caches would be written to memory by itself.
+        match (a.size[0] >= M, a.stream && S::N == BLOCK) {
             (true, true) => rows_back::<S, X, L, P, M, true, true>(s, a, sums),
             (true, false) => rows_back::<S, X, L, P, M, true, false>(s, a, sums),
             (false, _) => rows_back::<S, X, L, P, M, false, false>(s, a, sums),
