@@ -9,7 +9,7 @@ use stunet::autograd::Ctx;
 use stunet::ops::{self, Affine, Conv3d, InstanceNorm, Moments, Source, Sources, testing};
 
 use crate::common::bound::gamma;
-use crate::common::drive::{activation, bits, devices, result, values};
+use crate::common::drive::{activation, bits, devices, result, threaded_devices, values};
 
 /// Moments of values `[N, C, voxels]` and a normalisation made of them, by way of a 1x1x1 identity convolution.
 fn affine(device: &Device, x: &[f32], dims: [usize; 5], slope: f32, seed: u64) -> (Affine, Moments) {
@@ -125,6 +125,53 @@ fn moments_are_those_of_the_output() {
                     let unit = gamma(voxels.min(2048) + 4);
                     assert!((m - mean).abs() <= unit * 2.0 * range, "{name} {kernel:?}: {m} {mean}");
                     assert!((s - variance).abs() <= unit * 8.0 * range * range, "{name} {kernel:?}: {s} {variance}");
+                }
+            }
+        }
+    }
+}
+
+/// An output in the place of its input has the bits of one beside it, and the same moments, for any number of threads.
+/// Without another owner of the input, every implementation with few products writes there if it has blocks enough.
+#[test]
+fn an_output_takes_the_place_of_its_input() {
+    for (kernel, channels, [d, h, w], seed) in [([3, 3, 3], 20, [33, 34, 98], 31), ([1, 3, 3], 16, [9, 50, 130], 41)] {
+        let dims = [2, channels, d, h, w];
+        let x = values(dims.iter().product(), seed);
+        let filter_dims = [channels, channels, kernel[0], kernel[1], kernel[2]];
+        let weights = values(filter_dims.iter().product(), seed + 1);
+        let how = Conv3d { stride: [1; 3], padding: kernel.map(|k| k / 2) };
+        for devices in threaded_devices() {
+            let filter = testing::filter(&weights, filter_dims, &devices[0]).unwrap();
+            for name in testing::conv3d_implementations(&devices[0], dims, &filter, how) {
+                let own_set = name.ends_with(devices[0].isa().name());
+                if !name.starts_with("winograd") || !own_set {
+                    continue;
+                }
+                let mut first: Option<(Vec<u32>, Moments)> = None;
+                for device in &devices {
+                    let (norm, _) = affine(device, &x, dims, 0.01, seed);
+                    let norm = Arc::new(norm);
+                    let filter = testing::filter(&weights, filter_dims, device).unwrap();
+                    // What is beside its input is compared once.
+                    for shared in if first.is_none() { &[true, false][..] } else { &[false] } {
+                        let mut cx = Ctx::infer(device);
+                        let input = activation(&mut cx, &x, dims, true);
+                        let place = testing::address(input.value());
+                        let other = shared.then(|| input.clone());
+                        let source = Sources::One(Source::normalised(input, norm.clone()));
+                        let (y, moments) = testing::conv3d(name, &mut cx, source, &filter, None, how).unwrap();
+                        assert_eq!(testing::address(y.value()) == place, !*shared, "{name} {dims:?}");
+                        if let Some(other) = other {
+                            assert!(
+                                bits(&other.value().to_host()) == bits(&x),
+                                "{name}: an input with an owner changed"
+                            );
+                        }
+                        let got = (bits(&result(y)), moments);
+                        let first = first.get_or_insert_with(|| got.clone());
+                        assert!(*first == got, "{name} {dims:?} with {} threads", device.threads());
+                    }
                 }
             }
         }

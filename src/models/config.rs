@@ -191,43 +191,45 @@ impl StuNetConfig {
         let voxels = |s: usize| space[s].iter().try_fold(4usize, |n, &d| n.checked_mul(d));
         let t = |s: usize, of: usize| voxels(s)?.checked_mul(self.dims[of].next_multiple_of(BLOCK));
         let (mut peak, mut kept) = (0usize, 0usize);
-        // One convolution of a stage beside `live` bytes, its output among them.
-        let mut conv = |live: usize, channels: &[usize], s: usize, stride: [usize; 3]| {
+        // One convolution of a stage beside `live` bytes, its input among them if no one else reads that (`owned`).
+        let mut conv = |live: usize, channels: &[usize], s: usize, stride: [usize; 3], owned: bool| {
             let strided = stride != [1; 3];
             let w = [self.dims[s], channels.iter().sum(), 3, 3, 3];
             let input = space[s - usize::from(strided)];
             let how = ops::Conv3d { stride, padding: [1; 3] };
-            let (work, keep) = ops::conv3d_memory(device, strict, precision, channels, w, input, how).ok()?;
-            kept = kept.checked_add(keep)?;
-            peak = peak.max(live.checked_add(work)?);
+            let m = ops::conv3d_memory(device, strict, precision, channels, w, input, how, owned).ok()?;
+            kept = kept.checked_add(m.kept)?;
+            let output = if m.in_place { 0 } else { t(s, s)? };
+            peak = peak.max(live.checked_add(output)?.checked_add(m.working)?);
             Some(())
         };
-        // A block holds the outputs of both its convolutions.
+        // The second convolution of a block has the only use of the first's output.
         let mut skips = voxels(0)?.checked_mul(self.in_channels)?;
         for s in 0..6 {
             let size = t(s, s)?;
-            let live = skips.checked_add(size.checked_mul(2)?)?;
+            let live = skips.checked_add(size)?;
             let (from, stride) =
                 if s == 0 { (self.in_channels, [1; 3]) } else { (self.dims[s - 1], self.strides[s - 1]) };
-            conv(live, &[from], s, stride)?;
-            conv(live, &[self.dims[s]], s, [1; 3])?;
+            conv(skips, &[from], s, stride, false)?;
+            conv(live, &[self.dims[s]], s, [1; 3], true)?;
             for _ in 1..self.depth[s] {
-                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
-                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
+                conv(live, &[self.dims[s]], s, [1; 3], false)?;
+                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3], true)?;
             }
-            skips = skips.checked_add(size)?;
+            skips = live;
         }
         for u in 0..5 {
             let s = 4 - u;
             let (size, low) = (t(s, s)?, t(s + 1, s)?);
             // What is below this level is gone once its channels are mixed; the mixed tensor and its shortcut stay.
             skips -= t(s + 1, s + 1)?;
-            let live = skips.checked_add(size.checked_mul(2)?)?.checked_add(low.checked_mul(2)?)?;
-            conv(live, &[self.dims[s], self.dims[s]], s, [1; 3])?;
-            conv(live, &[self.dims[s]], s, [1; 3])?;
+            let live = skips.checked_add(low.checked_mul(2)?)?;
+            conv(live, &[self.dims[s], self.dims[s]], s, [1; 3], false)?;
+            conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3], true)?;
             for _ in 1..self.decoder_depth[u] {
-                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
-                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3])?;
+                let live = live.checked_add(size)?;
+                conv(live, &[self.dims[s]], s, [1; 3], false)?;
+                conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3], true)?;
             }
         }
         Some((peak, kept))

@@ -55,7 +55,7 @@ impl Conv3d {
 /// Cross-correlation with a filter and an optional bias per output channel (PyTorch's `Conv3d`, one group, dilation 1):
 /// inputs `[N, C, D, H, W]` with C in total as many as the filter's, `w` of sizes `[O, C, kD, kH, kW]` from
 /// [`pack_filter`], `b` of size `[O]` from [`pack_vector`], result as [`Conv3d::output_dims`]. A 2D convolution is one
-/// with D = 1 and kD = 1.
+/// with D = 1 and kD = 1. A large input of the result's sizes that has no other owner is overwritten with it.
 ///
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit; [`Error::OutOfMemory`].
@@ -128,7 +128,7 @@ pub fn conv3d_residual<'m>(
     let clock = cx.clock();
     let mut y = owned(y)?;
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
-    let wish = Wish { residual: true, strict: cx.is_strict(), name: None };
+    let wish = Wish { residual: true, strict: cx.is_strict(), ..Wish::default() };
     let choice = choose(cx, &g, &channels, wish)?;
     let filter = packed(w);
     let mut work = workspace(cx, &choice, filter)?;
@@ -149,9 +149,20 @@ pub fn conv3d_residual<'m>(
     Ok(cx.leaf(y))
 }
 
-/// Bytes beside inputs, filter and output that a convolution of these sizes takes on `device`: of working memory while it
-/// runs, and of another form of its filter that is kept from then on. `channels` are those of each source, `w` the
-/// filter's sizes, stored in `precision`, `input` (D, H, W) of the input.
+/// What a convolution takes beside inputs, filter and output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Conv3dMemory {
+    /// Bytes of working memory while it runs.
+    pub working: usize,
+    /// Bytes of another form of its filter that is kept from then on.
+    pub kept: usize,
+    /// The output takes the place of the only source, if that has no other owner.
+    pub in_place: bool,
+}
+
+/// What a convolution of these sizes takes on `device`. `channels` are those of each source, `w` the filter's sizes,
+/// stored in `precision`, `input` (D, H, W) of the input; `owned` if a single source has no other owner.
 ///
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit.
@@ -163,16 +174,21 @@ pub fn conv3d_memory(
     w: [usize; 5],
     input: [usize; 3],
     how: Conv3d,
-) -> Result<(usize, usize)> {
+    owned: bool,
+) -> Result<Conv3dMemory> {
     let [d, h, width] = input;
     let x = Dims::from([1, channels.iter().sum(), d, h, width]);
     let g = sizes(&x, &w.into(), &how.output_dims(&x, &w.into())?, how);
-    let wish = Wish { strict, ..Wish::default() };
+    let wish = Wish { strict, in_place: owned, ..Wish::default() };
     let choice = dispatch!(device, conv3d::choose(&g, channels, wish));
     let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
     let widened = if precision == Precision::Bf16 && !choice.reads_lazily() { packed_len(w) } else { 0 };
     let work = choice.workspace(device.threads(), Packed::F32(&[])) + widened;
-    Ok((work.saturating_mul(4), choice.kept_filter().map_or(0, |k| k.0.saturating_mul(4))))
+    Ok(Conv3dMemory {
+        working: work.saturating_mul(4),
+        kept: choice.kept_filter().map_or(0, |k| k.0.saturating_mul(4)),
+        in_place: choice.is_in_place(),
+    })
 }
 
 /// The tensor itself if no one else has it, else a copy.
@@ -197,7 +213,7 @@ pub(super) fn run(
 ) -> Result<(Var, Moments)> {
     let inputs = x.into_vec();
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
-    compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), residual: false }, measure)
+    compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), ..Wish::default() }, measure)
 }
 
 /// One convolution of checked sizes.
@@ -211,11 +227,12 @@ fn compute(
     measure: bool,
 ) -> Result<(Var, Moments)> {
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
-    let choice = choose(cx, &g, &channels, wish)?;
+    let in_place = inputs.len() == 1 && inputs[0].factor == [1; 3] && inputs[0].value.value().is_unique();
+    let choice = choose(cx, &g, &channels, Wish { in_place, ..wish })?;
     let lazy = choice.reads_lazily();
     let inputs: Vec<Source> =
         inputs.into_iter().map(|s| if lazy || s.is_plain() { Ok(s) } else { s.made(cx) }).collect::<Result<_>>()?;
-    let inputs = if lazy { all_blocked(inputs)? } else { one_layout(inputs)? };
+    let mut inputs = if lazy { all_blocked(inputs)? } else { one_layout(inputs)? };
     let clock = cx.clock();
     let [d, h, width] = g.output;
     let out_dims = Dims::from([g.batch, g.out_channels, d, h, width]);
@@ -229,9 +246,24 @@ fn compute(
             Ok(out)
         })?),
     };
-    let mut out = Tensor::empty(out_dims, Layout::BLOCKED, cx.device())?;
+    // In place, the output begins as the only source.
+    let replaced = inputs.pop_if(|_| choice.is_in_place());
+    let (mut out, norm) = match replaced {
+        Some(s) => (s.value.into_value(), s.norm),
+        None => (Tensor::empty(out_dims, Layout::BLOCKED, cx.device())?, None),
+    };
     let mut work = workspace(cx, &choice, filter)?;
-    let sources: Vec<_> = inputs.iter().map(read).collect();
+    let mut sources: Vec<_> = inputs.iter().map(read).collect();
+    if choice.is_in_place() {
+        let norm = norm.as_deref().map(Affine::norm);
+        sources.push(backend::Source {
+            data: &[],
+            channels: channels[0],
+            layout: Layout::BLOCKED,
+            norm,
+            factor: [1; 3],
+        });
+    }
     let p = Problem { geometry: g, sources: &sources, filter, bias: b.map(|b| b.value().as_slice()), residual: None };
     let work = room(&mut work)?;
     let kept = kept.as_ref().map_or(&[][..], |t| t.as_slice());

@@ -18,7 +18,9 @@ mod upsample_nearest;
 
 pub use add::add;
 pub use conv_transpose3d::{conv_transpose3d, pack_transposed_filter};
-pub use conv3d::{Conv3d, conv3d, conv3d_measured, conv3d_memory, conv3d_residual, pack_filter, pack_vector};
+pub use conv3d::{
+    Conv3d, Conv3dMemory, conv3d, conv3d_measured, conv3d_memory, conv3d_residual, pack_filter, pack_vector,
+};
 pub use head_labels::head_labels;
 pub use instance_norm::{InstanceNorm, instance_norm};
 pub use lazy::{Affine, Moments, Source, Sources};

@@ -133,6 +133,8 @@ pub(crate) struct Wish<'n> {
     pub(crate) strict: bool,
     /// Only those that can finish a residual block.
     pub(crate) residual: bool,
+    /// The only source may be overwritten.
+    pub(crate) in_place: bool,
 }
 
 /// An implementation for a problem, with what it needs.
@@ -143,13 +145,13 @@ pub(crate) struct Choice {
 }
 
 impl Choice {
-    fn new(algorithm: &'static Algorithm, g: &Geometry, channels: &[usize]) -> Option<Self> {
+    fn new(algorithm: &'static Algorithm, g: &Geometry, channels: &[usize], in_place: bool) -> Option<Self> {
         let whole = g.filter_inputs == g.in_channels;
         let (plan, cycles) = match algorithm.how {
             // Fewer channels than lanes of a register leave most of the work empty.
             How::Winograd(..) if !whole || g.in_channels < BLOCK / 2 => return None,
             How::Winograd(z, xy) => {
-                let plan = Plan::new(Scheme::of(g, z, xy)?, algorithm.isa, g, channels);
+                let plan = Plan::new(Scheme::of(g, z, xy)?, algorithm.isa, g, channels, in_place);
                 let cycles = plan.cycles();
                 (Some(plan), cycles)
             }
@@ -172,6 +174,11 @@ impl Choice {
     /// Estimated time on one core, in cycles of a core that does one multiply-add of 16 floats in each.
     pub(crate) fn cycles(&self) -> f64 {
         self.cycles
+    }
+
+    /// The output replaces the only source, which `forward` is given as what the output holds: its `data` are not read.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.plan.as_ref().is_some_and(Plan::is_in_place)
     }
 
     /// Sources may be normalised or repeated while they are read, and have to be blocked.
@@ -214,7 +221,7 @@ pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], wish: Wish<'_>)
             && (a.strict || !wish.strict)
             && (!wish.residual || matches!(a.how, How::Direct(_)))
     };
-    let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels));
+    let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels, wish.in_place));
     choices.reduce(|best, c| if c.cycles < best.cycles { c } else { best })
 }
 
@@ -225,14 +232,14 @@ pub(crate) fn estimates(isa: Isa, g: &Geometry, channels: &[usize], strict: bool
     let listed = |a: &&'static Algorithm| {
         Some(a.name) == taken || (a.isa == isa && (a.strict || !strict) && !matches!(a.how, How::Reference))
     };
-    let choices = CONV3D.iter().filter(listed).filter_map(|a| Choice::new(a, g, channels));
+    let choices = CONV3D.iter().filter(listed).filter_map(|a| Choice::new(a, g, channels, false));
     choices.map(|c| (Some(c.name()) == taken, c)).map(|(chosen, c)| (c, chosen)).collect()
 }
 
 /// The names of all implementations that fit.
 pub(crate) fn names(isa: Isa, g: &Geometry) -> Vec<&'static str> {
     let fits = CONV3D.iter().filter(|a| a.isa <= isa);
-    fits.filter_map(|a| Choice::new(a, g, &[g.in_channels])).map(|c| c.name()).collect()
+    fits.filter_map(|a| Choice::new(a, g, &[g.in_channels], false)).map(|c| c.name()).collect()
 }
 
 /// Transforms a packed filter into the form that `choice` keeps.

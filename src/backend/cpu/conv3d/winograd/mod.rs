@@ -6,6 +6,8 @@
 //! few voxels, the threads share one large block and divide channels instead: first inputs, then outputs, whose filters
 //! they transform as they go.
 //!
+//! An output that replaces its input waits in a ring until that is no longer read ([`ring`]).
+//!
 //! Normalisation and leaky ReLU of the input happen while it is read, nearest upsampling is a matter of addresses, and
 //! the sums for the next normalisation are taken while the output is written.
 
@@ -13,6 +15,7 @@ mod axis;
 mod filter;
 mod gemm;
 mod plan;
+mod ring;
 mod run;
 mod transform;
 

@@ -20,6 +20,11 @@ const SHARED_TILES: usize = 128;
 /// Bytes of transformed inputs that threads share, at most: they should stay in a level-3 cache.
 const SHARED_BYTES: usize = 24 << 20;
 
+/// An output takes its input's place only where its layers of blocks are so many that two of them are little memory, and
+/// have so many blocks that threads seldom wait for the end of a layer.
+const IN_PLACE_LAYERS: usize = 4;
+const IN_PLACE_BLOCKS: usize = 8;
+
 /// Input channels whose filters are transformed at a time.
 pub(super) const CHUNK: usize = 64;
 
@@ -88,11 +93,14 @@ pub(crate) struct Plan {
     pub(super) row: usize,
     /// Threads work on one block together.
     pub(super) shared: bool,
+    /// The output replaces the input, see [`super::ring`].
+    pub(super) in_place: bool,
 }
 
 impl Plan {
-    /// Cuts the problem `g` whose sources have `channels` each.
-    pub(crate) fn new(scheme: Scheme, isa: Isa, g: &Geometry, channels: &[usize]) -> Self {
+    /// Cuts the problem `g` whose sources have `channels` each. With `in_place`, the output may take the place of the only
+    /// source, and does so where that is worth it.
+    pub(crate) fn new(scheme: Scheme, isa: Isa, g: &Geometry, channels: &[usize], in_place: bool) -> Self {
         let ((lz, pz, mz), (l, p, m)) = (scheme.z.sizes(), scheme.xy.sizes());
         let outputs = [mz, m, m];
         let tiles = [0, 1, 2].map(|a| g.output[a].div_ceil(outputs[a]));
@@ -118,6 +126,7 @@ impl Plan {
             out_blocks: g.out_channels.div_ceil(BLOCK),
             row,
             shared: false,
+            in_place: false,
         };
         let all: usize = tiles.iter().product();
         // A filter that is used for few tiles is better made on the way.
@@ -129,6 +138,9 @@ impl Plan {
             let size = |b: [usize; 3]| b.iter().product::<usize>();
             let base = plan.clone();
             plan.cut(|b| size(b) <= OWN_TILES && (size(b) <= 8 || 4 * base.own_floats(b) <= OWN_BYTES));
+            let fits = channels == [g.out_channels] && g.input == g.output && g.stride == [1; 3];
+            let [layers, ny, nx] = plan.blocks;
+            plan.in_place = in_place && fits && layers >= IN_PLACE_LAYERS && ny * nx >= IN_PLACE_BLOCKS;
         }
         plan
     }
@@ -240,9 +252,29 @@ impl Plan {
         if self.shared { self.planes * self.points * self.inputs_point(tiles) } else { 0 }
     }
 
+    /// Rows and columns of the largest block's outputs.
+    pub(super) fn output_area(&self) -> [usize; 2] {
+        [1, 2].map(|a| self.block[a] * self.outputs[a])
+    }
+
+    /// Floats of the outputs of one block.
+    pub(super) fn output_floats(&self) -> usize {
+        self.out_blocks * self.block[0] * self.outputs[0] * self.output_area().iter().product::<usize>() * BLOCK
+    }
+
+    /// Floats of the outputs that wait until their place is no longer read: two layers of blocks.
+    pub(super) fn ring(&self) -> usize {
+        if self.in_place { 2 * self.blocks[1] * self.blocks[2] * self.output_floats() } else { 0 }
+    }
+
     /// Floats of working memory for `threads` threads.
     pub(crate) fn workspace(&self, threads: usize) -> usize {
-        self.common() + threads * self.scratch()
+        self.common() + threads * self.scratch() + self.ring()
+    }
+
+    /// The output replaces the input.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.in_place
     }
 
     /// Floats of the transformed filter to keep, or 0 when it is made on the way.

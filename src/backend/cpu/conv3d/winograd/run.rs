@@ -31,13 +31,13 @@ fn registers(isa: Isa) -> (usize, usize) {
 
 /// One block of tiles.
 #[derive(Clone, Copy)]
-struct Block {
-    sample: usize,
+pub(super) struct Block {
+    pub(super) sample: usize,
     /// First tile and number of tiles per axis.
-    first: [usize; 3],
-    tiles: [usize; 3],
+    pub(super) first: [usize; 3],
+    pub(super) tiles: [usize; 3],
     /// Its place among all blocks.
-    index: usize,
+    pub(super) index: usize,
 }
 
 impl Block {
@@ -51,15 +51,23 @@ impl Block {
     }
 }
 
-struct Job<'a> {
-    plan: &'a Plan,
-    p: &'a Problem<'a>,
+/// Where voxels go: the first, and floats between rows and slices.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) start: *mut f32,
+    pub(super) row: usize,
+    pub(super) slice: usize,
+}
+
+pub(super) struct Job<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) p: &'a Problem<'a>,
     /// The filter made once, if there is one.
     kept: &'a [f32],
     inputs: Vec<(usize, usize, usize)>,
     runs: Vec<Run>,
-    out: Shared,
-    work: Shared,
+    pub(super) out: Shared,
+    pub(super) work: Shared,
     /// One slot per block of tiles and output block.
     sums: Shared<Sums>,
     stream: bool,
@@ -67,7 +75,7 @@ struct Job<'a> {
 
 /// Writes the convolution of `p` to `out`; returns the sums of every block of tiles, `[sample][block][output block]`.
 /// `kept` is the transformed filter of [`Plan::kept_filter`] floats, `work` holds [`Plan::workspace`] floats for the
-/// threads of the current pool.
+/// threads of the current pool. Where the plan is in place, `out` holds the only source, whose data are not given again.
 pub(in super::super) fn run(
     plan: &Plan,
     p: &Problem<'_>,
@@ -77,6 +85,14 @@ pub(in super::super) fn run(
 ) -> Vec<Sums> {
     assert!(kept.len() >= plan.kept_filter(), "the filter was made for another plan");
     assert!(work.len() >= plan.workspace(rayon::current_num_threads()), "working memory for fewer threads");
+    let floats = |channels: usize, size: [usize; 3]| {
+        p.geometry.batch * channels.next_multiple_of(BLOCK) * size.iter().product::<usize>()
+    };
+    for s in p.sources.iter().filter(|_| !plan.in_place) {
+        let size = [0, 1, 2].map(|a| p.geometry.input[a] / s.factor[a]);
+        assert_eq!(s.data.len(), floats(s.channels, size), "a source of other sizes");
+    }
+    assert_eq!(out.len(), floats(p.geometry.out_channels, p.geometry.output), "an output of other sizes");
     let blocks: usize = plan.blocks.iter().product();
     let mut sums = vec![Sums::default(); p.geometry.batch * blocks * plan.out_blocks];
     let mut runs: Vec<Run> = Vec::new();
@@ -99,23 +115,28 @@ pub(in super::super) fn run(
         work: Shared::new(work),
         sums: Shared::new(&mut sums),
     };
-    let block = |i: usize| {
-        let (sample, b) = (i / blocks, i % blocks);
-        let [_, ny, nx] = plan.blocks;
-        let pieces = [b / (ny * nx), b / nx % ny, b % nx];
-        let pieces = [0, 1, 2].map(|a| plan.piece(a, pieces[a]));
-        Block { sample, first: pieces.map(|p| p.0), tiles: pieces.map(|p| p.1), index: i }
-    };
     let all = p.geometry.batch * blocks;
     if plan.shared {
-        (0..all).for_each(|i| job.together(&block(i)));
+        (0..all).for_each(|i| job.together(&job.block(i)));
+    } else if plan.in_place {
+        job.in_place();
     } else {
-        par::for_each(all, |i| job.alone(&block(i)));
+        par::for_each(all, |i| job.alone(&job.block(i)));
     }
     sums
 }
 
 impl Job<'_> {
+    /// The `i`-th block of all.
+    pub(super) fn block(&self, i: usize) -> Block {
+        let blocks: usize = self.plan.blocks.iter().product();
+        let (sample, b) = (i / blocks, i % blocks);
+        let [_, ny, nx] = self.plan.blocks;
+        let pieces = [b / (ny * nx), b / nx % ny, b % nx];
+        let pieces = [0, 1, 2].map(|a| self.plan.piece(a, pieces[a]));
+        Block { sample, first: pieces.map(|p| p.0), tiles: pieces.map(|p| p.1), index: i }
+    }
+
     /// Scratch of this thread.
     fn scratch(&self) -> *mut f32 {
         let thread = rayon::current_thread_index().unwrap_or(0);
@@ -123,7 +144,7 @@ impl Job<'_> {
     }
 
     /// A block by one thread.
-    fn alone(&self, b: &Block) {
+    pub(super) fn alone(&self, b: &Block) {
         let plan = self.plan;
         let tiles = b.len();
         let slab = plan.slab(b.tiles);
@@ -292,11 +313,12 @@ impl Job<'_> {
         let [d, h, w] = [0, 1, 2].map(|a| g.input[a] / s.factor[a]);
         let blocks = s.channels.div_ceil(BLOCK);
         let vector = b.sample * blocks + block;
+        let all = if plan.in_place { self.out.ptr().cast_const() } else { s.data.as_ptr() };
         let [rows, columns] = plan.footprint(b.tiles);
         let tile = [b.first[0] + z, b.first[1], b.first[2]];
         let a = ForwardZ {
             kind: plan.scheme.z,
-            from: s.data[vector * d * h * w * BLOCK..].as_ptr(),
+            from: all.wrapping_add(vector * d * h * w * BLOCK),
             row: w * BLOCK,
             slice: h * w * BLOCK,
             size: g.input,
@@ -313,8 +335,7 @@ impl Job<'_> {
                 slope: n.slope,
             }),
         };
-        // SAFETY: the source has the sizes of the problem, checked by the operation that built it, so this block has all
-        // its voxels; `to` lies in this thread's scratch, which the plan made large enough.
+        // SAFETY: the source has the sizes of the problem, checked by `run`, so this block has all its voxels; in place, its values are there until `in_place` has had all readers pass; `to` lies in this thread's scratch, which the plan made large enough.
         unsafe { transform::forward_z::on(plan.isa, &a) }
     }
 
@@ -357,26 +378,33 @@ impl Job<'_> {
 
     fn outputs_along_z(&self, b: &Block, block: usize, z: usize, from: *const f32, sums: &mut Sums) {
         let (plan, g) = (self.plan, &self.p.geometry);
-        let [d, h, w] = g.output;
         let columns = b.tiles[2] * plan.outputs[2];
         let first = [0, 1, 2].map(|a| (b.first[a] + if a == 0 { z } else { 0 }) * plan.outputs[a]);
         let most = [plan.outputs[0], b.tiles[1] * plan.outputs[1], columns];
-        let at = (((b.sample * plan.out_blocks + block) * d + first[0]) * h + first[1]) * w + first[2];
+        let place = if plan.in_place { self.waiting(b, block, z) } else { self.place(b.sample, block, first) };
         let a = InverseZ {
             kind: plan.scheme.z,
             from,
             plane: plan.results(b.tiles) / plan.planes,
             columns,
             size: [0, 1, 2].map(|a| most[a].min(g.output[a] - first[a])),
-            to: self.out.ptr().wrapping_add(at * BLOCK),
-            row: w * BLOCK,
-            slice: h * w * BLOCK,
+            to: place.start,
+            row: place.row,
+            slice: place.slice,
             bias: self.p.bias.map_or(std::ptr::null(), |v| v[block * BLOCK..].as_ptr()),
-            stream: self.stream,
+            stream: self.stream && !plan.in_place,
         };
         // SAFETY: `from` holds the results of this block's layer; tiles are cut so that each output voxel belongs to
-        // one block, and only voxels inside the output are written. Tensors are aligned to 64 bytes.
+        // one block, and only voxels inside the output are written. Tensors are aligned to 64 bytes. In place, the
+        // block's outputs wait in a part of the ring that is only its own.
         unsafe { transform::inverse_z::on(plan.isa, &a, sums) }
+    }
+
+    /// The output's voxel `first`.
+    pub(super) fn place(&self, sample: usize, block: usize, first: [usize; 3]) -> Place {
+        let [d, h, w] = self.p.geometry.output;
+        let at = (((sample * self.plan.out_blocks + block) * d + first[0]) * h + first[1]) * w + first[2];
+        Place { start: self.out.ptr().wrapping_add(at * BLOCK), row: w * BLOCK, slice: h * w * BLOCK }
     }
 
     fn keep(&self, b: &Block, block: usize, sums: Sums) {
