@@ -23,5 +23,6 @@ mod phantom;
 mod preprocess;
 mod pth;
 mod resample;
+mod storage;
 mod tidy;
 mod upsample_nearest;

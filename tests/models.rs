@@ -99,7 +99,7 @@ fn golden_train_outputs() {
 fn run(device: &Device, config: &StuNetConfig, patch: [usize; 3]) -> Vec<u32> {
     let net = config.build_random(device, 3).unwrap();
     let n = config.in_channels * patch.iter().product::<usize>();
-    let values: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let values: Vec<f32> = (0..n).map(|i| ((i * 7919 % 1000) as f32) / 500.0 - 1.0).collect();
     let mut cx = Ctx::infer(device);
     let dims = Dims::from([1, config.in_channels, patch[0], patch[1], patch[2]]);
     let x = cx.leaf(Tensor::from_host(&values, dims, device).unwrap());
@@ -143,14 +143,21 @@ impl ParamSource for Rounded {
     }
 }
 
-/// All heads of a network stored as bf16 are, to the bit, those of the rounded network, which takes twice the memory.
+/// A network stored as bf16 takes half the memory of the network with rounded filters, and each of its heads differs from
+/// that one's by as much as its activations, which are rounded too, lose; with the same bytes for any number of threads.
 #[test]
 fn bf16_storage_is_the_rounded_network() {
     let config = StuNetConfig { dims: [16, 24, 40, 48, 48, 48], ..StuNetConfig::small(2, 5) };
     let params = RandomParams::new(3, config.parameters().into_iter().collect());
     let rounded = Rounded(params.clone());
-    let values: Vec<f32> = (0..2 * 32 * 32 * 64).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let values = crate::common::drive::values(2 * 64 * 96 * 64, 8);
+    // Values that are stored between the image and the last head: two per block of at most six stages down and five up, the
+    // mixed and the repeated one of each level. Each is off by 2^-9 of itself at most, 2^-9 / sqrt(3) on average; errors of
+    // different layers are independent. Four times that, since normalisations of few voxels, of which the deepest have
+    // twelve here, make errors larger.
+    let most = 4.0 * 2f64.powi(-9) / 3f64.sqrt() * f64::from(11 * 2 + 5 * 2).sqrt();
     for &isa in Isa::available() {
+        let mut stored: [Option<Vec<Vec<f32>>>; 2] = [None, None];
         for threads in [1, 3] {
             let device = || Device::cpu_with(Some(threads), isa).unwrap();
             let (first, second) = (device(), device());
@@ -162,12 +169,20 @@ fn bf16_storage_is_the_rounded_network() {
             for strict in [false, true] {
                 let [a, b] = [(&full, &first), (&half, &second)].map(|(net, device)| {
                     let mut cx = Ctx::infer(device).strict(strict);
-                    let x = Tensor::from_host(&values, Dims::from([1, 2, 32, 32, 64]), device).unwrap();
+                    let x = Tensor::from_host(&values, Dims::from([1, 2, 64, 96, 64]), device).unwrap();
                     let x = cx.leaf(x);
                     let heads = net.forward_all(&mut cx, x).unwrap();
                     heads.into_iter().map(|y| y.into_value().to_host()).collect::<Vec<_>>()
                 });
-                assert!(a == b, "{isa:?} {threads} {strict}");
+                for (a, b) in a.iter().zip(&b) {
+                    let sum = |f: &dyn Fn(f64, f64) -> f64| {
+                        a.iter().zip(b).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum::<f64>()
+                    };
+                    let error = (sum(&|a, b| (a - b).powi(2)) / sum(&|a, _| a * a)).sqrt();
+                    assert!(error <= most && error > 0.0, "{isa:?} {threads} {strict}: {error:e}, at most {most:e}");
+                }
+                let first = stored[usize::from(strict)].get_or_insert_with(|| b.clone());
+                assert!(*first == b, "{isa:?} {strict}: other bytes with {threads} threads");
             }
         }
     }
@@ -191,7 +206,7 @@ fn wrong_inputs_are_refused() {
 fn labels_are_the_largest_logits() {
     let config = StuNetConfig { dims: [20, 24, 24, 24, 24, 24], ..StuNetConfig::small(1, 19) };
     let dims = Dims::from([2, 1, 32, 32, 32]);
-    let values: Vec<f32> = (0..dims.len()).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let values: Vec<f32> = (0..dims.len()).map(|i| ((i * 7919 % 1000) as f32) / 500.0 - 1.0).collect();
     for &isa in Isa::available() {
         let device = Device::cpu_with(None, isa).unwrap();
         let net = config.build_random(&device, 5).unwrap();
@@ -217,16 +232,26 @@ fn labels_are_the_largest_logits() {
 #[test]
 fn activation_bytes_bound_the_measured_peak() {
     let config = StuNetConfig::small(1, 3);
-    let device = Device::cpu();
-    let net = config.build_random(&device, 0).unwrap();
-    let weights = device.memory().in_use;
-    let mut cx = Ctx::infer(&device);
-    let x = cx.leaf(Tensor::from_host(&vec![0.5; 32 * 32 * 64], Dims::from([1, 1, 32, 32, 64]), &device).unwrap());
-    drop(net.features(&mut cx, x).unwrap());
-    let (peak, plan) =
-        (device.memory().peak - weights, config.activation_bytes([32, 32, 64], &device, false, net.precision()));
-    assert!(peak <= plan, "peak {peak} is above the plan {plan}");
-    assert!(peak * 2 > plan, "the plan {plan} is far above the peak {peak}");
+    for (patch, precision) in [
+        ([32, 32, 64], Precision::F32),
+        ([32, 32, 64], Precision::Bf16),
+        ([64, 64, 96], Precision::F32),
+        ([64, 64, 96], Precision::Bf16),
+    ] {
+        let device = Device::cpu();
+        let net = config.build_random_with(&device, 0, precision).unwrap();
+        let weights = device.memory().in_use;
+        device.reset_peak();
+        let mut cx = Ctx::infer(&device);
+        let [d, h, w] = patch;
+        let x = Tensor::from_host(&vec![0.5; d * h * w], Dims::from([1, 1, d, h, w]), &device).unwrap();
+        let x = cx.leaf(x);
+        drop(net.features(&mut cx, x).unwrap());
+        let peak = device.memory().peak - weights;
+        let plan = config.activation_bytes(patch, &device, false, precision);
+        assert!(peak <= plan, "{patch:?} {precision:?}: peak {peak} is above the plan {plan}");
+        assert!(peak * 2 > plan, "{patch:?} {precision:?}: the plan {plan} is far above the peak {peak}");
+    }
 }
 
 /// A pass asks for the same memory each time: once learnt, all of it is in the planned region, and nothing else changes.

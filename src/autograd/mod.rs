@@ -14,6 +14,7 @@ pub struct Ctx<'m> {
     device: Device,
     model: PhantomData<&'m ()>,
     strict: bool,
+    precision: Precision,
     steps: Option<Vec<Step>>,
 }
 
@@ -37,7 +38,7 @@ impl Ctx<'_> {
     /// A pass that remembers nothing: a value's memory is free as soon as its last use is over.
     #[must_use]
     pub fn infer(device: &Device) -> Self {
-        Self { device: device.clone(), model: PhantomData, strict: false, steps: None }
+        Self { device: device.clone(), model: PhantomData, strict: false, precision: Precision::F32, steps: None }
     }
 
     /// With `on`, only implementations as accurate as adding up all products one after the other. Without, which is
@@ -46,6 +47,24 @@ impl Ctx<'_> {
     pub fn strict(mut self, on: bool) -> Self {
         self.strict = on;
         self
+    }
+
+    /// A pass whose convolutions store their results in `precision`.
+    #[must_use]
+    pub fn storing(mut self, precision: Precision) -> Self {
+        self.set_precision(precision);
+        self
+    }
+
+    /// As [`Ctx::storing`], from here on; returns what was before.
+    pub(crate) fn set_precision(&mut self, precision: Precision) -> Precision {
+        std::mem::replace(&mut self.precision, precision)
+    }
+
+    /// How results are stored.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// A pass that records what takes its time, convolutions, normalisations and heads; see [`Ctx::steps`].
@@ -124,7 +143,6 @@ impl Var {
 pub struct Param {
     value: Tensor,
     dims: Dims,
-    precision: Precision,
     /// Other forms of the values that an operation keeps, by its key.
     derived: Mutex<Vec<(u64, Arc<Tensor>)>>,
 }
@@ -132,12 +150,7 @@ pub struct Param {
 impl Param {
     /// `value` holds a parameter of logical size `dims`, packed for its device.
     pub(crate) fn new(value: Tensor, dims: Dims) -> Self {
-        Self::stored(value, dims, Precision::F32)
-    }
-
-    /// As [`Param::new`]; of [`Precision::Bf16`], each float of `value` holds the bits of two values.
-    pub(crate) fn stored(value: Tensor, dims: Dims, precision: Precision) -> Self {
-        Self { value, dims, precision, derived: Mutex::default() }
+        Self { value, dims, derived: Mutex::default() }
     }
 
     /// Logical sizes: `[O, I, kD, kH, kW]` of a filter (`[I, O, ..]` of a transposed convolution's), `[C]` of a vector.
@@ -149,7 +162,7 @@ impl Param {
     /// How the values are stored.
     #[must_use]
     pub fn precision(&self) -> Precision {
-        self.precision
+        self.value.precision()
     }
 
     /// The packed values.

@@ -69,7 +69,7 @@ struct Options {
     /// Classes, background included
     #[arg(long, value_name = "N", default_value_t = 105, value_parser = clap::value_parser!(u16).range(2..=4096))]
     classes: u16,
-    /// How filters are stored; arithmetic is in f32
+    /// How filters and activations are stored; arithmetic is in f32
     #[arg(long, value_enum, default_value = "f32")]
     precision: PrecisionChoice,
     /// Only kernels as accurate as plain summation

@@ -80,7 +80,7 @@ pub(super) struct Args {
     /// Only kernels as accurate as plain summation; slower
     #[arg(long, help_heading = RESULT)]
     strict: bool,
-    /// Weights in memory: bf16 halves what they take, arithmetic stays f32
+    /// Weights and activations in memory: bf16 halves what they take, arithmetic stays f32
     #[arg(long, value_enum, default_value = "f32", help_heading = RESULT)]
     precision: PrecisionChoice,
     /// Refuse what needs more memory, as in 4GiB [default: what is free]

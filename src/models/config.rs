@@ -188,7 +188,7 @@ impl StuNetConfig {
         for s in 0..5 {
             space[s + 1] = [0, 1, 2].map(|a| space[s][a] / self.strides[s][a].max(1));
         }
-        let voxels = |s: usize| space[s].iter().try_fold(4usize, |n, &d| n.checked_mul(d));
+        let voxels = |s: usize| space[s].iter().try_fold(precision.size(), |n, &d| n.checked_mul(d));
         let t = |s: usize, of: usize| voxels(s)?.checked_mul(self.dims[of].next_multiple_of(BLOCK));
         let (mut peak, mut kept) = (0usize, 0usize);
         // One convolution of a stage beside `live` bytes, its input among them if no one else reads that (`owned`).
@@ -204,7 +204,7 @@ impl StuNetConfig {
             Some(())
         };
         // The second convolution of a block has the only use of the first's output.
-        let mut skips = voxels(0)?.checked_mul(self.in_channels)?;
+        let mut skips = space[0].iter().try_fold(4usize, |n, &d| n.checked_mul(d))?.checked_mul(self.in_channels)?;
         for s in 0..6 {
             let size = t(s, s)?;
             let live = skips.checked_add(size)?;
@@ -244,7 +244,7 @@ impl StuNetConfig {
         self.build_with(source, device, Precision::F32)
     }
 
-    /// As [`StuNetConfig::build`], with the filters stored in `precision`. Parameters are read one at a time: beside the
+    /// As [`StuNetConfig::build`], with filters and activations stored in `precision`. Parameters are read one at a time: beside the
     /// network, one of them is in memory.
     ///
     /// # Errors
@@ -261,7 +261,7 @@ impl StuNetConfig {
         self.build_random_with(device, seed, Precision::F32)
     }
 
-    /// As [`StuNetConfig::build_random`], with the filters stored in `precision`.
+    /// As [`StuNetConfig::build_random`], with filters and activations stored in `precision`.
     ///
     /// # Errors
     /// As [`StuNetConfig::build_random`].

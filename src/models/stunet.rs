@@ -178,7 +178,7 @@ impl StuNet {
         blocks.map(|b| b.conv1.kept_bytes() + b.conv2.kept_bytes()).sum()
     }
 
-    /// How its filters are stored.
+    /// How its filters, and the activations of a pass, are stored.
     #[must_use]
     pub fn precision(&self) -> Precision {
         self.precision
@@ -221,8 +221,16 @@ impl StuNet {
         Ok(outs)
     }
 
-    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
+    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, outs: Option<&mut Vec<Var>>) -> Result<Var> {
         self.check(&x)?;
+        // Activations are stored as the filters are.
+        let before = cx.set_precision(self.precision);
+        let last = self.stages(cx, x, outs);
+        cx.set_precision(before);
+        last
+    }
+
+    fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
         let mut x = x;
         let mut skips = Vec::with_capacity(5);
         for (s, stage) in self.encoder.iter().enumerate() {
@@ -241,7 +249,10 @@ impl StuNet {
             if u < 4
                 && let Some(outs) = &mut outs
             {
+                // Scores are results, not activations.
+                let before = cx.set_precision(Precision::F32);
                 outs.push(self.heads[u].run(cx, x.clone())?);
+                cx.set_precision(before);
             }
         }
         Ok(x)

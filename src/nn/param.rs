@@ -35,7 +35,7 @@ pub fn filter(
     device: &Device,
 ) -> Result<Param> {
     let values = expect(source, name, &dims)?;
-    Ok(Param::stored(ops::pack_filter(&values, dims, precision, device)?, dims.into(), precision))
+    Ok(Param::new(ops::pack_filter(&values, dims, precision, device)?, dims.into()))
 }
 
 /// Reads a filter `[I, O, kD, kH, kW]` of a transposed convolution and packs it for the device.

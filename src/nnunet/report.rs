@@ -176,7 +176,7 @@ pub struct ModelRecord {
     pub path: PathBuf,
     /// Every file of it with its hash.
     pub files: Vec<FileRecord>,
-    /// "f32" or "bf16": how its filters were held in memory.
+    /// "f32" or "bf16": how its filters and activations were held in memory.
     pub precision: &'static str,
     /// Preprocessing, labels, windows.
     pub plan: InferencePlan,
@@ -320,7 +320,7 @@ impl ModelRecord {
         Ok(Self { path: path.into(), files, precision: Precision::default().name(), plan: plan.clone() })
     }
 
-    /// With filters held in another precision.
+    /// With filters and activations held in another precision.
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = precision.name();

@@ -1,12 +1,12 @@
 //! 3D convolution.
 
 use super::lazy::{Affine, Moments, Source, Sources};
-use super::{activation, blocked, memory};
+use super::{activation, blocked, floats, memory, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
-use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Packed, Problem, Residual, Wish, packed_len};
+use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Storage, Wish, packed_len};
 use crate::backend::{dispatch, no_implementation};
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
+use crate::tensor::{Device, Dims, Layout, Precision, Stored, StoredMut, Tensor};
 
 const OP: &str = "conv3d";
 
@@ -129,12 +129,14 @@ pub fn conv3d_residual<'m>(
     let mut y = owned(y)?;
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let wish = Wish { residual: true, strict: cx.is_strict(), ..Wish::default() };
-    let choice = choose(cx, &g, &channels, wish)?;
+    let storage = Storage { input: precision(&inputs), output: y.precision(), in_place: false };
+    let choice = choose(cx, &g, &channels, storage, wish)?;
+    let inputs = if choice.reads_halves(&g) { inputs } else { all_floats(inputs)? };
     let filter = packed(w);
     let mut work = workspace(cx, &choice, filter)?;
     let sources: Vec<_> = inputs.iter().map(read).collect();
     let residual =
-        Residual { norm: norm.norm(), addend: addend.as_ref().map(|(low, factor)| (low.value().as_slice(), *factor)) };
+        Residual { norm: norm.norm(), addend: addend.as_ref().map(|(low, factor)| (low.value().stored(), *factor)) };
     let p = Problem {
         geometry: g,
         sources: &sources,
@@ -143,7 +145,7 @@ pub fn conv3d_residual<'m>(
         residual: Some(residual),
     };
     let work = room(&mut work)?;
-    let to = memory(OP, &mut y)?;
+    let to = stored_memory(OP, &mut y)?;
     dispatch!(cx.device(), conv3d::forward(&choice, &p, &[], work, to, false));
     cx.note("conv3d_residual", clock, choice.name(), macs(&g), || describe(&g));
     Ok(cx.leaf(y))
@@ -162,7 +164,7 @@ pub struct Conv3dMemory {
 }
 
 /// What a convolution of these sizes takes on `device`. `channels` are those of each source, `w` the filter's sizes,
-/// stored in `precision`, `input` (D, H, W) of the input; `owned` if a single source has no other owner.
+/// both stored in `precision`, `input` (D, H, W) of the input; `owned` if a single source has no other owner.
 ///
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit.
@@ -179,11 +181,12 @@ pub fn conv3d_memory(
     let [d, h, width] = input;
     let x = Dims::from([1, channels.iter().sum(), d, h, width]);
     let g = sizes(&x, &w.into(), &how.output_dims(&x, &w.into())?, how);
-    let wish = Wish { strict, in_place: owned, ..Wish::default() };
-    let choice = dispatch!(device, conv3d::choose(&g, channels, wish));
+    let wish = Wish { strict, ..Wish::default() };
+    let storage = Storage { input: precision, output: precision, in_place: owned };
+    let choice = dispatch!(device, conv3d::choose(&g, channels, storage, wish));
     let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
     let widened = if precision == Precision::Bf16 && !choice.reads_lazily() { packed_len(w) } else { 0 };
-    let work = choice.workspace(device.threads(), Packed::F32(&[])) + widened;
+    let work = choice.workspace(device.threads(), Stored::F32(&[])) + widened;
     Ok(Conv3dMemory {
         working: work.saturating_mul(4),
         kept: choice.kept_filter().map_or(0, |k| k.0.saturating_mul(4)),
@@ -197,8 +200,12 @@ fn owned(y: Var) -> Result<Tensor> {
     if y.is_unique() {
         return Ok(y);
     }
-    let mut copy = Tensor::empty(*y.dims(), Layout::BLOCKED, y.device())?;
-    memory(OP, &mut copy)?.copy_from_slice(y.as_slice());
+    let mut copy = Tensor::empty_in(*y.dims(), Layout::BLOCKED, y.precision(), y.device())?;
+    match (stored_memory(OP, &mut copy)?, y.stored()) {
+        (StoredMut::F32(to), Stored::F32(from)) => to.copy_from_slice(from),
+        (StoredMut::Bf16(to), Stored::Bf16(from)) => to.copy_from_slice(from),
+        _ => return Err(Error::shape(OP, "a copy in another precision")),
+    }
     Ok(copy)
 }
 
@@ -228,7 +235,9 @@ fn compute(
 ) -> Result<(Var, Moments)> {
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let in_place = inputs.len() == 1 && inputs[0].factor == [1; 3] && inputs[0].value.value().is_unique();
-    let choice = choose(cx, &g, &channels, Wish { in_place, ..wish })?;
+    let storage = Storage { input: precision(&inputs), output: cx.precision(), in_place };
+    let choice = choose(cx, &g, &channels, storage, wish)?;
+    let inputs = if choice.reads_halves(&g) { inputs } else { all_floats(inputs)? };
     let lazy = choice.reads_lazily();
     let inputs: Vec<Source> =
         inputs.into_iter().map(|s| if lazy || s.is_plain() { Ok(s) } else { s.made(cx) }).collect::<Result<_>>()?;
@@ -250,14 +259,17 @@ fn compute(
     let replaced = inputs.pop_if(|_| choice.is_in_place());
     let (mut out, norm) = match replaced {
         Some(s) => (s.value.into_value(), s.norm),
-        None => (Tensor::empty(out_dims, Layout::BLOCKED, cx.device())?, None),
+        None => {
+            let precision = if choice.writes_halves() { cx.precision() } else { Precision::F32 };
+            (Tensor::empty_in(out_dims, Layout::BLOCKED, precision, cx.device())?, None)
+        }
     };
     let mut work = workspace(cx, &choice, filter)?;
     let mut sources: Vec<_> = inputs.iter().map(read).collect();
     if choice.is_in_place() {
         let norm = norm.as_deref().map(Affine::norm);
         sources.push(backend::Source {
-            data: &[],
+            data: Stored::F32(&[]),
             channels: channels[0],
             layout: Layout::BLOCKED,
             norm,
@@ -267,27 +279,29 @@ fn compute(
     let p = Problem { geometry: g, sources: &sources, filter, bias: b.map(|b| b.value().as_slice()), residual: None };
     let work = room(&mut work)?;
     let kept = kept.as_ref().map_or(&[][..], |t| t.as_slice());
-    let to = memory(OP, &mut out)?;
+    let to = stored_memory(OP, &mut out)?;
     let moments = dispatch!(cx.device(), conv3d::forward(&choice, &p, kept, work, to, measure));
     cx.note(OP, clock, choice.name(), macs(&g), || describe(&g));
     Ok((cx.leaf(out), Moments::new(g.out_channels, moments)))
 }
 
-fn choose(cx: &Ctx<'_>, g: &Geometry, channels: &[usize], wish: Wish<'_>) -> Result<Choice> {
-    let found = dispatch!(cx.device(), conv3d::choose(g, channels, wish));
+fn choose(cx: &Ctx<'_>, g: &Geometry, channels: &[usize], storage: Storage, wish: Wish<'_>) -> Result<Choice> {
+    let found = dispatch!(cx.device(), conv3d::choose(g, channels, storage, wish));
     found.ok_or_else(|| no_implementation(OP, wish.name))
 }
 
 /// A filter as the backend reads it.
-fn packed(w: &Param) -> Packed<'_> {
-    let stored = w.value().as_slice();
-    match w.precision() {
-        Precision::F32 => Packed::F32(stored),
-        Precision::Bf16 => Packed::Bf16(bytemuck::cast_slice(stored)),
-    }
+fn packed(w: &Param) -> Stored<'_> {
+    w.value().stored()
 }
 
-fn workspace(cx: &Ctx<'_>, choice: &Choice, filter: Packed<'_>) -> Result<Option<Tensor>> {
+/// How sources are stored: as bf16 if any of them is.
+fn precision(inputs: &[Source]) -> Precision {
+    let halves = inputs.iter().any(|s| s.value.value().precision() == Precision::Bf16);
+    if halves { Precision::Bf16 } else { Precision::F32 }
+}
+
+fn workspace(cx: &Ctx<'_>, choice: &Choice, filter: Stored<'_>) -> Result<Option<Tensor>> {
     match choice.workspace(cx.device().threads(), filter) {
         0 => Ok(None),
         n => Tensor::empty(Dims::from([n]), Layout::PLAIN, cx.device()).map(Some),
@@ -302,7 +316,7 @@ fn room(work: &mut Option<Tensor>) -> Result<&mut [f32]> {
 fn read(s: &Source) -> backend::Source<'_> {
     let t = s.value.value();
     backend::Source {
-        data: t.as_slice(),
+        data: t.stored(),
         channels: t.dims().five()[1],
         layout: t.layout(),
         norm: s.norm.as_deref().map(Affine::norm),
@@ -317,6 +331,14 @@ fn one_layout(inputs: Vec<Source>) -> Result<Vec<Source>> {
 
 fn all_blocked(inputs: Vec<Source>) -> Result<Vec<Source>> {
     let each = |s: Source| Ok(Source { value: Var { value: blocked(OP, s.value.into_value())? }, ..s });
+    inputs.into_iter().map(each).collect()
+}
+
+fn all_floats(inputs: Vec<Source>) -> Result<Vec<Source>> {
+    if precision(&inputs) == Precision::F32 {
+        return Ok(inputs);
+    }
+    let each = |s: Source| Ok(Source { value: Var { value: floats(OP, s.value.into_value())? }, ..s });
     inputs.into_iter().map(each).collect()
 }
 
@@ -381,8 +403,8 @@ fn sizes(x: &Dims, w: &Dims, out: &Dims, how: Conv3d) -> Geometry {
     }
 }
 
-/// Packs a filter given in `[O, I, kD, kH, kW]` order for `device`. One packing serves one source and any two. Stored as
-/// [`Precision::Bf16`], each float of the result holds the bits of two values.
+/// Packs a filter given in `[O, I, kD, kH, kW]` order for `device`, to be stored in `precision`. One packing serves one
+/// source and any two.
 ///
 /// # Errors
 /// [`Error::Shape`] when the number of values is not the product of `dims`; [`Error::OutOfMemory`].
@@ -390,17 +412,9 @@ pub fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, devic
     if values.len() != dims.iter().product::<usize>() {
         return Err(Error::shape("pack_filter", format!("{} values for a filter {dims:?}", values.len())));
     }
-    // Whole blocks of 16 values, so always a whole number of pairs.
-    let floats = match precision {
-        Precision::F32 => packed_len(dims),
-        Precision::Bf16 => packed_len(dims) / 2,
-    };
-    let mut out = Tensor::empty(Dims::from([floats]), Layout::PLAIN, device)?;
-    let to = memory("pack_filter", &mut out)?;
-    match precision {
-        Precision::F32 => dispatch!(device, conv3d::pack_filter(values, dims, to)),
-        Precision::Bf16 => dispatch!(device, conv3d::pack_filter_bf16(values, dims, bytemuck::cast_slice_mut(to))),
-    }
+    let mut out = Tensor::empty_in(Dims::from([packed_len(dims)]), Layout::PLAIN, precision, device)?;
+    let to = stored_memory("pack_filter", &mut out)?;
+    dispatch!(device, conv3d::pack_filter(values, dims, to));
     Ok(out)
 }
 

@@ -30,7 +30,7 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], name: 
     let x = blocked(OP, x.into_value())?;
     let voxels = d * h * w;
     let mut out = labels(n * voxels, cx)?;
-    let p = Problem { x: x.as_slice(), channels, voxels, weight, bias };
+    let p = Problem { x: x.stored(), channels, voxels, weight, bias };
     let ran = dispatch!(cx.device(), head_labels::forward(name, &p, &mut out))?;
     let macs = [n, voxels, channels, classes].iter().fold(1, |n: u64, &v| n.saturating_mul(v as u64));
     cx.note(OP, clock, ran, macs, || format!("{channels}->{classes} at {d}x{h}x{w}"));

@@ -49,7 +49,7 @@ pub(super) fn run(
     const OP: &str = "instance_norm";
     let [_, c, d, h, space_w] = activation(OP, x.value().dims())?;
     let x = blocked(OP, x.into_value())?;
-    let blocks = dispatch!(cx.device(), instance_norm::measure(name, d * h * space_w, x.as_slice()))?;
+    let blocks = dispatch!(cx.device(), instance_norm::measure(name, d * h * space_w, x.stored()))?;
     let norm = Affine::new(&Moments::new(c, blocks), w, b, how)?;
     let x = cx.leaf(x);
     norm.apply_by(cx, x, residual, name)

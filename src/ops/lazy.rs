@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{activation, blocked, memory};
+use super::{activation, blocked, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::Norm;
 use crate::backend::cpu::instance_norm::{Operand, Problem};
@@ -120,22 +120,22 @@ impl Affine {
         let mut p =
             Problem { space: dims.space().iter().product(), norm: self.norm(), x: Operand::Out, residual: None };
         let out = if x.is_unique() {
-            p.residual = residual.as_ref().map(|r| Operand::At(r.as_slice()));
-            dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut x)?))?;
+            p.residual = residual.as_ref().map(|r| Operand::At(r.stored()));
+            dispatch!(cx.device(), instance_norm::forward(name, &p, stored_memory(OP, &mut x)?))?;
             x
         } else {
-            p.x = Operand::At(x.as_slice());
+            p.x = Operand::At(x.stored());
             let mut out = match residual.take_if(|r| r.is_unique()) {
                 Some(r) => {
                     p.residual = Some(Operand::Out);
                     r
                 }
                 None => {
-                    p.residual = residual.as_ref().map(|r| Operand::At(r.as_slice()));
-                    Tensor::empty(dims, Layout::BLOCKED, cx.device())?
+                    p.residual = residual.as_ref().map(|r| Operand::At(r.stored()));
+                    Tensor::empty_in(dims, Layout::BLOCKED, x.precision(), cx.device())?
                 }
             };
-            dispatch!(cx.device(), instance_norm::forward(name, &p, memory(OP, &mut out)?))?;
+            dispatch!(cx.device(), instance_norm::forward(name, &p, stored_memory(OP, &mut out)?))?;
             out
         };
         cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{dims:?}"));
@@ -224,6 +224,12 @@ impl Sources {
             Sources::One(a) => vec![a],
             Sources::Two(a, b) => vec![a, b],
         }
+    }
+}
+
+impl From<Source> for Sources {
+    fn from(source: Source) -> Self {
+        Sources::One(source)
     }
 }
 

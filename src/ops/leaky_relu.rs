@@ -1,6 +1,6 @@
 //! Leaky rectified linear unit.
 
-use super::{activation, blocked, memory};
+use super::{activation, floats, memory};
 use crate::autograd::{Ctx, Var};
 use crate::backend::dispatch;
 use crate::error::Result;
@@ -18,7 +18,7 @@ pub fn leaky_relu(cx: &mut Ctx<'_>, x: Var, slope: f32) -> Result<Var> {
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, slope: f32, name: Option<&str>) -> Result<Var> {
     activation("leaky_relu", x.value().dims())?;
-    let mut x = blocked("leaky_relu", x.into_value())?;
+    let mut x = floats("leaky_relu", x.into_value())?;
     if x.is_unique() {
         dispatch!(cx.device(), leaky_relu::forward(name, None, slope, memory("leaky_relu", &mut x)?))?;
         return Ok(cx.leaf(x));

@@ -29,7 +29,7 @@ pub use upsample_nearest::upsample_nearest;
 
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
-use crate::tensor::{Dims, Layout, Tensor};
+use crate::tensor::{Dims, Layout, Precision, StoredMut, Tensor};
 
 /// The sizes of an activation, none of them zero.
 fn activation(op: &'static str, dims: &Dims) -> Result<[usize; 5]> {
@@ -37,6 +37,18 @@ fn activation(op: &'static str, dims: &Dims) -> Result<[usize; 5]> {
         return Err(Error::shape(op, format!("input {dims:?}, expected [N, C, D, H, W] without zeros")));
     }
     Ok(dims.five())
+}
+
+/// `x` in the layout that the device computes with, stored as floats: for operations that have no form for another storage.
+fn floats(op: &'static str, x: Tensor) -> Result<Tensor> {
+    let x = blocked(op, x)?;
+    if x.precision() == Precision::F32 {
+        return Ok(x);
+    }
+    let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, x.device())?;
+    let to = memory(op, &mut out)?;
+    dispatch!(x.device(), stored::widen_all(x.stored(), to));
+    Ok(out)
 }
 
 /// `x` in the layout that the device computes with; only the network's input arrives in another.
@@ -51,7 +63,12 @@ fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// The memory of a tensor that has just been made or found unshared.
+/// The memory of a tensor that has just been made or found unshared, as it is stored.
+fn stored_memory<'t>(op: &'static str, x: &'t mut Tensor) -> Result<StoredMut<'t>> {
+    x.stored_mut().ok_or_else(|| Error::shape(op, "the output's memory is shared"))
+}
+
+/// The memory of a tensor of floats that has just been made or found unshared.
 fn memory<'t>(op: &'static str, x: &'t mut Tensor) -> Result<&'t mut [f32]> {
     x.as_mut_slice().ok_or_else(|| Error::shape(op, "the output's memory is shared"))
 }

@@ -5,7 +5,7 @@ use super::{Conv3d, InstanceNorm, Moments, Sources};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::{cpu, dispatch, names};
 use crate::error::Result;
-use crate::tensor::{Device, Layout, Precision, Tensor};
+use crate::tensor::{Device, Layout, Precision, Stored, Tensor};
 
 /// Implementations of [`super::conv3d`] on `device`, in order of preference.
 #[must_use]
@@ -112,7 +112,7 @@ pub fn filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param
 
 /// As [`filter`], stored in `precision`.
 pub fn stored_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Param> {
-    Ok(Param::stored(super::pack_filter(values, dims, precision, device)?, dims.into(), precision))
+    Ok(Param::new(super::pack_filter(values, dims, precision, device)?, dims.into()))
 }
 
 /// A filter parameter of a transposed convolution from values in `[I, O, kD, kH, kW]` order.
@@ -130,6 +130,15 @@ pub fn blocked(x: Tensor) -> Result<Tensor> {
     super::blocked("testing", x)
 }
 
+/// The tensor in the layout in which activations pass between operations, stored in `precision`.
+pub fn stored(x: Tensor, precision: Precision) -> Result<Tensor> {
+    let x = blocked(x)?;
+    let mut out = Tensor::empty_in(*x.dims(), Layout::BLOCKED, precision, x.device())?;
+    let to = super::stored_memory("testing", &mut out)?;
+    dispatch!(x.device(), stored::store(x.as_slice(), to));
+    Ok(out)
+}
+
 /// True when the tensor is blocked and every pad lane is zero.
 #[must_use]
 pub fn padding_is_zero(x: &Tensor) -> bool {
@@ -137,16 +146,19 @@ pub fn padding_is_zero(x: &Tensor) -> bool {
     let lanes = Layout::BLOCKED.block;
     let space = d * h * w;
     x.layout() == Layout::BLOCKED
-        && x.as_slice().chunks_exact(space * lanes).enumerate().all(|(i, block)| {
+        && (0..x.stored().len() / (space * lanes).max(1)).all(|i| {
             let real = lanes.min(c - i % c.div_ceil(lanes) * lanes);
-            block.chunks_exact(lanes).all(|v| v[real..].iter().all(|v| *v == 0.0))
+            (0..space).all(|v| (real..lanes).all(|lane| x.stored().get((i * space + v) * lanes + lane) == 0.0))
         })
 }
 
 /// Where the tensor's memory is: equal before and after an operation that worked in place.
 #[must_use]
 pub fn address(x: &Tensor) -> usize {
-    x.as_slice().as_ptr().addr()
+    match x.stored() {
+        Stored::F32(v) => v.as_ptr().addr(),
+        Stored::Bf16(v) => v.as_ptr().addr(),
+    }
 }
 
 /// Runs multiply-adds in registers on all of the device's threads for some milliseconds and returns their number, a

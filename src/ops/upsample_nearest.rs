@@ -1,6 +1,6 @@
 //! Nearest-neighbour upsampling.
 
-use super::{activation, blocked, memory};
+use super::{activation, floats, memory};
 use crate::autograd::{Ctx, Var};
 use crate::backend::cpu::upsample_nearest::Problem;
 use crate::backend::dispatch;
@@ -24,7 +24,7 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&st
     if factor == [1; 3] {
         return Ok(x);
     }
-    let x = blocked("upsample_nearest", x.into_value())?;
+    let x = floats("upsample_nearest", x.into_value())?;
     let dims =
         Dims::from([n, c, d.saturating_mul(factor[0]), h.saturating_mul(factor[1]), w.saturating_mul(factor[2])]);
     let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;

@@ -1,6 +1,6 @@
 //! Element types of files and tensors, and how parameters are stored.
 
-use half::bf16;
+use super::{narrowed, widened};
 
 /// Element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,16 +41,17 @@ impl DType {
     }
 }
 
-/// How the filters of convolutions are stored. Arithmetic is in f32 either way, and so are all other parameters.
+/// How the filters of convolutions and the activations between operations are stored. Arithmetic is in f32 either way, and
+/// so are all other parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Precision {
     /// As they are.
     #[default]
     F32,
-    /// Rounded to bf16 (to nearest, ties to even): half the memory. A weight moves by 2^-8 of itself at most, the weights
-    /// of a layer by 2^-9 in the root mean square. The result is, to the bit, that of rounding the weights first and
-    /// storing them as f32.
+    /// Rounded to bf16 (to nearest, ties to even): half the memory. A value moves by 2^-9 of itself at most. The result of
+    /// an operation is, to the bit, that of the same operation on rounded values stored as f32, rounded when it is
+    /// stored.
     Bf16,
 }
 
@@ -64,12 +65,21 @@ impl Precision {
         }
     }
 
-    /// A weight as it comes back from storage.
+    /// Bytes of one value.
     #[must_use]
-    pub fn round(self, weight: f32) -> f32 {
+    pub const fn size(self) -> usize {
         match self {
-            Precision::F32 => weight,
-            Precision::Bf16 => bf16::from_f32(weight).to_f32(),
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+
+    /// A value as it comes back from storage.
+    #[must_use]
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Precision::F32 => value,
+            Precision::Bf16 => widened(narrowed(value)),
         }
     }
 }

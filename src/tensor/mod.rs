@@ -11,6 +11,7 @@ mod dims;
 mod dtype;
 mod layout;
 mod pool;
+mod stored;
 
 use std::sync::Arc;
 
@@ -18,11 +19,12 @@ pub use device::{CpuDevice, CudaStatus, Device, Isa, MemoryReport, cuda_status};
 pub use dims::Dims;
 pub use dtype::{DType, Precision};
 pub use layout::{BLOCK, Layout};
+pub(crate) use stored::{Stored, StoredMut, narrowed, widened};
 
 use crate::error::{Error, Result};
 use buffer::Buffer;
 
-/// An array of f32 on a device. Cloning shares the memory; an operation that is given the last owner may write in
+/// An array of numbers on a device, computed with in f32 and stored as f32 or bf16. Cloning shares the memory; an operation that is given the last owner may write in
 /// place.
 ///
 /// Invariant: pad lanes (channels past C inside a block) are zero before and after every operation.
@@ -31,6 +33,7 @@ pub struct Tensor {
     buf: Arc<Buffer>,
     dims: Dims,
     layout: Layout,
+    precision: Precision,
     device: Device,
 }
 
@@ -41,8 +44,20 @@ impl Tensor {
     /// # Errors
     /// [`Error::OutOfMemory`] when the device's limit would be exceeded.
     pub(crate) fn empty(dims: Dims, layout: Layout, device: &Device) -> Result<Self> {
-        let buf = Arc::new(device.alloc(layout.len(&dims))?);
-        Ok(Self { buf, dims, layout, device: device.clone() })
+        Self::empty_in(dims, layout, Precision::F32, device)
+    }
+
+    /// As [`Tensor::empty`], for values that are stored in `precision`.
+    ///
+    /// # Errors
+    /// As [`Tensor::empty`].
+    pub(crate) fn empty_in(dims: Dims, layout: Layout, precision: Precision, device: &Device) -> Result<Self> {
+        let floats = match precision {
+            Precision::F32 => layout.len(&dims),
+            Precision::Bf16 => layout.len(&dims).div_ceil(2),
+        };
+        let buf = Arc::new(device.alloc(floats)?);
+        Ok(Self { buf, dims, layout, precision, device: device.clone() })
     }
 
     /// Copies `values` in `[N, C, D, H, W]` order to the device, in the plain layout.
@@ -61,16 +76,18 @@ impl Tensor {
     /// The values in `[N, C, D, H, W]` order.
     #[must_use]
     pub fn to_host(&self) -> Vec<f32> {
-        let (d, x) = (self.dims.five(), self.as_slice());
+        let (d, x) = (self.dims.five(), self.stored());
         if self.layout == Layout::PLAIN {
-            return x.to_vec();
+            let mut out = vec![0.0; x.len()];
+            x.read(0, &mut out);
+            return out;
         }
         let space = d[2] * d[3] * d[4];
         let mut out = vec![0.0; self.dims.len()];
         for (nc, plane) in out.chunks_exact_mut(space.max(1)).enumerate() {
             let start = self.layout.offset(&self.dims, [nc / d[1], nc % d[1], 0, 0, 0]);
-            for (o, v) in plane.iter_mut().zip(x[start..].iter().step_by(self.layout.block)) {
-                *o = *v;
+            for (i, o) in plane.iter_mut().enumerate() {
+                *o = x.get(start + i * self.layout.block);
             }
         }
         out
@@ -92,14 +109,40 @@ impl Tensor {
         self.layout
     }
 
-    /// The whole memory in physical order, pad lanes included.
+    /// How the values are stored.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The whole memory in physical order, pad lanes included, of a tensor that is stored as f32.
     pub(crate) fn as_slice(&self) -> &[f32] {
+        assert!(self.precision == Precision::F32, "bf16 read as f32");
         self.buf.as_slice()
     }
 
-    /// The whole memory for writing, if no other tensor shares it.
+    /// The whole memory for writing, if no other tensor shares it, of a tensor that is stored as f32.
     pub(crate) fn as_mut_slice(&mut self) -> Option<&mut [f32]> {
+        assert!(self.precision == Precision::F32, "bf16 written as f32");
         Arc::get_mut(&mut self.buf).map(Buffer::as_mut_slice)
+    }
+
+    /// The whole memory in physical order, pad lanes included.
+    pub(crate) fn stored(&self) -> Stored<'_> {
+        match self.precision {
+            Precision::F32 => Stored::F32(self.buf.as_slice()),
+            Precision::Bf16 => Stored::Bf16(&bytemuck::cast_slice(self.buf.as_slice())[..self.layout.len(&self.dims)]),
+        }
+    }
+
+    /// The whole memory for writing, if no other tensor shares it.
+    pub(crate) fn stored_mut(&mut self) -> Option<StoredMut<'_>> {
+        let len = self.layout.len(&self.dims);
+        let memory = Arc::get_mut(&mut self.buf)?.as_mut_slice();
+        Some(match self.precision {
+            Precision::F32 => StoredMut::F32(memory),
+            Precision::Bf16 => StoredMut::Bf16(&mut bytemuck::cast_slice_mut(memory)[..len]),
+        })
     }
 
     /// True when this is the only owner, so that an operation may write in place.

@@ -8,11 +8,11 @@ mod packed;
 mod tile;
 mod winograd;
 
-pub(crate) use self::packed::{Packed, pack_filter, pack_filter_bf16};
+pub(crate) use self::packed::pack_filter;
 use self::winograd::{Plan, Scheme};
 use super::moments::{Moments, moments};
 use crate::base::par;
-use crate::tensor::{BLOCK, Dims, Isa, Layout};
+use crate::tensor::{BLOCK, Dims, Isa, Layout, Precision, Stored, StoredMut};
 
 /// Sizes of a convolution; batch 1 or more, nothing else is zero.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +49,7 @@ pub(crate) struct Norm<'a> {
 /// One input. Its channels follow those of the source before it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Source<'a> {
-    pub(crate) data: &'a [f32],
+    pub(crate) data: Stored<'a>,
     pub(crate) channels: usize,
     /// Plain or blocked; the same for all sources of a problem.
     pub(crate) layout: Layout,
@@ -64,7 +64,7 @@ pub(crate) struct Source<'a> {
 pub(crate) struct Residual<'a> {
     pub(crate) norm: Norm<'a>,
     /// A blocked tensor of the output's channels, each of whose voxels stands for as many along each axis.
-    pub(crate) addend: Option<(&'a [f32], [usize; 3])>,
+    pub(crate) addend: Option<(Stored<'a>, [usize; 3])>,
 }
 
 /// All but the output, which is blocked.
@@ -74,7 +74,7 @@ pub(crate) struct Problem<'a> {
     /// One or two.
     pub(crate) sources: &'a [Source<'a>],
     /// See [`pack_filter`].
-    pub(crate) filter: Packed<'a>,
+    pub(crate) filter: Stored<'a>,
     /// Padded to whole blocks.
     pub(crate) bias: Option<&'a [f32]>,
     /// Direct implementations only.
@@ -124,6 +124,21 @@ static CONV3D: &[Algorithm] = &[
     Algorithm { name: "reference", isa: Isa::Scalar, strict: true, how: How::Reference },
 ];
 
+/// How activations are stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Storage {
+    /// Of the sources: bf16 if any of them is.
+    pub(crate) input: Precision,
+    pub(crate) output: Precision,
+    /// The only source may be overwritten.
+    pub(crate) in_place: bool,
+}
+
+impl Storage {
+    /// All as f32, none to be overwritten.
+    pub(crate) const PLAIN: Self = Self { input: Precision::F32, output: Precision::F32, in_place: false };
+}
+
 /// How far down the list to look.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Wish<'n> {
@@ -133,32 +148,33 @@ pub(crate) struct Wish<'n> {
     pub(crate) strict: bool,
     /// Only those that can finish a residual block.
     pub(crate) residual: bool,
-    /// The only source may be overwritten.
-    pub(crate) in_place: bool,
 }
 
 /// An implementation for a problem, with what it needs.
 pub(crate) struct Choice {
     algorithm: &'static Algorithm,
     plan: Option<Plan>,
+    /// Floats that each thread of a direct convolution takes to read or write what is not stored as floats.
+    stage: usize,
     cycles: f64,
 }
 
 impl Choice {
-    fn new(algorithm: &'static Algorithm, g: &Geometry, channels: &[usize], in_place: bool) -> Option<Self> {
+    fn new(algorithm: &'static Algorithm, g: &Geometry, channels: &[usize], storage: Storage) -> Option<Self> {
         let whole = g.filter_inputs == g.in_channels;
         let (plan, cycles) = match algorithm.how {
             // Fewer channels than lanes of a register leave most of the work empty.
             How::Winograd(..) if !whole || g.in_channels < BLOCK / 2 => return None,
             How::Winograd(z, xy) => {
-                let plan = Plan::new(Scheme::of(g, z, xy)?, algorithm.isa, g, channels, in_place);
+                let plan = Plan::new(Scheme::of(g, z, xy)?, algorithm.isa, g, channels, storage);
                 let cycles = plan.cycles();
                 (Some(plan), cycles)
             }
             How::Direct(_) => (None, direct_cycles(g)),
             How::Reference => (None, f64::INFINITY),
         };
-        Some(Self { algorithm, plan, cycles })
+        let stage = if matches!(algorithm.how, How::Direct(_)) { direct::stage(g, channels, storage) } else { 0 };
+        Some(Self { algorithm, plan, stage, cycles })
     }
 
     /// The implementation's name.
@@ -181,6 +197,16 @@ impl Choice {
         self.plan.as_ref().is_some_and(Plan::is_in_place)
     }
 
+    /// Reads sources stored as bf16.
+    pub(crate) fn reads_halves(&self, g: &Geometry) -> bool {
+        self.plan.is_some() || (matches!(self.algorithm.how, How::Direct(_)) && g.kernel == [1; 3])
+    }
+
+    /// Writes an output stored as bf16.
+    pub(crate) fn writes_halves(&self) -> bool {
+        !matches!(self.algorithm.how, How::Reference)
+    }
+
     /// Sources may be normalised or repeated while they are read, and have to be blocked.
     pub(crate) fn reads_lazily(&self) -> bool {
         self.plan.is_some()
@@ -193,8 +219,8 @@ impl Choice {
     }
 
     /// Floats of working memory for `threads` threads, to read `filter`.
-    pub(crate) fn workspace(&self, threads: usize, filter: Packed<'_>) -> usize {
-        self.plan.as_ref().map_or(filter.room(), |p| p.workspace(threads))
+    pub(crate) fn workspace(&self, threads: usize, filter: Stored<'_>) -> usize {
+        self.plan.as_ref().map_or(filter.room() + threads * self.stage, |p| p.workspace(threads))
     }
 }
 
@@ -214,36 +240,36 @@ fn direct_cycles(g: &Geometry) -> f64 {
 }
 
 /// The implementation of least estimated time that the device and `wish` allow. `channels` are those of each source.
-pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], wish: Wish<'_>) -> Option<Choice> {
+pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], storage: Storage, wish: Wish<'_>) -> Option<Choice> {
     // Every set has all kinds of implementations, so what is for lesser processors is only taken by name.
     let allowed = |a: &&'static Algorithm| {
         wish.name.map_or(a.isa == isa, |n| n == a.name && a.isa <= isa)
             && (a.strict || !wish.strict)
             && (!wish.residual || matches!(a.how, How::Direct(_)))
     };
-    let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels, wish.in_place));
+    let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels, storage));
     choices.reduce(|best, c| if c.cycles < best.cycles { c } else { best })
 }
 
 /// What [`choose`] chooses from, and true for its choice. Implementations for lesser processors and the reference are left
 /// out.
 pub(crate) fn estimates(isa: Isa, g: &Geometry, channels: &[usize], strict: bool) -> Vec<(Choice, bool)> {
-    let taken = choose(isa, g, channels, Wish { strict, ..Wish::default() }).map(|c| c.name());
+    let taken = choose(isa, g, channels, Storage::PLAIN, Wish { strict, ..Wish::default() }).map(|c| c.name());
     let listed = |a: &&'static Algorithm| {
         Some(a.name) == taken || (a.isa == isa && (a.strict || !strict) && !matches!(a.how, How::Reference))
     };
-    let choices = CONV3D.iter().filter(listed).filter_map(|a| Choice::new(a, g, channels, false));
+    let choices = CONV3D.iter().filter(listed).filter_map(|a| Choice::new(a, g, channels, Storage::PLAIN));
     choices.map(|c| (Some(c.name()) == taken, c)).map(|(chosen, c)| (c, chosen)).collect()
 }
 
 /// The names of all implementations that fit.
 pub(crate) fn names(isa: Isa, g: &Geometry) -> Vec<&'static str> {
     let fits = CONV3D.iter().filter(|a| a.isa <= isa);
-    fits.filter_map(|a| Choice::new(a, g, &[g.in_channels], false)).map(|c| c.name()).collect()
+    fits.filter_map(|a| Choice::new(a, g, &[g.in_channels], Storage::PLAIN)).map(|c| c.name()).collect()
 }
 
 /// Transforms a packed filter into the form that `choice` keeps.
-pub(crate) fn prepare_filter(_: Isa, choice: &Choice, g: &Geometry, packed: Packed<'_>, out: &mut [f32]) {
+pub(crate) fn prepare_filter(_: Isa, choice: &Choice, g: &Geometry, packed: Stored<'_>, out: &mut [f32]) {
     if let Some(plan) = &choice.plan {
         winograd::prepare(choice.algorithm.isa, plan.scheme(), g, packed, out);
     }
@@ -257,13 +283,16 @@ pub(crate) fn forward(
     p: &Problem<'_>,
     kept: &[f32],
     work: &mut [f32],
-    out: &mut [f32],
+    out: StoredMut<'_>,
     measure: bool,
 ) -> Vec<Moments> {
     let g = &p.geometry;
     let blocks = g.batch * g.out_channels.div_ceil(BLOCK);
     match (&choice.algorithm.how, &choice.plan) {
-        (How::Direct(kernels), _) => direct::run(kernels, isa, p, p.filter.floats(isa, work), out, measure),
+        (How::Direct(kernels), _) => {
+            let (filter, stage) = work.split_at_mut(p.filter.room());
+            direct::run(kernels, isa, p, p.filter.floats(isa, filter), choice.stage, stage, out, measure)
+        }
         (_, Some(plan)) => {
             let sums = winograd::run(plan, p, kept, work, out);
             let per_sample = sums.len() / g.batch;
@@ -275,6 +304,7 @@ pub(crate) fn forward(
             if measure { (0..blocks).map(of).collect() } else { Vec::new() }
         }
         _ => {
+            let StoredMut::F32(out) = out else { unreachable!("the reference stores floats") };
             reference(p, p.filter.floats(isa, work), out);
             let len = out.len() / blocks.max(1);
             if measure { out.chunks_exact(len).map(|x| moments(isa, x)).collect() } else { Vec::new() }
@@ -335,7 +365,7 @@ fn dot(p: &Problem<'_>, n: usize, at: [usize; 3], weights: &[f32], width: usize)
         for s in p.sources {
             let dims = Dims::from([g.batch, s.channels, g.input[0], g.input[1], g.input[2]]);
             for channel in 0..s.channels {
-                let x = s.data[s.layout.offset(&dims, [n, channel, x[0], x[1], x[2]])];
+                let x = s.data.get(s.layout.offset(&dims, [n, channel, x[0], x[1], x[2]]));
                 sum += x * weights[(tap * g.filter_inputs + c) * width];
                 c += 1;
             }

@@ -10,7 +10,7 @@ use super::lanes::Lanes;
 use crate::backend::{Impl, levels, no_implementation, pick};
 use crate::base::par;
 use crate::error::Result;
-use crate::tensor::{BLOCK, Isa};
+use crate::tensor::{BLOCK, Isa, Stored};
 
 /// Classes that are summed together.
 const GROUP: usize = 6;
@@ -25,7 +25,7 @@ const TILE: usize = 64;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Problem<'a> {
     /// `[sample][block][voxel][BLOCK]`.
-    pub(crate) x: &'a [f32],
+    pub(crate) x: Stored<'a>,
     pub(crate) channels: usize,
     /// Voxels of one sample.
     pub(crate) voxels: usize,
@@ -48,9 +48,20 @@ pub(crate) fn forward(isa: Isa, name: Option<&str>, p: &Problem<'_>, out: &mut [
 
 fn run(isa: Isa, p: &Problem<'_>, out: &mut [u16]) {
     let head = Packed::new(p);
-    let sample = p.channels.next_multiple_of(BLOCK) * p.voxels;
-    for (x, out) in p.x.chunks_exact(sample).zip(out.chunks_exact_mut(p.voxels)) {
-        par::chunks_mut(out, PIECE, |i, out| piece::on(isa, &head, x, p.voxels, i * PIECE, out));
+    let blocks = p.channels.div_ceil(BLOCK);
+    let sample = blocks * BLOCK * p.voxels;
+    for (n, out) in out.chunks_exact_mut(p.voxels).enumerate() {
+        par::chunks_mut(out, PIECE, |i, out| match p.x {
+            Stored::F32(x) => piece::on(isa, &head, &x[n * sample..][..sample], p.voxels, i * PIECE, out),
+            Stored::Bf16(_) => {
+                let len = out.len() * BLOCK;
+                let mut x = vec![0.0; blocks * len];
+                for (b, x) in x.chunks_exact_mut(len).enumerate() {
+                    p.x.widen(isa, n * sample + (b * p.voxels + i * PIECE) * BLOCK, x);
+                }
+                piece::on(isa, &head, &x, out.len(), 0, out);
+            }
+        });
     }
 }
 

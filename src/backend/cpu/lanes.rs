@@ -6,6 +6,7 @@
 use super::isa::Scalar;
 #[cfg(target_arch = "x86_64")]
 use super::isa::{Avx2, Avx512};
+use crate::tensor::{BLOCK, narrowed, widened};
 
 /// Arithmetic on one register. Another processor family is one more implementation of this trait.
 pub(crate) trait Lanes: Copy {
@@ -28,6 +29,34 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// As `store`, and `to` is aligned to the register's size.
     unsafe fn stream(self, v: Self::R, to: *mut f32);
+    /// Floats from their upper halves.
+    ///
+    /// # Safety
+    /// `N` halves are readable at `from`.
+    #[inline(always)]
+    unsafe fn widen(self, from: *const u16) -> Self::R {
+        let mut v = [0.0; BLOCK];
+        for (i, v) in v.iter_mut().enumerate().take(Self::N) {
+            // SAFETY: by contract.
+            *v = widened(unsafe { from.add(i).read() });
+        }
+        // SAFETY: the array holds a register.
+        unsafe { self.load(v.as_ptr()) }
+    }
+    /// Rounds to bf16 and stores these upper halves.
+    ///
+    /// # Safety
+    /// `N` halves are writable at `to`.
+    #[inline(always)]
+    unsafe fn narrow(self, v: Self::R, to: *mut u16) {
+        let mut f = [0.0; BLOCK];
+        // SAFETY: the array holds a register.
+        unsafe { self.store(v, f.as_mut_ptr()) }
+        for (i, f) in f.iter().enumerate().take(Self::N) {
+            // SAFETY: by contract.
+            unsafe { to.add(i).write(narrowed(*f)) }
+        }
+    }
     /// Orders streamed stores before what follows.
     fn fence(self);
     /// Asks for the cache line of an address that will be read soon. Any address is allowed.

@@ -18,6 +18,7 @@ pub(crate) mod moments;
 pub(crate) mod probe;
 pub(crate) mod relayout;
 pub(crate) mod resample;
+pub(crate) mod stored;
 pub(crate) mod upsample_nearest;
 
 /// Floats per piece of a memory-bound parallel loop: 256 KiB, large against the cost of handing out a piece, small

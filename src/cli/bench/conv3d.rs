@@ -76,7 +76,8 @@ impl Args {
         device: &Device,
     ) -> Result<(Layer, Seconds)> {
         let options = &self.options;
-        let (w, xs) = (shape.filter(options.precision.into(), device)?, shape.inputs(device)?);
+        let precision = options.precision.into();
+        let (w, xs) = (shape.filter(precision, device)?, shape.inputs(precision, device)?);
         let how = Conv3d { stride: shape.stride, padding: [1; 3] };
         let estimates = testing::conv3d_estimates(device, shape.dims(), &shape.inputs, &w, how, options.strict)?;
         let mut layer = Layer {
@@ -91,7 +92,7 @@ impl Args {
         for (i, e) in estimates.into_iter().enumerate() {
             let seconds = if e.chosen || self.all {
                 let run = || {
-                    let mut cx = options.ctx(device);
+                    let mut cx = options.ctx(device).storing(precision);
                     testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how).map(drop)
                 };
                 Some(time(device, runs, &[number, i], run)?)
@@ -153,11 +154,11 @@ impl Shape {
     }
 
     /// One input or two, in the layout in which they pass between layers; the network's own as it arrives.
-    fn inputs(&self, device: &Device) -> Result<Sources> {
+    fn inputs(&self, precision: Precision, device: &Device) -> Result<Sources> {
         let mut cx = stunet::autograd::Ctx::infer(device);
         let mut make = |channels: usize| -> Result<Var> {
             let x = input(channels, self.size, device)?;
-            Ok(cx.leaf(if channels < 16 { x } else { testing::blocked(x)? }))
+            Ok(cx.leaf(if channels < 16 { x } else { testing::stored(x, precision)? }))
         };
         let first = make(self.inputs[0])?;
         Ok(match self.inputs.get(1) {

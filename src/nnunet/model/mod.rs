@@ -53,7 +53,7 @@ pub struct ModelOptions {
     /// `model_final_checkpoint.model` (v1) and, where that is absent, the only `.model` file of the fold. The own folder
     /// has no choice of checkpoints.
     pub checkpoint: Option<String>,
-    /// How the networks' filters are stored. No matter to who only looks at the model.
+    /// How the networks' filters and activations are stored. No matter to who only looks at the model.
     pub precision: Precision,
 }
 
@@ -78,7 +78,7 @@ impl ModelOptions {
         self
     }
 
-    /// With filters stored in this precision.
+    /// With filters and activations stored in this precision.
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = precision;

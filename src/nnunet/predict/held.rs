@@ -37,7 +37,7 @@ impl Held {
     ) -> Result<Self> {
         let [_, c, nz, ny, nx] = features.dims().five();
         let (lanes, plane) = (c.next_multiple_of(BLOCK), ny * nx * BLOCK);
-        let values = features.as_slice();
+        let values = features.stored();
         let mut pieces = Vec::with_capacity(nz.div_ceil(PLANES));
         for first in (0..nz).step_by(PLANES) {
             let n = PLANES.min(nz - first) * lanes * ny * nx;
@@ -48,13 +48,15 @@ impl Held {
             let source = |i: usize| {
                 let (z, b) = (first + i / (lanes / BLOCK), i % (lanes / BLOCK));
                 let z = if flip[0] { nz - 1 - z } else { z };
-                &values[(b * nz + z) * plane..][..plane]
+                let mut out = vec![0.0; plane];
+                values.read((b * nz + z) * plane, &mut out);
+                out
             };
             par::chunks_mut(high, plane, |i, out| {
-                out.iter_mut().zip(source(i)).for_each(|(o, v)| *o = (rounded(*v) >> 16) as u16);
+                out.iter_mut().zip(source(i)).for_each(|(o, v)| *o = (rounded(v) >> 16) as u16);
             });
             par::chunks_mut(low, plane, |i, out| {
-                out.iter_mut().zip(source(i)).for_each(|(o, v)| *o = (rounded(*v) >> 8) as u8);
+                out.iter_mut().zip(source(i)).for_each(|(o, v)| *o = (rounded(v) >> 8) as u8);
             });
             pieces.push(Some(piece));
         }

@@ -12,7 +12,7 @@ use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::models::StuNet;
 use crate::ops::head::{self, Activation, PackedHead};
-use crate::tensor::{BLOCK, Device, Dims, Layout, Tensor};
+use crate::tensor::{BLOCK, Device, Dims, Layout, Stored, Tensor};
 
 /// What is aggregated over windows, and where.
 ///
@@ -289,7 +289,7 @@ impl<'a> Sweep<'a> {
         let ([pz, py, px], [_, h, w]) = (plan.patch, plan.padded());
         let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
         let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
-        let view = FeatureView { values: features.as_slice(), size: plan.patch, lanes };
+        let view = FeatureView { values: features.stored(), size: plan.patch, lanes };
         match &mut self.store {
             Store::Held(windows) => {
                 windows.push(Held::new(start, flip, fold, features, device)?);
@@ -448,7 +448,7 @@ pub(super) fn unshared(t: &mut Tensor) -> Result<&mut [f32]> {
 /// Features in the blocked layout, read as rows of voxels with all channels together.
 #[derive(Clone, Copy)]
 struct FeatureView<'a> {
-    values: &'a [f32],
+    values: Stored<'a>,
     size: [usize; 3],
     lanes: usize,
 }
@@ -460,10 +460,10 @@ impl FeatureView<'_> {
         let z = if flip[0] { nz - 1 - z } else { z };
         let y = if flip[1] { ny - 1 - y } else { y };
         for b in 0..self.lanes / BLOCK {
-            let source = &self.values[((b * nz + z) * ny + y) * nx * BLOCK..][..nx * BLOCK];
-            for (x, v) in source.chunks_exact(BLOCK).enumerate() {
-                let x = if flip[2] { nx - 1 - x } else { x };
-                out[x * self.lanes + b * BLOCK..][..BLOCK].copy_from_slice(v);
+            let first = ((b * nz + z) * ny + y) * nx;
+            for x in 0..nx {
+                let to = if flip[2] { nx - 1 - x } else { x };
+                self.values.read((first + x) * BLOCK, &mut out[to * self.lanes + b * BLOCK..][..BLOCK]);
             }
         }
     }

@@ -1,11 +1,12 @@
 //! Direct convolution: which tiles cover the output, and in which order.
 
 use super::tile::{Finish, Kernels, STEPS, Stream, Tile, TileFn};
-use super::{Geometry, Problem, packed_place};
+use super::{Geometry, Problem, Source, Storage, packed_place};
 use crate::backend::cpu::Shared;
 use crate::backend::cpu::moments::{Moments, moments};
+use crate::backend::cpu::stored::{SharedOut, store};
 use crate::base::par;
-use crate::tensor::{BLOCK, Isa, Layout};
+use crate::tensor::{BLOCK, Isa, Layout, Precision, Stored, StoredMut};
 
 /// Multiplications and additions per work item, about a millisecond: enough to make handing it out cheap, little
 /// enough to share evenly.
@@ -18,25 +19,35 @@ const FILTER_IN_CACHE: usize = 512 << 10;
 /// Longest piece of a row that is done in one go: a multiple of all tile widths. A pointwise convolution is one row.
 const SEGMENT: usize = 480;
 
-/// Writes the convolution of `p` to `out`; `filter` is the one of `p`. With `measure`, returns the moments of `[sample][output block]`.
+/// Floats that a thread needs where sources or the output are stored as bf16: a segment of every source, of the outputs of
+/// a group, and of the addend of a residual block's end, each where it is stored so or may be.
+pub(super) fn stage(g: &Geometry, channels: &[usize], storage: Storage) -> usize {
+    let blocks: usize = channels.iter().map(|c| c.div_ceil(BLOCK)).sum();
+    let sources = if storage.input == Precision::Bf16 { blocks } else { 0 };
+    let outputs = if storage.output == Precision::Bf16 { 2 } else { 0 };
+    if sources + outputs == 0 { 0 } else { ((sources + outputs) * SEGMENT + 2 * g.output[2]) * BLOCK }
+}
+
+/// Writes the convolution of `p` to `out`; `filter` is the one of `p`. With `measure`, returns the moments of
+/// `[sample][output block]`. `stages` has `stage` floats per thread. Sources stored as bf16 are for pointwise kernels.
 pub(super) fn run(
     kernels: &Kernels,
     isa: Isa,
     p: &Problem<'_>,
     filter: &[f32],
-    out: &mut [f32],
+    stage: usize,
+    stages: &mut [f32],
+    out: StoredMut<'_>,
     measure: bool,
 ) -> Vec<Moments> {
-    let plan = Plan::new(kernels, p, filter, out);
+    assert!(stages.len() >= stage * rayon::current_num_threads(), "working memory for fewer threads");
+    let halves_in = p.sources.iter().any(|s| s.data.precision() == Precision::Bf16);
+    assert!(!halves_in || p.geometry.kernel == [1; 3], "a kernel of several taps reads floats");
+    let plan = Plan::new(kernels, isa, p, filter, halves_in, (Shared::new(stages), stage), out);
+    let parts = par::map(plan.items(), |i| plan.item(i, measure));
     if !measure {
-        par::for_each(plan.items(), |i| plan.item(i));
         return Vec::new();
     }
-    // What an item has written is still in the cache.
-    let parts = par::map(plan.items(), |i| {
-        plan.item(i);
-        plan.written(i).map(|(n, block, x)| (n, block, moments(isa, x))).collect::<Vec<_>>()
-    });
     let blocks = p.geometry.out_channels.div_ceil(BLOCK);
     let mut all = vec![Moments::default(); p.geometry.batch * blocks];
     for (n, block, m) in parts.into_iter().flatten() {
@@ -60,7 +71,12 @@ struct Plan<'a> {
     filter: &'a [f32],
     /// The problem's geometry, with axes merged where that changes nothing.
     g: Geometry,
-    out: Shared,
+    isa: Isa,
+    out: SharedOut,
+    /// Sources are gathered as floats, segment by segment.
+    halves_in: bool,
+    /// A [`stage`] per thread: sources `[block][SEGMENT][BLOCK]`, outputs `[2][SEGMENT][BLOCK]`, addend `[2][row][BLOCK]`.
+    stages: (Shared, usize),
     /// First output block and number of blocks of each group.
     groups: Vec<(usize, usize)>,
     cover: Cover,
@@ -73,7 +89,15 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(kernels: &Kernels, p: &'a Problem<'a>, filter: &'a [f32], out: &mut [f32]) -> Self {
+    fn new(
+        kernels: &Kernels,
+        isa: Isa,
+        p: &'a Problem<'a>,
+        filter: &'a [f32],
+        halves_in: bool,
+        stages: (Shared, usize),
+        out: StoredMut<'_>,
+    ) -> Self {
         let mut g = p.geometry;
         let repeated = p.residual.is_some_and(|r| r.addend.is_some());
         if g.kernel == [1; 3] && g.stride == [1; 3] && !repeated {
@@ -85,7 +109,7 @@ impl<'a> Plan<'a> {
         let pairs = if kernels.two.is_empty() { 0 } else { blocks / 2 };
         let groups: Vec<_> = (0..pairs).map(|i| (2 * i, 2)).chain((2 * pairs..blocks).map(|i| (i, 1))).collect();
         let blocked = p.sources.iter().all(|s| s.layout == Layout::BLOCKED);
-        let step = g.stride[2] * if blocked { BLOCK } else { 1 };
+        let step = if halves_in { BLOCK } else { g.stride[2] * if blocked { BLOCK } else { 1 } };
         let step = STEPS.iter().position(|s| *s == step).unwrap_or(0);
         let [od, oh, ow] = g.output;
         let per_row = ow.div_ceil(SEGMENT);
@@ -98,7 +122,10 @@ impl<'a> Plan<'a> {
             p,
             filter,
             g,
-            out: Shared::new(out),
+            isa,
+            out: SharedOut::new(out),
+            halves_in,
+            stages,
             groups,
             cover: Cover { full: cover(SEGMENT.min(ow)), last: cover(ow - (per_row - 1) * SEGMENT) },
             per_row,
@@ -125,17 +152,35 @@ impl<'a> Plan<'a> {
         (n, groups, range * self.per_item..self.segments.min((range + 1) * self.per_item))
     }
 
-    fn item(&self, i: usize) {
+    /// Does an item; with `measure`, returns sample, block and moments of what it wrote, which is still in the cache.
+    fn item(&self, i: usize, measure: bool) -> Vec<(usize, usize, Moments)> {
         let (n, groups, segments) = self.part(i);
+        let mut parts = Vec::new();
         for segment in segments {
-            for group in groups {
-                self.segment(n, segment, *group);
+            let row = Row::of(self, n, segment);
+            let sources = self.sources(&row);
+            for &(block, blocks) in groups {
+                match self.out {
+                    SharedOut::F32(out) => {
+                        let start = out.ptr().wrapping_add(self.place(&row, block));
+                        self.tiles(&row, sources, block, blocks, start, self.g.output.iter().product());
+                    }
+                    SharedOut::Bf16(out) => self.staged_tiles(&row, sources, block, blocks, out, |block, x| {
+                        if measure {
+                            parts.push((n, block, moments(self.isa, x)));
+                        }
+                    }),
+                }
             }
         }
+        if let (true, SharedOut::F32(out)) = (measure, self.out) {
+            parts.extend(self.written(i, out).map(|(n, block, x)| (n, block, moments(self.isa, x))));
+        }
+        parts
     }
 
     /// Sample, block and values of what an item has written: its segments lie one after the other.
-    fn written(&self, i: usize) -> impl Iterator<Item = (usize, usize, &[f32])> {
+    fn written(&self, i: usize, out: Shared) -> impl Iterator<Item = (usize, usize, &[f32])> {
         let (n, groups, segments) = self.part(i);
         let [od, oh, ow] = self.g.output;
         let voxel = |s: usize| s / self.per_row * ow + s % self.per_row * SEGMENT;
@@ -143,52 +188,48 @@ impl<'a> Plan<'a> {
         let blocks = self.g.out_channels.div_ceil(BLOCK);
         groups.iter().flat_map(|(block, blocks)| *block..block + blocks).map(move |block| {
             let at = (n * blocks + block) * od * oh * ow;
-            let values = self.out.ptr().wrapping_add((at + first) * BLOCK);
+            let values = out.ptr().wrapping_add((at + first) * BLOCK);
             // SAFETY: the item's own segments of this block, which it has just written and no one else touches.
             (n, block, unsafe { std::slice::from_raw_parts(values, (last - first) * BLOCK) })
         })
     }
 
-    /// One piece of a row, for one group of output channels.
-    fn segment(&self, n: usize, i: usize, (block, blocks): (usize, usize)) {
-        let oh = self.g.output[1];
-        let (part, row) = (i % self.per_row, i / self.per_row);
-        let (z, y) = (row / oh, row % oh);
-        let cover = if part + 1 == self.per_row { &self.cover.last } else { &self.cover.full };
-        self.tiles(n, block, z, y, part * SEGMENT, &cover[blocks - 1]);
+    /// Where in the output the first voxel of a piece of a row is.
+    fn place(&self, row: &Row, block: usize) -> usize {
+        let [od, oh, ow] = self.g.output;
+        let blocks = self.g.out_channels.div_ceil(BLOCK);
+        ((((row.n * blocks + block) * od + row.z) * oh + row.y) * ow + row.first) * BLOCK
     }
 
-    fn tiles(&self, n: usize, block: usize, z: usize, y: usize, first: usize, spans: &[Span]) {
+    /// One piece of a row, for one group of output channels, to `out`, whose blocks have `voxels`.
+    fn tiles(&self, row: &Row, sources: [Stream; 2], block: usize, blocks: usize, out: *mut f32, voxels: usize) {
         let g = &self.g;
-        let [od, oh, ow] = g.output;
         let [kd, kh, kw] = g.kernel;
         let (filter, channel) = packed_place(&self.p.geometry, block);
-        let all_blocks = g.out_channels.div_ceil(BLOCK);
-        let out = (((n * all_blocks + block) * od + z) * oh + y) * ow * BLOCK;
         let mut tile = Tile {
-            sources: [self.stream(0, n, z, y), self.stream(1, n, z, y)],
+            sources,
             filter: self.filter[filter..].as_ptr(),
             channel,
             tap: channel * g.filter_inputs,
-            z: valid(z, kd, g.stride[0], g.padding[0], g.input[0]),
-            y: valid(y, kh, g.stride[1], g.padding[1], g.input[1]),
+            z: valid(row.z, kd, g.stride[0], g.padding[0], g.input[0]),
+            y: valid(row.y, kh, g.stride[1], g.padding[1], g.input[1]),
             kernel: (kh, kw),
             left: false,
             right: false,
-            out: self.out.ptr().wrapping_add(out),
-            block: od * oh * ow * BLOCK,
+            out,
+            block: voxels * BLOCK,
             bias: self.p.bias.map_or(std::ptr::null(), |b| b[block * BLOCK..].as_ptr()),
-            finish: self.finish(n, block, z, y),
+            finish: self.finish(row, block, blocks),
         };
-        let (starts, out) = (tile.sources.map(|s| s.start), tile.out);
-        for &(x, width, f) in spans {
-            let x = first + x;
-            for (s, start) in tile.sources.iter_mut().zip(starts) {
-                s.start = start.wrapping_add(x * g.stride[2] * s.lanes);
+        let step = if self.halves_in { 1 } else { g.stride[2] };
+        for &(offset, width, f) in &self.spans(row)[blocks - 1] {
+            let x = row.first + offset;
+            for (s, first) in tile.sources.iter_mut().zip(sources) {
+                s.start = first.start.wrapping_add(offset * step * s.lanes);
             }
             tile.left = x == 0 && g.padding[2] > 0;
             tile.right = (x + width - 1) * g.stride[2] + kw - 1 - g.padding[2] >= g.input[2];
-            tile.out = out.wrapping_add(x * BLOCK);
+            tile.out = out.wrapping_add(offset * BLOCK);
             if let Some(f) = &mut tile.finish {
                 f.x = x;
             }
@@ -196,21 +237,85 @@ impl<'a> Plan<'a> {
             // voxel at either end of a row is concerned. The spans cover each segment once, and each segment belongs to
             // one item.
             // SAFETY: sources, filter, bias, and the vectors and addend of `finish` have the sizes of the problem, which
-            // the operation checked; no one else writes these voxels; the device has the function's instruction set.
+            // the operation checked, or lie in this thread's stage; no one else writes these voxels; the device has the
+            // function's instruction set.
             unsafe { f(&tile) }
         }
     }
 
+    /// As [`Plan::tiles`], through floats in this thread's stage; `look` sees them before they are rounded.
+    fn staged_tiles(
+        &self,
+        row: &Row,
+        sources: [Stream; 2],
+        block: usize,
+        blocks: usize,
+        out: Shared<u16>,
+        mut look: impl FnMut(usize, &[f32]),
+    ) {
+        let start = self.stage(self.source_blocks() * SEGMENT);
+        // What a block of the group holds in the output and in the stage.
+        let each = |b: usize| {
+            let to = out.ptr().wrapping_add(self.place(row, block + b));
+            // SAFETY: this segment of the output belongs to this item, the stage to this thread, which has no other
+            // reference to either now; both have so many voxels.
+            unsafe {
+                let floats = start.wrapping_add(b * SEGMENT * BLOCK);
+                let floats = std::slice::from_raw_parts_mut(floats, row.len * BLOCK);
+                (std::slice::from_raw_parts_mut(to, row.len * BLOCK), floats)
+            }
+        };
+        if self.p.residual.is_some() {
+            for (halves, floats) in (0..blocks).map(each) {
+                Stored::Bf16(halves).widen(self.isa, 0, floats);
+            }
+        }
+        self.tiles(row, sources, block, blocks, start, SEGMENT);
+        for b in 0..blocks {
+            let (halves, floats) = each(b);
+            look(block + b, floats);
+            store(self.isa, floats, StoredMut::Bf16(halves));
+        }
+    }
+
+    fn spans(&self, row: &Row) -> &[Vec<Span>; 2] {
+        if row.last { &self.cover.last } else { &self.cover.full }
+    }
+
+    /// Channel blocks of all sources.
+    fn source_blocks(&self) -> usize {
+        if self.halves_in { self.p.sources.iter().map(|s| s.channels.div_ceil(BLOCK)).sum() } else { 0 }
+    }
+
+    /// Voxel `at` of this thread's stage.
+    fn stage(&self, at: usize) -> *mut f32 {
+        let thread = rayon::current_thread_index().unwrap_or(0);
+        self.stages.0.ptr().wrapping_add(thread * self.stages.1 + at * BLOCK)
+    }
+
     /// What becomes of the results of a row.
-    fn finish(&self, n: usize, block: usize, z: usize, y: usize) -> Option<Finish> {
+    fn finish(&self, row: &Row, block: usize, blocks: usize) -> Option<Finish> {
         let r = self.p.residual?;
         let all = self.g.out_channels.div_ceil(BLOCK);
-        let vector = |v: &[f32]| v[(n * all + block) * BLOCK..].as_ptr();
+        let vector = |v: &[f32]| v[(row.n * all + block) * BLOCK..].as_ptr();
         let (addend, addend_block, factor) = match r.addend {
             Some((values, f)) => {
                 let [d, h, w] = [0, 1, 2].map(|a| self.g.output[a] / f[a]);
-                let row = (((n * all + block) * d + z / f[0]) * h + y / f[1]) * w * BLOCK;
-                (values[row..].as_ptr(), d * h * w * BLOCK, f[2])
+                let start = (((row.n * all + block) * d + row.z / f[0]) * h + row.y / f[1]) * w * BLOCK;
+                let next = d * h * w * BLOCK;
+                match values {
+                    Stored::F32(values) => (values[start..].as_ptr(), next, f[2]),
+                    Stored::Bf16(_) => {
+                        let to = self.stage((self.source_blocks() + 2) * SEGMENT);
+                        for b in 0..blocks {
+                            // SAFETY: after sources and outputs, the stage has two rows for the addend, and this thread
+                            // no other reference to them.
+                            let to = unsafe { std::slice::from_raw_parts_mut(to.add(b * w * BLOCK), w * BLOCK) };
+                            values.widen(self.isa, start + b * next, to);
+                        }
+                        (to.cast_const(), w * BLOCK, f[2])
+                    }
+                }
             }
             None => (std::ptr::null(), 0, 1),
         };
@@ -219,20 +324,79 @@ impl<'a> Plan<'a> {
         Some(Finish { mean, scale, shift, slope: n.slope, addend, addend_block, factor, x: 0 })
     }
 
-    /// Source `i` as the first tile of a row sees it.
-    fn stream(&self, i: usize, n: usize, z: usize, y: usize) -> Stream {
+    /// The sources as the first tile of a piece of a row sees them.
+    fn sources(&self, row: &Row) -> [Stream; 2] {
+        let mut staged = 0;
+        [0, 1].map(|i| match self.p.sources.get(i) {
+            None => Stream { start: std::ptr::null(), run: 0, row: 0, slice: 0, runs: 0, lanes: 0, last: 0 },
+            Some(s) if self.halves_in => {
+                let first = staged;
+                staged += s.channels.div_ceil(BLOCK);
+                self.gathered(s, row, self.stage(first * SEGMENT))
+            }
+            Some(s) => self.stream(s, row),
+        })
+    }
+
+    /// A source in memory.
+    fn stream(&self, s: &Source<'_>, at: &Row) -> Stream {
         let g = &self.g;
         let [d, h, w] = g.input;
-        let Some(s) = self.p.sources.get(i) else {
-            return Stream { start: std::ptr::null(), run: 0, row: 0, slice: 0, runs: 0, lanes: 0, last: 0 };
-        };
+        let Stored::F32(data) = s.data else { unreachable!("halves are gathered") };
         let lanes = s.layout.block;
         let runs = s.channels.div_ceil(lanes);
         let (row, slice, run) = (w * lanes, h * w * lanes, d * h * w * lanes);
         let back = g.padding[0] * slice + g.padding[1] * row + g.padding[2] * lanes;
-        let at = n * runs * run + z * g.stride[0] * slice + y * g.stride[1] * row;
-        let start = s.data.as_ptr().wrapping_add(at).wrapping_sub(back);
+        let [z, y, x] = [at.z * g.stride[0], at.y * g.stride[1], at.first * g.stride[2]];
+        let first = at.n * runs * run + z * slice + y * row + x * lanes;
+        let start = data.as_ptr().wrapping_add(first).wrapping_sub(back);
         Stream { start, run, row, slice, runs, lanes, last: s.channels - (runs - 1) * lanes }
+    }
+
+    /// The voxels of a blocked source that a pointwise kernel reads for a piece of a row, as floats one after the other.
+    fn gathered(&self, s: &Source<'_>, at: &Row, to: *mut f32) -> Stream {
+        let g = &self.g;
+        let [d, h, w] = g.input;
+        let runs = s.channels.div_ceil(BLOCK);
+        let step = g.stride[2];
+        for run in 0..runs {
+            let first = (((at.n * runs + run) * d + at.z * g.stride[0]) * h + at.y * g.stride[1]) * w + at.first * step;
+            // SAFETY: the stage has a segment for every channel block of the sources, and this thread no other
+            // reference to this one.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.add(run * SEGMENT * BLOCK), at.len * BLOCK) };
+            if step == 1 {
+                s.data.widen(self.isa, first * BLOCK, to);
+                continue;
+            }
+            for (x, to) in to.chunks_exact_mut(BLOCK).enumerate() {
+                s.data.read((first + x * step) * BLOCK, to);
+            }
+        }
+        let run = SEGMENT * BLOCK;
+        Stream { start: to, run, row: 0, slice: 0, runs, lanes: BLOCK, last: s.channels - (runs - 1) * BLOCK }
+    }
+}
+
+/// A piece of a row of the output.
+struct Row {
+    n: usize,
+    z: usize,
+    y: usize,
+    /// First voxel and number of voxels.
+    first: usize,
+    len: usize,
+    /// The last piece of its row.
+    last: bool,
+}
+
+impl Row {
+    /// The `i`-th piece of sample `n`.
+    fn of(plan: &Plan<'_>, n: usize, i: usize) -> Self {
+        let [_, oh, ow] = plan.g.output;
+        let (part, row) = (i % plan.per_row, i / plan.per_row);
+        let first = part * SEGMENT;
+        let len = SEGMENT.min(ow - first);
+        Self { n, z: row / oh, y: row % oh, first, len, last: part + 1 == plan.per_row }
     }
 }
 

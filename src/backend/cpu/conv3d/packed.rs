@@ -1,92 +1,14 @@
-//! The packed filter as it is stored: f32, or bf16 that becomes f32 where it is read.
+//! Packing of filters.
 
-use std::borrow::Cow;
-use std::ops::Range;
-
-use half::bf16;
-
-use crate::backend::cpu::PIECE;
-use crate::backend::cpu::isa::{Simd, simd_entry};
 use crate::base::par;
-use crate::tensor::{BLOCK, Isa};
+use crate::tensor::{BLOCK, Isa, StoredMut, narrowed};
 
-/// Values in the order of [`pack_filter`].
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Packed<'a> {
-    F32(&'a [f32]),
-    /// The upper halves of floats.
-    Bf16(&'a [u16]),
-}
-
-impl<'a> Packed<'a> {
-    pub(crate) fn len(self) -> usize {
-        match self {
-            Packed::F32(v) => v.len(),
-            Packed::Bf16(v) => v.len(),
-        }
+/// Packs `values` in `[O, I, kD, kH, kW]` order into `out` of [`super::packed_len`] values. Lanes past O become zero.
+pub(crate) fn pack_filter(_: Isa, values: &[f32], dims: [usize; 5], out: StoredMut<'_>) {
+    match out {
+        StoredMut::F32(out) => pack(values, dims, out, |v| v),
+        StoredMut::Bf16(out) => pack(values, dims, out, narrowed),
     }
-
-    /// Floats that [`Packed::floats`] asks for.
-    pub(super) fn room(self) -> usize {
-        match self {
-            Packed::F32(_) => 0,
-            Packed::Bf16(v) => v.len(),
-        }
-    }
-
-    /// Writes the values from place `at` on to `to`.
-    pub(super) fn read(self, isa: Isa, at: usize, to: &mut [f32]) {
-        match self {
-            Packed::F32(v) => to.copy_from_slice(&v[at..][..to.len()]),
-            Packed::Bf16(v) => widen::on(isa, &v[at..][..to.len()], to),
-        }
-    }
-
-    /// All values, in `work` of [`Packed::room`] floats if they are not stored as such.
-    pub(super) fn floats<'w>(self, isa: Isa, work: &'w mut [f32]) -> &'w [f32]
-    where
-        'a: 'w,
-    {
-        match self {
-            Packed::F32(v) => v,
-            Packed::Bf16(v) => {
-                let to = &mut work[..v.len()];
-                par::chunks_mut(to, PIECE, |i, to| self.read(isa, i * PIECE, to));
-                to
-            }
-        }
-    }
-
-    /// Some of the values.
-    pub(super) fn part(self, isa: Isa, range: Range<usize>) -> Cow<'a, [f32]> {
-        match self {
-            Packed::F32(v) => Cow::Borrowed(&v[range]),
-            Packed::Bf16(_) => {
-                let mut out = vec![0.0; range.len()];
-                self.read(isa, range.start, &mut out);
-                Cow::Owned(out)
-            }
-        }
-    }
-}
-
-simd_entry!(widen = widen_by(from: &[u16], to: &mut [f32]));
-
-#[inline(always)]
-fn widen_by<S: Simd>(_: S, from: &[u16], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = f32::from_bits(u32::from(*from) << 16);
-    }
-}
-
-/// Packs `values` in `[O, I, kD, kH, kW]` order into `out` of [`super::packed_len`] floats. Lanes past O become zero.
-pub(crate) fn pack_filter(_: Isa, values: &[f32], dims: [usize; 5], out: &mut [f32]) {
-    pack(values, dims, out, |v| v);
-}
-
-/// As [`pack_filter`], each value rounded to the nearest bf16, of two equally near to the even one.
-pub(crate) fn pack_filter_bf16(_: Isa, values: &[f32], dims: [usize; 5], out: &mut [u16]) {
-    pack(values, dims, out, |v| bf16::from_f32(v).to_bits());
 }
 
 fn pack<T: Copy + Default + Send>(

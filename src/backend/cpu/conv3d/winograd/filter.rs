@@ -3,11 +3,11 @@
 
 use super::Scheme;
 use super::axis::{Axis, Kind, by_kind};
-use crate::backend::cpu::conv3d::{Geometry, Packed, packed_place};
+use crate::backend::cpu::conv3d::{Geometry, packed_place};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
 use crate::base::par;
-use crate::tensor::{BLOCK, Isa};
+use crate::tensor::{BLOCK, Isa, Stored};
 
 /// One plane of products of one group of output channels, for some input channels.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +80,7 @@ pub(super) fn prepared_place(scheme: Scheme, g: &Geometry, p: usize, block: usiz
 }
 
 /// Transforms the packed filter `packed` of `g` into `out` of [`prepared_len`] floats.
-pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: Packed<'_>, out: &mut [f32]) {
+pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: Stored<'_>, out: &mut [f32]) {
     let planes = scheme.z.sizes().1;
     let blocks = g.out_channels.div_ceil(BLOCK);
     let groups = blocks.div_ceil(2);
@@ -89,7 +89,7 @@ pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: 
         let (p, block) = (i / groups, i % groups * 2);
         let (from, width) = packed_place(g, block);
         let taps = g.kernel.iter().product::<usize>() * g.in_channels * width;
-        let packed = packed.part(isa, from..from + taps);
+        let packed = packed.part_floats(isa, from..from + taps);
         let a = Plane {
             scheme,
             p,

@@ -2,8 +2,8 @@
 
 use super::axis::Kind;
 use super::filter::prepared_len;
-use crate::backend::cpu::conv3d::{Geometry, Source};
-use crate::tensor::{BLOCK, Isa};
+use crate::backend::cpu::conv3d::{Geometry, Source, Storage};
+use crate::tensor::{BLOCK, Isa, Precision};
 
 /// Transformed filters up to this size are made once and kept.
 const KEPT_FILTER: usize = 32 << 20;
@@ -95,12 +95,15 @@ pub(crate) struct Plan {
     pub(super) shared: bool,
     /// The output replaces the input, see [`super::ring`].
     pub(super) in_place: bool,
+    /// Some source is stored as bf16; the output is.
+    pub(super) halves_in: bool,
+    pub(super) halves_out: bool,
 }
 
 impl Plan {
-    /// Cuts the problem `g` whose sources have `channels` each. With `in_place`, the output may take the place of the only
-    /// source, and does so where that is worth it.
-    pub(crate) fn new(scheme: Scheme, isa: Isa, g: &Geometry, channels: &[usize], in_place: bool) -> Self {
+    /// Cuts the problem `g` whose sources have `channels` each. Where the output may take the place of the only source, it
+    /// does so if that is worth it.
+    pub(crate) fn new(scheme: Scheme, isa: Isa, g: &Geometry, channels: &[usize], storage: Storage) -> Self {
         let ((lz, pz, mz), (l, p, m)) = (scheme.z.sizes(), scheme.xy.sizes());
         let outputs = [mz, m, m];
         let tiles = [0, 1, 2].map(|a| g.output[a].div_ceil(outputs[a]));
@@ -127,6 +130,8 @@ impl Plan {
             row,
             shared: false,
             in_place: false,
+            halves_in: storage.input == Precision::Bf16,
+            halves_out: storage.output == Precision::Bf16,
         };
         let all: usize = tiles.iter().product();
         // A filter that is used for few tiles is better made on the way.
@@ -138,9 +143,9 @@ impl Plan {
             let size = |b: [usize; 3]| b.iter().product::<usize>();
             let base = plan.clone();
             plan.cut(|b| size(b) <= OWN_TILES && (size(b) <= 8 || 4 * base.own_floats(b) <= OWN_BYTES));
-            let fits = channels == [g.out_channels] && g.input == g.output && g.stride == [1; 3];
+            let fits = channels == [g.out_channels] && g.input == g.output && storage.input == storage.output;
             let [layers, ny, nx] = plan.blocks;
-            plan.in_place = in_place && fits && layers >= IN_PLACE_LAYERS && ny * nx >= IN_PLACE_BLOCKS;
+            plan.in_place = storage.in_place && fits && layers >= IN_PLACE_LAYERS && ny * nx >= IN_PLACE_BLOCKS;
         }
         plan
     }
@@ -241,9 +246,29 @@ impl Plan {
         self.slab(self.block).max(group)
     }
 
+    /// Floats of a thread's scratch for its part of the passes.
+    fn passes(&self) -> usize {
+        if self.shared { self.part_floats() } else { self.own_floats(self.block) }.next_multiple_of(1024) + BLOCK
+    }
+
+    /// Floats of one row of inputs in all slices of a tile, before the first pass, where they are not stored as floats.
+    fn row_floats(&self) -> usize {
+        if self.halves_in { self.inputs[0] * self.footprint(self.block)[1] * BLOCK } else { 0 }
+    }
+
+    /// Floats of a block's outputs of one channel block, where they are not stored as floats, unless they wait in the ring.
+    fn stage_floats(&self) -> usize {
+        if self.halves_out && !self.in_place { self.output_floats() / self.out_blocks } else { 0 }
+    }
+
+    /// Where in a thread's scratch inputs and outputs are floats that are not stored as such.
+    pub(super) fn stages(&self) -> (usize, usize) {
+        (self.passes(), self.passes() + self.row_floats())
+    }
+
     /// Floats of a thread's scratch.
     pub(super) fn scratch(&self) -> usize {
-        if self.shared { self.part_floats() } else { self.own_floats(self.block) }.next_multiple_of(1024) + BLOCK
+        self.passes() + self.row_floats() + self.stage_floats()
     }
 
     /// Floats of inputs that threads share.

@@ -7,6 +7,7 @@
 use super::run::{Block, Job, Place};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
+use crate::backend::cpu::stored::SharedOut;
 use crate::base::par;
 use crate::tensor::BLOCK;
 
@@ -34,7 +35,7 @@ impl Job<'_> {
     }
 
     /// Where the outputs of channel block `block` of the `z`-th layer of tiles of `b` wait.
-    pub(super) fn waiting(&self, b: &Block, block: usize, z: usize) -> Place {
+    pub(super) fn waiting(&self, b: &Block, block: usize, z: usize) -> Place<f32> {
         let plan = self.plan;
         let [layers, ny, nx] = plan.blocks;
         let (layer, i) = (b.index / (ny * nx) % layers, b.index % (ny * nx));
@@ -47,35 +48,62 @@ impl Job<'_> {
 
     /// Puts the outputs of `b` in their place.
     fn put_back(&self, b: &Block) {
+        for block in 0..self.plan.out_blocks {
+            // SAFETY: this block's outputs are complete, in a part of the ring that is only its own. Their place is read
+            // by layers up to the next, which is over.
+            unsafe { self.put(b, block, self.waiting(b, block, 0)) }
+        }
+    }
+
+    /// Copies the outputs of channel block `block` of `b` to their place, rounded if they are not stored as floats.
+    ///
+    /// # Safety
+    /// They are complete at `from`, and no one reads or writes their place.
+    pub(super) unsafe fn put(&self, b: &Block, block: usize, from: Place<f32>) {
         let plan = self.plan;
         let first = [0, 1, 2].map(|a| b.first[a] * plan.outputs[a]);
         let size = [0, 1, 2].map(|a| (b.tiles[a] * plan.outputs[a]).min(self.p.geometry.output[a] - first[a]));
-        for block in 0..plan.out_blocks {
-            let (from, to) = (self.waiting(b, block, 0), self.place(b.sample, block, first));
-            // SAFETY: this block's outputs are complete, in a part of the ring that is only its own. Their place is read
-            // by layers up to the next, which is over, and is inside the output, no other block's.
-            unsafe { put::on(plan.isa, from, to, size) }
+        // SAFETY: by contract; the place is that of voxels that exist, and only this block's. Tensors are aligned to 64
+        // bytes.
+        unsafe {
+            match self.out {
+                SharedOut::F32(out) => put::on(plan.isa, from, self.place(out, b.sample, block, first), size),
+                SharedOut::Bf16(out) => put_halves::on(plan.isa, from, self.place(out, b.sample, block, first), size),
+            }
         }
     }
 }
 
-simd_entry!(unsafe put = put_of(from: Place, to: Place, size: [usize; 3]));
+simd_entry!(unsafe put = put_of(from: Place<f32>, to: Place<f32>, size: [usize; 3]));
+simd_entry!(unsafe put_halves = put_halves_of(from: Place<f32>, to: Place<u16>, size: [usize; 3]));
 
 /// Copies so many slices, rows and columns, past the caches: what is written is next read when all of it is there.
 ///
 /// # Safety
 /// The voxels are readable and writable, and `to` is aligned to a block.
 #[inline(always)]
-unsafe fn put_of<S: Lanes>(s: S, from: Place, to: Place, size: [usize; 3]) {
-    for z in 0..size[0] {
-        for y in 0..size[1] {
-            let at = from.start.wrapping_add(z * from.slice + y * from.row);
-            let to = to.start.wrapping_add(z * to.slice + y * to.row);
-            for x in (0..size[2] * BLOCK).step_by(S::N) {
-                // SAFETY: by contract.
-                unsafe { s.stream(s.load(at.wrapping_add(x)), to.wrapping_add(x)) }
-            }
+unsafe fn put_of<S: Lanes>(s: S, from: Place<f32>, to: Place<f32>, size: [usize; 3]) {
+    for i in 0..size[0] * size[1] {
+        let (from, to) = (from.row(i / size[1], i % size[1]), to.row(i / size[1], i % size[1]));
+        for x in (0..size[2] * BLOCK).step_by(S::N) {
+            // SAFETY: by contract.
+            unsafe { s.stream(s.load(from.wrapping_add(x)), to.wrapping_add(x)) }
         }
     }
     s.fence();
+}
+
+/// Copies so many slices, rows and columns, rounded to bf16.
+///
+/// # Safety
+/// The voxels are readable and writable.
+#[inline(always)]
+unsafe fn put_halves_of<S: Lanes>(s: S, from: Place<f32>, to: Place<u16>, size: [usize; 3]) {
+    for i in 0..size[0] * size[1] {
+        let (from, to) = (from.row(i / size[1], i % size[1]), to.row(i / size[1], i % size[1]));
+        for x in (0..size[2] * BLOCK).step_by(S::N) {
+            // SAFETY: by contract.
+            unsafe { s.narrow(s.load(from.wrapping_add(x)), to.wrapping_add(x)) }
+        }
+    }
 }

@@ -4,12 +4,13 @@ use super::Plan;
 use super::filter::{self, prepared_place};
 use super::gemm::{self, Gemm, Run, cover, widest};
 use super::plan::CHUNK;
-use super::transform::{self, Affine, ForwardZ, InPlane, InverseZ, Sums};
+use super::transform::{self, Affine, ForwardZ, From, InPlane, InverseZ, Sums};
 use crate::backend::cpu::Shared;
-use crate::backend::cpu::conv3d::{Problem, packed_place};
+use crate::backend::cpu::conv3d::{Problem, Source, packed_place};
 use crate::backend::cpu::lanes::Lanes;
+use crate::backend::cpu::stored::SharedOut;
 use crate::base::par;
-use crate::tensor::{BLOCK, Isa};
+use crate::tensor::{BLOCK, Isa, Precision, Stored, StoredMut};
 
 /// Outputs of this many bytes are not worth keeping in a cache.
 const STREAM_FROM: usize = 24 << 20;
@@ -51,12 +52,19 @@ impl Block {
     }
 }
 
-/// Where voxels go: the first, and floats between rows and slices.
+/// Where voxels go: the first, and values between rows and slices.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
-    pub(super) start: *mut f32,
+pub(super) struct Place<T> {
+    pub(super) start: *mut T,
     pub(super) row: usize,
     pub(super) slice: usize,
+}
+
+impl<T> Place<T> {
+    /// The first voxel of a row.
+    pub(super) fn row(&self, z: usize, y: usize) -> *mut T {
+        self.start.wrapping_add(z * self.slice + y * self.row)
+    }
 }
 
 pub(super) struct Job<'a> {
@@ -66,7 +74,7 @@ pub(super) struct Job<'a> {
     kept: &'a [f32],
     inputs: Vec<(usize, usize, usize)>,
     runs: Vec<Run>,
-    pub(super) out: Shared,
+    pub(super) out: SharedOut,
     pub(super) work: Shared,
     /// One slot per block of tiles and output block.
     sums: Shared<Sums>,
@@ -81,7 +89,7 @@ pub(in super::super) fn run(
     p: &Problem<'_>,
     kept: &[f32],
     work: &mut [f32],
-    out: &mut [f32],
+    out: StoredMut<'_>,
 ) -> Vec<Sums> {
     assert!(kept.len() >= plan.kept_filter(), "the filter was made for another plan");
     assert!(work.len() >= plan.workspace(rayon::current_num_threads()), "working memory for fewer threads");
@@ -92,6 +100,8 @@ pub(in super::super) fn run(
         let size = [0, 1, 2].map(|a| p.geometry.input[a] / s.factor[a]);
         assert_eq!(s.data.len(), floats(s.channels, size), "a source of other sizes");
     }
+    assert_eq!(plan.halves_out, matches!(out, StoredMut::Bf16(_)), "planned for another storage");
+    assert!(plan.halves_in || p.sources.iter().all(|s| s.data.precision() == Precision::F32), "as before");
     assert_eq!(out.len(), floats(p.geometry.out_channels, p.geometry.output), "an output of other sizes");
     let blocks: usize = plan.blocks.iter().product();
     let mut sums = vec![Sums::default(); p.geometry.batch * blocks * plan.out_blocks];
@@ -111,7 +121,7 @@ pub(in super::super) fn run(
         inputs: Plan::input_blocks(p.sources),
         runs,
         stream: out.len() * 4 >= STREAM_FROM,
-        out: Shared::new(out),
+        out: SharedOut::new(out),
         work: Shared::new(work),
         sums: Shared::new(&mut sums),
     };
@@ -250,7 +260,7 @@ impl Job<'_> {
                     let from = taps + (k * g.in_channels + first) * width;
                     // SAFETY: this thread's scratch has room for the taps of a chunk after a plane's transformed filter.
                     let to = unsafe { std::slice::from_raw_parts_mut(raw.wrapping_add(k * tap), n * width) };
-                    self.p.filter.read(plan.isa, from, to);
+                    self.p.filter.widen(plan.isa, from, to);
                 }
                 for p in 0..plan.planes {
                     let f = filter::Plane {
@@ -313,12 +323,11 @@ impl Job<'_> {
         let [d, h, w] = [0, 1, 2].map(|a| g.input[a] / s.factor[a]);
         let blocks = s.channels.div_ceil(BLOCK);
         let vector = b.sample * blocks + block;
-        let all = if plan.in_place { self.out.ptr().cast_const() } else { s.data.as_ptr() };
         let [rows, columns] = plan.footprint(b.tiles);
         let tile = [b.first[0] + z, b.first[1], b.first[2]];
         let a = ForwardZ {
             kind: plan.scheme.z,
-            from: all.wrapping_add(vector * d * h * w * BLOCK),
+            from: self.from(s).at(vector * d * h * w * BLOCK),
             row: w * BLOCK,
             slice: h * w * BLOCK,
             size: g.input,
@@ -381,7 +390,11 @@ impl Job<'_> {
         let columns = b.tiles[2] * plan.outputs[2];
         let first = [0, 1, 2].map(|a| (b.first[a] + if a == 0 { z } else { 0 }) * plan.outputs[a]);
         let most = [plan.outputs[0], b.tiles[1] * plan.outputs[1], columns];
-        let place = if plan.in_place { self.waiting(b, block, z) } else { self.place(b.sample, block, first) };
+        let place = match self.out {
+            _ if plan.in_place => self.waiting(b, block, z),
+            SharedOut::F32(out) => self.place(out, b.sample, block, first),
+            SharedOut::Bf16(_) => self.staged(z),
+        };
         let a = InverseZ {
             kind: plan.scheme.z,
             from,
@@ -392,22 +405,46 @@ impl Job<'_> {
             row: place.row,
             slice: place.slice,
             bias: self.p.bias.map_or(std::ptr::null(), |v| v[block * BLOCK..].as_ptr()),
-            stream: self.stream && !plan.in_place,
+            stream: self.stream && !plan.in_place && !plan.halves_out,
         };
         // SAFETY: `from` holds the results of this block's layer; tiles are cut so that each output voxel belongs to
         // one block, and only voxels inside the output are written. Tensors are aligned to 64 bytes. In place, the
-        // block's outputs wait in a part of the ring that is only its own.
+        // block's outputs wait in a part of the ring that is only its own; else, as halves, in this thread's scratch.
         unsafe { transform::inverse_z::on(plan.isa, &a, sums) }
     }
 
     /// The output's voxel `first`.
-    pub(super) fn place(&self, sample: usize, block: usize, first: [usize; 3]) -> Place {
+    pub(super) fn place<T>(&self, out: Shared<T>, sample: usize, block: usize, first: [usize; 3]) -> Place<T> {
         let [d, h, w] = self.p.geometry.output;
         let at = (((sample * self.plan.out_blocks + block) * d + first[0]) * h + first[1]) * w + first[2];
-        Place { start: self.out.ptr().wrapping_add(at * BLOCK), row: w * BLOCK, slice: h * w * BLOCK }
+        Place { start: out.ptr().wrapping_add(at * BLOCK), row: w * BLOCK, slice: h * w * BLOCK }
     }
 
+    /// Where this thread has outputs of the `z`-th layer of tiles before they are rounded.
+    fn staged(&self, z: usize) -> Place<f32> {
+        let [rows, columns] = self.plan.output_area();
+        let slice = rows * columns * BLOCK;
+        let start = self.scratch().wrapping_add(self.plan.stages().1 + z * self.plan.outputs[0] * slice);
+        Place { start, row: columns * BLOCK, slice }
+    }
+
+    /// A source as it is stored.
+    fn from(&self, s: &Source<'_>) -> From {
+        let room = || self.scratch().wrapping_add(self.plan.stages().0);
+        match (self.plan.in_place, self.out, s.data) {
+            (true, SharedOut::F32(out), _) => From::F32(out.ptr()),
+            (true, SharedOut::Bf16(out), _) => From::Bf16(out.ptr(), room()),
+            (false, _, Stored::F32(v)) => From::F32(v.as_ptr()),
+            (false, _, Stored::Bf16(v)) => From::Bf16(v.as_ptr(), room()),
+        }
+    }
+
+    /// What is left to do when all outputs of a channel block are there.
     fn keep(&self, b: &Block, block: usize, sums: Sums) {
+        if self.plan.halves_out && !self.plan.in_place {
+            // SAFETY: this thread has just made them; each voxel of the output belongs to one block.
+            unsafe { self.put(b, block, self.staged(0)) }
+        }
         // SAFETY: each block of tiles and output block has a slot of its own.
         unsafe { self.sums.ptr().wrapping_add(b.index * self.plan.out_blocks + block).write(sums) }
     }

@@ -20,12 +20,30 @@ pub(super) struct Affine {
     pub(super) slope: f32,
 }
 
+/// Where inputs are.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum From {
+    F32(*const f32),
+    /// The upper halves of floats, and room for one row of floats of every slice of a tile.
+    Bf16(*const u16, *mut f32),
+}
+
+impl From {
+    /// The same from value `i` on.
+    pub(super) fn at(self, i: usize) -> Self {
+        match self {
+            From::F32(p) => From::F32(p.wrapping_add(i)),
+            From::Bf16(p, room) => From::Bf16(p.wrapping_add(i), room),
+        }
+    }
+}
+
 /// One channel block of one layer of tiles, along z.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ForwardZ {
     pub(super) kind: Kind,
-    /// The block's voxel (0, 0, 0), and floats between its rows and slices in memory.
-    pub(super) from: *const f32,
+    /// The block's voxel (0, 0, 0), and values between its rows and slices in memory.
+    pub(super) from: From,
     pub(super) row: usize,
     pub(super) slice: usize,
     /// Voxels as the convolution sees them, each repeated from memory `factor` times per axis.
@@ -45,8 +63,8 @@ pub(super) struct ForwardZ {
 simd_entry!(unsafe forward_z = forward_z_of(a: &ForwardZ));
 
 /// # Safety
-/// The block at `from` has the voxels that `size` and `factor` say, `P` planes at `to` are ours to write, and vectors
-/// of a normalisation hold a block.
+/// The block at `from` has the voxels that `size` and `factor` say, room with it is ours, `P` planes at `to` are ours to
+/// write, and vectors of a normalisation hold a block.
 #[inline(always)]
 unsafe fn forward_z_of<S: Lanes>(s: S, a: &ForwardZ) {
     // SAFETY: this function's own contract.
@@ -59,12 +77,12 @@ unsafe fn forward_z_of<S: Lanes>(s: S, a: &ForwardZ) {
 unsafe fn along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(s: S, a: &ForwardZ) {
     let inside = |at: isize, size: usize| at >= 0 && (at as usize) < size;
     let mut valid = [false; L];
-    let mut starts = [a.from; L];
+    let mut slices = [0; L];
     for l in 0..L {
         let z = a.first[0] + l as isize;
         valid[l] = inside(z, a.size[0]);
         if valid[l] {
-            starts[l] = a.from.wrapping_add(z as usize / a.factor[0] * a.slice);
+            slices[l] = z as usize / a.factor[0] * a.slice;
         }
     }
     // Columns before `left` and from `right` on lie in the padding.
@@ -84,16 +102,22 @@ unsafe fn along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, co
             continue;
         }
         let offset = at as usize / a.factor[1] * a.row;
-        let row = Row {
-            starts: starts.map(|p| p.wrapping_add(offset)),
-            valid,
-            first: a.first[2],
-            left,
-            right,
-            factor: a.factor[2],
-            to,
-            plane: a.plane,
+        let starts = match a.from {
+            From::F32(from) => slices.map(|slice| from.wrapping_add(slice + offset)),
+            From::Bf16(from, room) => {
+                let [first, last] = [left, right - 1].map(|x| (a.first[2] + x as isize) as usize / a.factor[2]);
+                let mut starts = [room.cast_const(); L];
+                for l in (0..L).filter(|l| valid[*l]) {
+                    let row = room.wrapping_add(l * a.columns * BLOCK);
+                    let from = from.wrapping_add(slices[l] + offset + first * BLOCK);
+                    // SAFETY: by contract; a row has at most as many voxels in memory as columns.
+                    unsafe { widen_row(s, from, row, (last + 1 - first) * BLOCK) }
+                    starts[l] = row.cast_const().wrapping_sub(first * BLOCK);
+                }
+                starts
+            }
         };
+        let row = Row { starts, valid, first: a.first[2], left, right, factor: a.factor[2], to, plane: a.plane };
         // SAFETY: by contract; the columns given are those inside the volume.
         unsafe {
             match (&a.norm, valid.iter().all(|v| *v), a.factor[2]) {
@@ -104,6 +128,16 @@ unsafe fn along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, co
                 (norm, _, _) => row_z::<S, X, L, P, M, true, false, true>(s, &row, norm.as_ref()),
             }
         }
+    }
+}
+
+/// # Safety
+/// `len` halves are readable, as many floats writable; whole channel blocks.
+#[inline(always)]
+unsafe fn widen_row<S: Lanes>(s: S, from: *const u16, to: *mut f32, len: usize) {
+    for i in (0..len).step_by(S::N) {
+        // SAFETY: by contract.
+        unsafe { s.store(s.widen(from.wrapping_add(i)), to.wrapping_add(i)) }
     }
 }
 
