@@ -25,6 +25,9 @@ const SHARED_BYTES: usize = 24 << 20;
 const IN_PLACE_LAYERS: usize = 4;
 const IN_PLACE_BLOCKS: usize = 8;
 
+/// Bytes of a group's products that stay in a level-2 cache beside inputs and filters.
+const PRODUCTS_NEAR: f64 = (768 << 10) as f64;
+
 /// Input channels whose filters are transformed at a time.
 pub(super) const CHUNK: usize = 64;
 
@@ -331,6 +334,13 @@ impl Plan {
             let taps = self.g.kernel.iter().product::<usize>() as f64;
             let filter = pz as f64 * (2.0 * taps + 0.75 * ((3 + pxy) * gxy) as f64 + 1.4 * (pxy * pxy) as f64);
             cycles += (tiles / block).ceil() * i * o * (filter + 4.0 * taps);
+            // Lines of a level-3 cache: every group of output channels reads all inputs, the products of all planes are added
+            // to chunk by chunk.
+            let points = self.scheme.points() as f64;
+            cycles += 6.0 * tiles * points * (o / 2.0).ceil() * (self.row / BLOCK) as f64;
+            if 4.0 * points * block * 2.0 * BLOCK as f64 > PRODUCTS_NEAR {
+                cycles += 10.0 * tiles * points * o * 2.0 * (i / CHUNK as f64).ceil();
+            }
         }
         cycles
     }
