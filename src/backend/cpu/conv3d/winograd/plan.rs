@@ -334,13 +334,14 @@ impl Plan {
             let taps = self.g.kernel.iter().product::<usize>() as f64;
             let filter = pz as f64 * (2.0 * taps + 0.75 * ((3 + pxy) * gxy) as f64 + 1.4 * (pxy * pxy) as f64);
             cycles += (tiles / block).ceil() * i * o * (filter + 4.0 * taps);
-            // Lines of a level-3 cache: every group of output channels reads all inputs, the products of all planes are added
-            // to chunk by chunk.
+            // Lines of a level-3 cache, six cycles each: every group of output channels reads all inputs, and the products of
+            // all planes are added to chunk by chunk.
             let points = self.scheme.points() as f64;
-            cycles += 6.0 * tiles * points * (o / 2.0).ceil() * (self.row / BLOCK) as f64;
-            if 4.0 * points * block * 2.0 * BLOCK as f64 > PRODUCTS_NEAR {
-                cycles += 10.0 * tiles * points * o * 2.0 * (i / CHUNK as f64).ceil();
+            let mut lines = (o / 2.0).ceil() * (self.row / BLOCK) as f64;
+            if points * block * (4 * 2 * BLOCK) as f64 > PRODUCTS_NEAR {
+                lines += 2.0 * o * (i / CHUNK as f64).ceil();
             }
+            cycles += 6.0 * tiles * points * lines;
         }
         cycles
     }
