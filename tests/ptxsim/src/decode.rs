@@ -334,7 +334,7 @@ fn cvta(k: &mut Parser<'_>, n: &Name<'_>, o: &[Operand]) -> Result<Op> {
     if n.ty()?.bytes() != 8 {
         return Err("addresses of 32 bits are not supported".into());
     }
-    let add: fn(&[u64; 32], &[u64; 32]) -> [u64; 32] = |a, b| std::array::from_fn(|i| a[i].wrapping_add(b[i]));
+    let add: fn(&[u64; 32], &[u64; 32]) -> [u64; 32] = |a, b| crate::ins::each(|i| a[i].wrapping_add(b[i]));
     Ok(Op::W2(add, k.d(&o[0])?, k.d(&o[1])?, k.wide_constant(window)))
 }
 
