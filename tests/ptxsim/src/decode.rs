@@ -4,6 +4,7 @@ mod asynchronous;
 mod matrix;
 
 use crate::alu;
+use crate::compare;
 use crate::convert::{self, Convert};
 use crate::ins::{Access, Addr, Atom, AtomOp, D, Logic, Op, P, Pure, R, Reg, SetP, Shfl, ShflMode, Space, Ty, Vote};
 use crate::parse::{CONST, Operand, Parser};
@@ -143,7 +144,7 @@ pub(crate) fn decode(k: &mut Parser<'_>, name: &str, o: &[Operand]) -> Result<Op
         "set" => arity(3).and_then(|()| {
             let (to, from) = (n.ty()?, n.types().nth(1).ok_or("two types are needed")?);
             let ones = if to.float() { 1f32.to_bits() } else { u32::MAX };
-            match alu::compare(n.parts[1], from) {
+            match compare::select(n.parts[1], from) {
                 Some(Pure::Compare(f)) => Ok(Op::Set(f, k.r(&o[0])?, k.r(&o[1])?, k.r(&o[2])?, ones)),
                 _ => Err("comparison".into()),
             }
@@ -313,7 +314,7 @@ fn setp(k: &mut Parser<'_>, n: &Name<'_>, o: &[Operand]) -> Result<Op> {
     };
     let ty = n.types().last().ok_or("no type")?;
     let set = Box::new(SetP { to, other, with });
-    match alu::compare(n.parts[1], ty).ok_or("unknown comparison")? {
+    match compare::select(n.parts[1], ty).ok_or("unknown comparison")? {
         Pure::Compare(f) => Ok(Op::Compare(f, k.r(&o[1])?, k.r(&o[2])?, set)),
         Pure::CompareWide(f) => Ok(Op::CompareWide(f, k.d(&o[1])?, k.d(&o[2])?, set)),
         _ => Err("unknown comparison".into()),

@@ -191,7 +191,7 @@ impl Global {
     pub(crate) fn read(&self, address: u64, out: &mut [u8], me: u64) -> Result<(), Fault> {
         let (buffer, at) = self.bounds(address, out.len())?;
         buffer.touch(at, out.len(), Kind::Read, me)?;
-        if at % 4 == 0 && out.len() % 4 == 0 {
+        if at % 4 == 0 && out.len().is_multiple_of(4) {
             let words = &buffer.words[at / 4..][..out.len() / 4];
             for (word, chunk) in words.iter().zip(out.as_chunks_mut::<4>().0) {
                 *chunk = word.load(Relaxed).to_le_bytes();
@@ -249,7 +249,7 @@ fn pieces(at: usize, bytes: usize) -> impl Iterator<Item = (usize, u64, usize)> 
 
 impl Buffer {
     fn store(&self, at: usize, data: &[u8]) {
-        if at % 4 == 0 && data.len() % 4 == 0 {
+        if at.is_multiple_of(4) && data.len().is_multiple_of(4) {
             let words = &self.words[at / 4..][..data.len() / 4];
             for (word, chunk) in words.iter().zip(data.as_chunks::<4>().0) {
                 word.store(u32::from_le_bytes(*chunk), Relaxed);

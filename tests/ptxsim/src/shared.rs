@@ -107,7 +107,7 @@ impl Shared {
         kind: Kind,
     ) -> Result<usize, Fault> {
         let at = self.bounds(at, bytes)?;
-        if at % 4 == 0 && bytes % 4 == 0 {
+        if at % 4 == 0 && bytes.is_multiple_of(4) {
             let words = at / 4..(at + bytes) / 4;
             if kind != Kind::Write && self.init[words.clone()].iter().any(|i| *i != 15) {
                 return Err(self.unwritten(at, bytes));
@@ -211,7 +211,7 @@ impl Shared {
 
     /// Marks bytes as holding nothing until a copy that was just started brings them.
     pub(crate) fn in_flight(&mut self, at: usize, bytes: usize) {
-        if at % 4 == 0 && bytes % 4 == 0 {
+        if at.is_multiple_of(4) && bytes.is_multiple_of(4) {
             self.init[at / 4..(at + bytes) / 4].fill(0);
             return;
         }
@@ -229,7 +229,7 @@ impl Shared {
     /// Bytes of an asynchronous copy arrive; `entry` of a clock reaching `phase` says that it was waited for.
     pub(crate) fn deliver(&mut self, at: usize, data: &[u8], entry: usize, phase: u32) {
         self.data[at..at + data.len()].copy_from_slice(data);
-        if at % 4 == 0 && data.len() % 4 == 0 {
+        if at.is_multiple_of(4) && data.len().is_multiple_of(4) {
             self.init[at / 4..(at + data.len()) / 4].fill(15);
             self.copies[at / 4..(at + data.len()) / 4].fill(phase << 12 | (entry as u32) << 4 | 15);
             return;

@@ -165,10 +165,10 @@ impl Warp {
     /// The group to run next, or `None` when all of them wait.
     #[inline]
     pub(crate) fn pick(&mut self) -> Result<Option<usize>, (u32, Fault)> {
-        if let [g] = &self.groups[..] {
-            if g.state == State::Run {
-                return Ok(Some(0));
-            }
+        if let [g] = &self.groups[..]
+            && g.state == State::Run
+        {
+            return Ok(Some(0));
         }
         if let Some(i) = self.groups.iter().position(|g| g.state == State::Run) {
             return Ok(Some(i));

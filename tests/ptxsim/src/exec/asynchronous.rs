@@ -123,7 +123,7 @@ impl Cta<'_> {
                 self.tensor_pieces(w, l, b, shared, global)?
             } else {
                 let bytes = b.size.map_or(0, |r| warp.r(self.k, r)[l]) as usize;
-                if bytes % 16 != 0 || shared % 16 != 0 || global % 16 != 0 {
+                if !bytes.is_multiple_of(16) || !shared.is_multiple_of(16) || !global.is_multiple_of(16) {
                     return Err(Fault::Misaligned { address: global | shared | bytes as u64, bytes: 16 });
                 }
                 let piece = |i| Piece { at: shared as usize + i, from: Some(global + i as u64), size: 16 };
@@ -158,7 +158,7 @@ impl Cta<'_> {
         let handle = usize::try_from(offset(map)).ok().and_then(|at| self.launch.params.get(at..at + 16));
         let map = handle.and_then(TensorMap::index).and_then(|i| self.launch.machine.maps.get(i));
         let Some(map) = map else { return refuse("no tensor map at this address of the parameters") };
-        if shared % 128 != 0 {
+        if !shared.is_multiple_of(128) {
             return Err(Fault::Misaligned { address: shared, bytes: 128 });
         }
         let number = |r| self.warps[w].r(self.k, r)[l];
@@ -311,10 +311,8 @@ impl Cta<'_> {
                 let clock = self.warps[w].clock.clone();
                 let mut state = [0; 32];
                 for l in lanes(m) {
-                    if *drop {
-                        if let Some(bar) = self.mbars.get_mut(&at[l]) {
-                            bar.count -= i64::from(count[l]);
-                        }
+                    if *drop && let Some(bar) = self.mbars.get_mut(&at[l]) {
+                        bar.count -= i64::from(count[l]);
                     }
                     let phase = self.arrive_at(w, at[l], i64::from(count[l]), i64::from(expect[l]), &clock)?;
                     state[l] = u64::from(phase);

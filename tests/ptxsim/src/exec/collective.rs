@@ -33,7 +33,7 @@ impl Cta<'_> {
                 ShflMode::Bfly => (l ^ by, l ^ by <= high),
                 ShflMode::Down => (l + by, l + by <= high),
                 // For `up` the bound is the lowest lane.
-                ShflMode::Up => (l.wrapping_sub(by), l >= by && l - by >= (low | bound & !segment & 31).min(l)),
+                ShflMode::Up => (l.wrapping_sub(by), l >= by && l - by >= high),
                 ShflMode::Idx => {
                     let from = low | by & !segment & 31;
                     (from, from <= high)

@@ -35,7 +35,7 @@ fn slice<'a>(data: &'a [u8], what: &str, at: u64, bytes: usize) -> Result<&'a [u
 
 #[inline]
 fn aligned(address: u64, bytes: usize) -> Result<(), Fault> {
-    if address % bytes as u64 != 0 { Err(Fault::Misaligned { address, bytes }) } else { Ok(()) }
+    if !address.is_multiple_of(bytes as u64) { Err(Fault::Misaligned { address, bytes }) } else { Ok(()) }
 }
 
 #[inline]
