@@ -113,7 +113,7 @@ fn immediate(o: &Operand) -> Result<u64> {
 pub(crate) fn decode(k: &mut Parser<'_>, name: &str, o: &[Operand]) -> Result<Op> {
     let n = Name { parts: name.split('.').collect() };
     // Constants of 16 bits may be written as negative numbers, and registers are kept zero-extended.
-    let short = n.types().last().is_some_and(|t| t.bytes() == 2);
+    let short = n.types().last().is_some_and(|t| matches!(t, Ty::U16 | Ty::S16));
     let masked: Vec<Operand>;
     let o = if short {
         let mask = |o: &Operand| if let Operand::Immediate(v) = o { Operand::Immediate(v & 0xffff) } else { o.clone() };

@@ -91,21 +91,23 @@ impl Cta<'_> {
     }
 
     pub(super) fn cp_wait(&mut self, w: usize, keep: usize) -> Result<(), Fault> {
+        let clock = self.warps[w].clock.clone();
         while self.warps[w].copy_groups.len() > keep {
             for copy in self.warps[w].copy_groups.pop_front().into_iter().flatten() {
-                self.finish(w, &copy)?;
+                self.finish(w, &copy, &clock)?;
             }
         }
         Ok(())
     }
 
-    fn finish(&mut self, w: usize, copy: &Copy) -> Result<(), Fault> {
+    /// The bytes of a copy arrive, as a write of a warp that has heard of `clock`.
+    fn finish(&mut self, w: usize, copy: &Copy, clock: &Clock) -> Result<(), Fault> {
         self.blame = Some(copy.pc);
         let mut data = [0; 16];
         if copy.read > 0 {
             self.launch.machine.global.read(copy.from, &mut data[..copy.read], self.me)?;
         }
-        self.worker.shared.access(w, &self.warps[w].clock, copy.to as u64, copy.size, Kind::Write)?;
+        self.worker.shared.access(w, clock, copy.to as u64, copy.size, Kind::Write)?;
         self.worker.shared.data[copy.to..copy.to + copy.size].copy_from_slice(&data[..copy.size]);
         self.blame = None;
         Ok(())
@@ -224,7 +226,7 @@ impl Cta<'_> {
         match f.to {
             To::Arrival(at) => {
                 for copy in &f.copies {
-                    self.finish(f.warp, copy)?;
+                    self.finish(f.warp, copy, &f.clock)?;
                 }
                 self.arrive_at(f.warp, at, 1, 0, &f.clock)?;
             }
