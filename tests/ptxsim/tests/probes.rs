@@ -114,7 +114,7 @@ fn mixed(input: &[i32], bytes: &[u8], i: usize) -> [u32; 15] {
     let pick = [v.wrapping_mul(3), v / 7, v ^ 0x55, v % 11, v.wrapping_neg(), v << 3, v >> 2, 77];
     let weights = [1, -2, 3, -4, 5, -6, 7, -8];
     let mut local = [0i32; 16];
-    (0..16).for_each(|j: i32| local[(j * 5 + v & 15) as usize] = j.wrapping_mul(v));
+    (0..16).for_each(|j: i32| local[((j * 5 + v) & 15) as usize] = j.wrapping_mul(v));
     let warp = &input[i / 32 * 32..][..32];
     let ballot = (0..32).fold(0u32, |s, l| s | u32::from(warp[l] > 0) << l);
     let any = u32::from(warp.contains(&7)) + u32::from(warp.iter().all(|v| *v < 1 << 30));
@@ -127,7 +127,7 @@ fn mixed(input: &[i32], bytes: &[u8], i: usize) -> [u32; 15] {
     let shifted = at << 7 | u >> 25;
     let block = &input[i / 64 * 64..][..64];
     let count = |b: usize| block.iter().filter(|v| **v as usize & 31 == b).count() as u32;
-    let hist = if i % 32 == 0 { count(0).max(5) } else { count(i % 32) };
+    let hist = if i.is_multiple_of(32) { count(0).max(5) } else { count(i % 32) };
     let (s, c, us) = (i32::from(v as i16), i32::from(v as i8), v.wrapping_mul(3) as u16);
     let chosen = (v > 5 && i < 40) || (v < -3 && i % 2 == 1);
     [
