@@ -25,8 +25,9 @@ __device__ __forceinline__ void head(const HeadParams& p, unsigned char* shared)
     for (int i = tid; i < slabs * p.classes * 2; i += THREADS)
         copy16(base + weights + swizzle<ROW>(i * 16), (const u16*)p.weight + (u64)i * 8, 16);
     const int chunks = p.a.channels / 8;
+    // Both halves of a voxel's 16 channels side by side: whole sectors are read, and no two threads meet in a bank.
     for (int i = tid; i < THREADS * chunks; i += THREADS) {
-        const int v = i / chunks, c = i % chunks;
+        const int v = i / 2 % THREADS, c = i / (2 * THREADS) * 2 + (i & 1);
         const bool ok = start + v < total;
         const u16* from = (const u16*)p.a.data + (ok ? (u64)(start + v) * p.a.channels + c * 8 : 0);
         copy16(base + (c >> 1) * THREADS * ROW + swizzle<ROW>(v * ROW + (c & 1) * 16), from, ok ? 16 : 0);
@@ -35,8 +36,8 @@ __device__ __forceinline__ void head(const HeadParams& p, unsigned char* shared)
     copy_wait<0>();
     if (p.a.norm)
         for (int i = tid; i < THREADS * chunks; i += THREADS) {     // the thread's own chunks
-            const int v = i / chunks, c = i % chunks;
-            if (start + v >= total) break;
+            const int v = i / 2 % THREADS, c = i / (2 * THREADS) * 2 + (i & 1);
+            if (start + v >= total) continue;
             Norm8 norm;
             norm.load((const float*)p.a.norm + (u64)((start + v) / p.voxels) * 3 * p.a.channels, p.a.channels, c * 8);
             uint4* at = (uint4*)(shared + (c >> 1) * THREADS * ROW + swizzle<ROW>(v * ROW + (c & 1) * 16));
