@@ -22,6 +22,7 @@ mod nifti;
 mod phantom;
 mod preprocess;
 mod pth;
+mod ptx;
 mod resample;
 mod tidy;
 mod upsample_nearest;

@@ -297,6 +297,10 @@ fn every_test_and_benchmark_file_runs() {
         for (file, _) in files(folder, ".rs") {
             let rest = &file[folder.len() + 1..];
             let stem = rest.trim_end_matches(".rs").split('/').next().unwrap();
+            // A crate of its own, with tests that cargo finds.
+            if file.starts_with("tests/ptxsim/") {
+                continue;
+            }
             if stem != "main" && !main.lines().any(|l| l.trim() == format!("mod {stem};")) {
                 broken.push(file);
             }
