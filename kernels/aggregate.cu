@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 64
 // Adds a window's features, weighted, to the sums of the image: sum += importance * scale * normalised(features). Windows
 // follow each other on the stream, so every sum has its order and no atomics are needed.
 #include "common.cuh"

@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 128
 // The first convolution: 1 to 8 channels given as planes [N][C][D][H][W], f32 or 16-bit. Channels times taps are the terms
 // of one product of matrices; stride 1. Otherwise as conv3d.cuh.
 #include "conv3d.cuh"

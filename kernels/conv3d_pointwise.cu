@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 128
 // Convolution with a kernel of one voxel at any stride: 16, 32 or 64 filters a block.
 #include "gemm.cuh"
 

@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 128
 // Transposed convolution whose kernel is its stride: a product for each tap, scattered to the voxels of that tap.
 #include "gemm.cuh"
 

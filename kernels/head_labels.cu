@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 128
 // The last 1x1x1 layer and the decision in one pass: the label of a voxel is the first class of the largest score. Scores
 // are never in memory. A voxel without any score above minus infinity gets label 0.
 #include "common.cuh"

@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 64
 // The end of a residual block: y = leaky(normalised(x) + shortcut + repeated), each of the three read once.
 #include "common.cuh"
 

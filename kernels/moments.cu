@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 64
 // Moments for instance normalisation: of a stored tensor by tiles, and tiles put together in a fixed order.
 #include "common.cuh"
 

@@ -1,4 +1,5 @@
 // targets: 80
+// max-registers: 64
 // Between planes [N][C][D][H][W] of f32 and voxels [N][D][H][W][padded C], mirrored along axes on the way; and a window
 // of an image of planes, zeros outside.
 #include "common.cuh"
