@@ -1,4 +1,4 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 64
 // Adds a window's features, weighted, to the sums of the image: sum += importance * scale * normalised(features). Windows
 // follow each other on the stream, so every sum has its order and no atomics are needed.
@@ -41,5 +41,7 @@ __device__ __forceinline__ void aggregate(const AggregateParams& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) aggregate_f32(const AggregateParams p) { aggregate<F32>(p); }
+#if AMPERE
 extern "C" __global__ void __launch_bounds__(256) aggregate_bf16(const AggregateParams p) { aggregate<Halves<Bf16>>(p); }
+#endif
 extern "C" __global__ void __launch_bounds__(256) aggregate_f16(const AggregateParams p) { aggregate<Halves<F16>>(p); }

@@ -21,6 +21,15 @@ struct Source {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// What is told apart by the card: bf16, and copies that run beside the computation, begin with compute capability 8.0. Before
+// it a copy goes through registers, and waiting for it means nothing; barriers stand where they stand in any case.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define AMPERE 1
+#else
+#define AMPERE 0
+#endif
+
+#if AMPERE
 // 16 bytes, or zeros when `bytes` is 0: the padding of a convolution costs no branch. Past the first-level cache.
 __device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -28,6 +37,15 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+#else
+__device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
+    const uint4 v = bytes ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void copy_commit() {}
+template <int LEFT>
+__device__ __forceinline__ void copy_wait() {}
+#endif
 
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -42,6 +60,7 @@ __device__ __forceinline__ u32 swizzle(u32 offset) {
     return offset ^ ((offset >> 7 & KEY) << 4);
 }
 
+#if AMPERE
 struct Bf16 {
     static __device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
     static __device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
@@ -56,6 +75,7 @@ struct Bf16 {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
+#endif
 
 struct F16 {
     static __device__ __forceinline__ float low(u32 v) {
@@ -70,13 +90,25 @@ struct F16 {
     }
     static __device__ __forceinline__ u32 pack(float low, float high) {
         u32 r;
+#if AMPERE
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+        asm("{.reg .b16 l, h;\ncvt.rn.f16.f32 l, %1;\ncvt.rn.f16.f32 h, %2;\nmov.b32 %0, {l, h};}" : "=r"(r) : "f"(low), "f"(high));
+#endif
         return r;
     }
     static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if AMPERE
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+        // The first and the second 8 of the 16 terms.
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
     }
 };
 

@@ -147,7 +147,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
     } else {
         __syncthreads();
     }
-    #pragma unroll 4
+    #pragma unroll 2
     for (int i = tid; i < WM * MI * 16 * (N / 8); i += THREADS) {
         const int row = i / (N / 8), c = i % (N / 8) * 8;
         int z, y, x;
@@ -204,7 +204,7 @@ struct Brick {
         const int z0 = t.z0 * sz - p.kernel_z / 2, y0 = t.y0 * sy - ky / 2, x0 = t.x0 * sx - kx / 2;
         const int voxels = depth * rows * columns;
         u32 real = 0, bit = 1;
-        #pragma unroll 4
+        #pragma unroll 2
         for (int i = threadIdx.x >> 1; i < voxels; i += THREADS / 2, bit += bit) {
             int z, y, x;
             const u32 at = place(i, z, y, x);
@@ -315,7 +315,7 @@ struct Brick {
 };
 
 #define CONV3D(NAME, STORAGE, ANY, WM, WN, MI, NI, BLOCKS)                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const Conv3dParams p) {                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, AMPERE ? BLOCKS : 1) NAME(const Conv3dParams p) {                           \
         extern __shared__ __align__(128) unsigned char shared[];                                                         \
         Brick<STORAGE, ANY, WM, WN, MI, NI>(p).run(shared);                                                              \
     }

@@ -1,5 +1,5 @@
-// targets: 80
-// max-registers: 128
+// targets: 75 80
+// max-registers: 168
 // Convolution of f16 activations: 16, 32 or 64 filters a block, for 3 x 3 taps in the plane at stride 1 and for any.
 #include "conv3d.cuh"
 

@@ -1,4 +1,4 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 128
 // The plain reference: convolution of f32, a thread a value, every product in order.
 #include "conv3d.cuh"

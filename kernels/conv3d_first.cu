@@ -1,4 +1,4 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 128
 // The first convolution: 1 to 8 channels given as planes [N][C][D][H][W], f32 or 16-bit. Channels times taps are the terms
 // of one product of matrices; stride 1. Otherwise as conv3d.cuh.
@@ -69,10 +69,12 @@ __device__ __forceinline__ void first(const Conv3dParams& p, unsigned char* shar
         extern __shared__ __align__(128) unsigned char shared[];                                                         \
         first<STORAGE, WIDE, NI>(p, shared);                                                                             \
     }
+#if AMPERE
 FIRST(conv3d_first_n16_bf16, Bf16, false, 2)
 FIRST(conv3d_first_n32_bf16, Bf16, false, 4)
 FIRST(conv3d_first_n16_f32_bf16, Bf16, true, 2)
 FIRST(conv3d_first_n32_f32_bf16, Bf16, true, 4)
+#endif
 FIRST(conv3d_first_n16_f16, F16, false, 2)
 FIRST(conv3d_first_n32_f16, F16, false, 4)
 FIRST(conv3d_first_n16_f32_f16, F16, true, 2)

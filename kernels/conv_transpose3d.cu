@@ -1,11 +1,13 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 128
 // Transposed convolution whose kernel is its stride: a product for each tap, scattered to the voxels of that tap.
 #include "gemm.cuh"
 
+#if AMPERE
 GEMM(conv_transpose3d_n16_bf16, Bf16, 8, 1, 1, 2)
 GEMM(conv_transpose3d_n32_bf16, Bf16, 4, 2, 2, 2)
 GEMM(conv_transpose3d_n64_bf16, Bf16, 4, 2, 2, 4)
+#endif
 GEMM(conv_transpose3d_n16_f16, F16, 8, 1, 1, 2)
 GEMM(conv_transpose3d_n32_f16, F16, 4, 2, 2, 2)
 GEMM(conv_transpose3d_n64_f16, F16, 4, 2, 2, 4)

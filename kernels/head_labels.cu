@@ -1,4 +1,4 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 128
 // The last 1x1x1 layer and the decision in one pass: the label of a voxel is the first class of the largest score. Scores
 // are never in memory. A voxel without any score above minus infinity gets label 0.
@@ -101,10 +101,12 @@ __device__ __forceinline__ void head(const HeadParams& p, unsigned char* shared)
         }
 }
 
+#if AMPERE
 extern "C" __global__ void __launch_bounds__(THREADS, 2) head_labels_bf16(const HeadParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     head<Bf16>(p, shared);
 }
+#endif
 extern "C" __global__ void __launch_bounds__(THREADS, 2) head_labels_f16(const HeadParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     head<F16>(p, shared);

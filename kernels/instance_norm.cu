@@ -1,4 +1,4 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 64
 // The end of a residual block: y = leaky(normalised(x) + shortcut + repeated), each of the three read once.
 #include "common.cuh"
@@ -48,5 +48,7 @@ __device__ __forceinline__ void instance_norm(const NormParams& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) instance_norm_f32(const NormParams p) { instance_norm<F32>(p); }
+#if AMPERE
 extern "C" __global__ void __launch_bounds__(256) instance_norm_bf16(const NormParams p) { instance_norm<Halves<Bf16>>(p); }
+#endif
 extern "C" __global__ void __launch_bounds__(256) instance_norm_f16(const NormParams p) { instance_norm<Halves<F16>>(p); }

@@ -1,4 +1,4 @@
-// targets: 80
+// targets: 75 80
 // max-registers: 64
 // Between planes [N][C][D][H][W] of f32 and voxels [N][D][H][W][padded C], mirrored along axes on the way; and a window
 // of an image of planes, zeros outside.
@@ -35,10 +35,14 @@ __device__ __forceinline__ void relayout(const RelayoutParams& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) relayout_to_f32(const RelayoutParams p) { relayout<F32, false>(p); }
+#if AMPERE
 extern "C" __global__ void __launch_bounds__(256) relayout_to_bf16(const RelayoutParams p) { relayout<Halves<Bf16>, false>(p); }
+#endif
 extern "C" __global__ void __launch_bounds__(256) relayout_to_f16(const RelayoutParams p) { relayout<Halves<F16>, false>(p); }
 extern "C" __global__ void __launch_bounds__(256) relayout_from_f32(const RelayoutParams p) { relayout<F32, true>(p); }
+#if AMPERE
 extern "C" __global__ void __launch_bounds__(256) relayout_from_bf16(const RelayoutParams p) { relayout<Halves<Bf16>, true>(p); }
+#endif
 extern "C" __global__ void __launch_bounds__(256) relayout_from_f16(const RelayoutParams p) { relayout<Halves<F16>, true>(p); }
 
 struct WindowParams {

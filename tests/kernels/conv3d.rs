@@ -22,6 +22,8 @@ pub struct Case {
     pub kernel: [usize; 3],
     pub stride: [usize; 3],
     pub bias: bool,
+    /// Compute capability of the card.
+    pub card: [u32; 2],
 }
 
 impl Case {
@@ -35,6 +37,7 @@ impl Case {
             kernel: [3; 3],
             stride: [1; 3],
             bias: false,
+            card: [8, 6],
         }
     }
 
@@ -124,7 +127,7 @@ fn check(c: &Case) {
 
     // Output and moments of one variant under one schedule; without a variant all names and the inputs.
     let run = |seed: u64, name: &str, measured: bool| {
-        let sim = Sim::new(seed);
+        let sim = Sim::of(seed, c.card);
         let inputs = c.inputs(&sim);
         let sources: Vec<Source> = inputs.iter().map(|i| i.source).collect();
         let mut p = conv3d::Problem {
@@ -140,7 +143,7 @@ fn check(c: &Case) {
             partials: None,
         };
         if name.is_empty() {
-            return (inputs, conv3d::variants(&p, measured), Vec::new(), Vec::new(), 0);
+            return (inputs, conv3d::variants(&sim, &p, measured), Vec::new(), Vec::new(), 0);
         }
         let tiles = if measured { conv3d::tiles(&sim, &p, Some(name)).unwrap() } else { 0 };
         p.partials = measured.then(|| room(&sim, c.batch * tiles * 3 * filters, Storage::F32));
@@ -243,6 +246,78 @@ fn ptx_conv3d_reads_two_sources_the_first_repeated() {
         check(&Case { sources: vec![a, b], ..c.clone() });
     }
     check(&Case { sources: vec![(16, [2, 1, 2], true), (16, [1; 3], true)], stride: [1, 2, 2], ..c });
+}
+
+/// Matrix instructions of half the depth, no copies beside the computation, 64 KiB of shared memory.
+#[test]
+fn ptx_conv3d_on_cards_before_ampere() {
+    let c = Case { storage: Storage::F16, card: [7, 5], ..Case::new([6, 8, 10], 0, 72) };
+    check(&Case { sources: vec![(20, [2, 1, 2], true), (16, [1; 3], false)], ..c.clone() });
+    check(&Case { sources: vec![(32, [1; 3], true)], filters: 24, stride: [2; 3], ..c.clone() });
+    check(&Case { sources: vec![(40, [1; 3], true)], kernel: [1; 3], stride: [2; 3], ..c });
+}
+
+/// bf16 is not there before compute capability 8.0, and that is said before anything runs.
+#[test]
+fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {
+    let sim = Sim::of(0, [7, 5]);
+    let x = input(&sim, Storage::Bf16, 1, [4; 3], 16, [1; 3], false, 1);
+    let memory = room(&sim, 27 * 256, Storage::Bf16);
+    let p = conv3d::Problem {
+        storage: Storage::Bf16,
+        batch: 1,
+        sources: &[x.source],
+        weight: memory,
+        bias: None,
+        filters: 16,
+        kernel: [3; 3],
+        stride: [1; 3],
+        out: memory,
+        partials: None,
+    };
+    let refused = conv3d::run(&sim, &p, None).unwrap_err().to_string();
+    assert!(refused.contains("7.5"), "{refused}");
+}
+
+/// What the interpreter counts: rows of matrices lie in banks of their own, and copies and stores fill whole sectors.
+#[test]
+fn ptx_conv3d_wastes_no_bank_and_no_sector() {
+    let case = Case::new([8, 16, 16], 32, 64);
+    for (kernel, stride) in [([3; 3], [1; 3]), ([3; 3], [2; 3]), ([1; 3], [1; 3])] {
+        let c = Case { kernel, stride, ..case.clone() };
+        let sim = Sim::new(0);
+        let inputs = c.inputs(&sim);
+        let sources = [inputs[0].source];
+        let packed =
+            conv3d::pack_weight(&c.weight(), [64, 32, kernel[0], kernel[1], kernel[2]], &[32], c.storage).unwrap();
+        let p = conv3d::Problem {
+            storage: c.storage,
+            batch: 1,
+            sources: &sources,
+            weight: sim.with(&packed),
+            bias: None,
+            filters: 64,
+            kernel,
+            stride,
+            out: room(&sim, c.out().iter().product::<usize>() * 64, c.storage),
+            partials: None,
+        };
+        for name in conv3d::variants(&sim, &p, false) {
+            conv3d::run(&sim, &p, Some(name)).unwrap();
+        }
+        let entries = sim.reports.borrow().keys().cloned().collect::<Vec<_>>();
+        assert!(entries.len() > 3, "{entries:?}");
+        for entry in entries {
+            for (what, site) in [("ldmatrix", true), ("cp.async", false), ("st.global", false), ("st.shared", true)] {
+                let t = sim.traffic(&entry, what);
+                assert!(t.requests > 0, "{entry}: no {what}");
+                let (used, ideal) =
+                    if site { (t.wavefronts, t.ideal_wavefronts) } else { (t.sectors, t.ideal_sectors) };
+                // Chunks of padding read no sector.
+                assert!(used <= ideal, "{entry}: {what}: {used} for {ideal}");
+            }
+        }
+    }
 }
 
 #[test]

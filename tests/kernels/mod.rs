@@ -10,6 +10,7 @@ mod entries;
 mod head_labels;
 mod instance_norm;
 mod moments;
+mod network;
 mod relayout;
 mod sim;
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use ptxsim::{Machine, Module as Parsed, Options, Report};
+use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
 use stunet::backend_testing::cuda::driver::{Driver, Launch, Memory, Module};
 use stunet::{Error, Result};
 
@@ -24,21 +24,45 @@ fn parsed(module: &Module) -> &'static Parsed {
 pub struct Sim {
     machine: RefCell<Machine>,
     options: Options,
+    capability: [u32; 2],
     /// What every entry did in all its launches.
-    pub reports: RefCell<BTreeMap<String, Report>>,
+    pub reports: RefCell<BTreeMap<String, (&'static Parsed, Report)>>,
 }
 
 impl Sim {
+    /// As a card of compute capability 8.6.
     pub fn new(seed: u64) -> Sim {
-        // Blocks get what a card of compute capability 8.6 has; tests run side by side on threads of their own.
-        let options = Options { seed, threads: 1, shared_limit: 99 * 1024, ..Options::default() };
-        Sim { machine: RefCell::new(Machine::new()), options, reports: RefCell::default() }
+        Sim::of(seed, [8, 6])
+    }
+
+    /// As a card of that compute capability.
+    pub fn of(seed: u64, capability: [u32; 2]) -> Sim {
+        let shared_limit = if capability[0] < 8 { 64 } else { 99 } << 10;
+        // Tests run side by side on threads of their own.
+        let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
+        Sim { machine: RefCell::new(Machine::new()), options, capability, reports: RefCell::default() }
     }
 
     /// Memory with these contents.
     pub fn with(&self, bytes: &[u8]) -> Memory {
         let address = self.machine.borrow_mut().upload(bytes);
         Memory { address, bytes: bytes.len() }
+    }
+
+    /// Traffic of all of an entry's instructions that begin with `what`, in all launches.
+    pub fn traffic(&self, entry: &str, what: &str) -> Site {
+        let reports = self.reports.borrow();
+        let (module, report) = &reports[entry];
+        let mut sum = Site::default();
+        for (line, text) in module.lines(entry) {
+            let Some(site) = report.counters.get(&line).filter(|_| text.contains(what)) else { continue };
+            sum.requests += site.requests;
+            sum.wavefronts += site.wavefronts;
+            sum.ideal_wavefronts += site.ideal_wavefronts;
+            sum.sectors += site.sectors;
+            sum.ideal_sectors += site.ideal_sectors;
+        }
+        sum
     }
 
     /// All of the memory; fails when a byte of it was never written.
@@ -54,6 +78,10 @@ fn device(e: ptxsim::Error) -> Error {
 }
 
 impl Driver for Sim {
+    fn capability(&self) -> [u32; 2] {
+        self.capability
+    }
+
     fn multiprocessors(&self) -> usize {
         4
     }
@@ -85,9 +113,11 @@ impl Driver for Sim {
 
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
         let Launch { grid, block, shared } = launch;
-        let report =
-            self.machine.borrow_mut().launch(parsed(module), entry, grid, block, shared, params, &self.options);
-        self.reports.borrow_mut().entry(entry.into()).or_default().merge(&report.map_err(device)?);
+        let module = parsed(module);
+        let report = self.machine.borrow_mut().launch(module, entry, grid, block, shared, params, &self.options);
+        let report = report.map_err(device)?;
+        let mut all = self.reports.borrow_mut();
+        all.entry(entry.into()).or_insert_with(|| (module, Report::default())).1.merge(&report);
         Ok(())
     }
 

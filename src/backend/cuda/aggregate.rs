@@ -2,14 +2,14 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Launch, Memory, Module, module};
+use super::driver::{Driver, Files, Launch, Memory, files};
 use super::{Entry, Source, SourceParams, Storage, int, ints, padded, voxels};
 use crate::error::{Error, Result};
 
 const OP: &str = "aggregate";
 const THREADS: usize = 256;
 
-static MODULE: Module = module!("aggregate.sm80.ptx");
+static FILES: Files = files!("aggregate");
 
 /// `sum += importance * scale * features` for one window.
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +79,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     };
     int(OP, window * c / 8)?;
     let launch = Launch::line((window * c / 8).div_ceil(THREADS), THREADS as u32, 0)?;
-    driver.launch(&MODULE, &entry(p.storage), launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, &entry(p.storage), launch, bytemuck::bytes_of(&params))
 }
 
 fn entry(storage: Storage) -> String {
@@ -87,7 +87,6 @@ fn entry(storage: Storage) -> String {
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    [Storage::F32, Storage::Bf16, Storage::F16]
-        .map(|s| Entry { module: MODULE, name: entry(s), params: size_of::<Params>() })
-        .to_vec()
+    let names = [Storage::F32, Storage::Bf16, Storage::F16].map(entry);
+    names.into_iter().flat_map(|name| Entry::of(&FILES, name, size_of::<Params>())).collect()
 }

@@ -5,17 +5,17 @@ pub mod first;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Launch, Memory, Module, module};
-use super::{BLOCK, Entry, SHARED, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
+use super::driver::{Driver, Files, Launch, Memory, files, shared_limit};
+use super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
 use crate::error::{Error, Result};
 
 const OP: &str = "conv3d";
 const THREADS: u32 = 256;
 
-static BF16: Module = module!("conv3d_bf16.sm80.ptx");
-static F16: Module = module!("conv3d_f16.sm80.ptx");
-static F32: Module = module!("conv3d_f32.sm80.ptx");
-static POINTWISE: Module = module!("conv3d_pointwise.sm80.ptx");
+static BF16: Files = files!("conv3d_bf16", bf16);
+static F16: Files = files!("conv3d_f16");
+static F32: Files = files!("conv3d_f32");
+static POINTWISE: Files = files!("conv3d_pointwise");
 
 /// A convolution with padding of half the kernel.
 #[derive(Debug, Clone, Copy)]
@@ -97,8 +97,12 @@ const VARIANTS: [Variant; 10] = [
 ];
 
 impl Variant {
-    fn supports(&self, p: &Problem<'_>, measured: bool) -> bool {
+    /// Whether a card whose blocks have `limit` bytes of shared memory can solve the problem so.
+    fn supports(&self, p: &Problem<'_>, measured: bool, limit: usize) -> bool {
         let half = p.storage != Storage::F32;
+        if self.shared(p, 1, limit).0 + self.sums() > limit {
+            return false;
+        }
         match self.kind {
             Kind::Brick(_) => half && p.stride == [1; 3] && p.kernel[1..] == [3; 2],
             Kind::AnyBrick(_) => half,
@@ -130,9 +134,14 @@ impl Variant {
         }
     }
 
-    /// Shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
+    /// Static shared memory, at most: sums of 8 warps.
+    fn sums(&self) -> usize {
+        3 * 8 * self.filters * 4
+    }
+
+    /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
     /// there is more than one and room.
-    fn shared(&self, p: &Problem<'_>, slabs: usize) -> (usize, usize) {
+    fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
         let (Kind::Brick(planes) | Kind::AnyBrick(planes)) = self.kind else { return (0, 1) };
         let row = BLOCK * 2;
         let pitch = if p.stride[2] == 2 { 20 } else { 12 };
@@ -140,8 +149,7 @@ impl Variant {
         let brick = depth * (7 * p.stride[1] + p.kernel[1]) * pitch * row;
         let weights = 2 * p.kernel[1] * p.kernel[2] * self.filters * row;
         let results = planes * 64 * self.filters * 2;
-        let sums = 3 * 8 * self.filters * 4;
-        let bricks = if slabs > 1 && 2 * brick + weights + sums <= SHARED { 2 } else { 1 };
+        let bricks = if slabs > 1 && 2 * brick + weights + self.sums() <= limit { 2 } else { 1 };
         ((bricks * brick + weights).max(results), bricks)
     }
 }
@@ -154,8 +162,9 @@ pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -
 
 /// Names of the variants that can solve the problem, with moments or without.
 #[must_use]
-pub fn variants(p: &Problem<'_>, measured: bool) -> Vec<&'static str> {
-    VARIANTS.iter().filter(|v| v.supports(p, measured)).map(|v| v.name).collect()
+pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'static str> {
+    let limit = shared_limit(driver);
+    VARIANTS.iter().filter(|v| v.supports(p, measured, limit)).map(|v| v.name).collect()
 }
 
 /// The variant of that name, or the one expected to be done first: waves of blocks times the work of a block.
@@ -163,14 +172,15 @@ fn choose(
     p: &Problem<'_>,
     out: [usize; 3],
     measured: bool,
-    multiprocessors: usize,
+    driver: &dyn Driver,
     name: Option<&str>,
 ) -> Result<&'static Variant> {
+    let (multiprocessors, limit) = (driver.multiprocessors().max(1), shared_limit(driver));
     let cost = |v: &Variant| {
         let (blocks, voxels) = v.blocks(p, out);
-        (blocks.div_ceil(multiprocessors.max(1)) * v.filters * voxels) as f64 / v.efficiency
+        (blocks.div_ceil(multiprocessors) * v.filters * voxels) as f64 / v.efficiency
     };
-    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured) && name.is_none_or(|n| n == v.name));
+    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, limit) && name.is_none_or(|n| n == v.name));
     fit.min_by(|a, b| cost(a).total_cmp(&cost(b)))
         .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
 }
@@ -182,7 +192,7 @@ fn choose(
 /// As [`run`].
 pub fn tiles(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<usize> {
     let out = output_space(check(p)?, p.kernel, p.stride);
-    Ok(choose(p, out, true, driver.multiprocessors(), name)?.tiles(out).iter().product())
+    Ok(choose(p, out, true, driver, name)?.tiles(out).iter().product())
 }
 
 /// Filters `[O, I, kD, kH, kW]` as the kernel reads them, `[slab of 16 channels][tap][padded filter][16]`; `channels` are
@@ -234,7 +244,7 @@ fn check(p: &Problem<'_>) -> Result<[usize; 3]> {
 pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<()> {
     let space = check(p)?;
     let out = output_space(space, p.kernel, p.stride);
-    let v = choose(p, out, p.partials.is_some(), driver.multiprocessors(), name)?;
+    let v = choose(p, out, p.partials.is_some(), driver, name)?;
     if v.kind == Kind::Pointwise {
         return pointwise(driver, p, v, out);
     }
@@ -242,7 +252,7 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<(
     let channels: Vec<usize> = p.sources.iter().map(|s| padded(s.channels)).collect();
     let slabs = channels.iter().sum::<usize>() / BLOCK;
     let taps: usize = p.kernel.iter().product();
-    let (shared, bricks) = v.shared(p, slabs);
+    let (shared, bricks) = v.shared(p, slabs, shared_limit(driver));
     let tiles = v.tiles(out);
     let size = p.storage.bytes();
     let ints = |n| ints(OP, n);
@@ -265,7 +275,7 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<(
     let (blocks, _) = v.blocks(p, out);
     let blocks = if v.kind == Kind::Plain { blocks.div_ceil(THREADS as usize) } else { blocks };
     let launch = Launch::line(blocks, THREADS, shared)?;
-    driver.launch(module(v, p.storage), &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
+    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
 }
 
 fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3]) -> Result<()> {
@@ -275,10 +285,10 @@ fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3])
     let values = voxels(OP, p.batch, out)? * padded(p.filters);
     params.out = p.out.at_least(values * p.storage.bytes(), OP, "the result")?;
     let launch = Launch::line(v.blocks(p, out).0, THREADS, 0)?;
-    driver.launch(module(v, p.storage), &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
+    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
 }
 
-fn module(v: &Variant, storage: Storage) -> &'static Module {
+fn files(v: &Variant, storage: Storage) -> &'static Files {
     match (v.kind, storage) {
         (Kind::Plain, _) => &F32,
         (Kind::Pointwise, _) => &POINTWISE,
@@ -296,7 +306,7 @@ pub(super) fn entries() -> Vec<Entry> {
     for v in &VARIANTS {
         let params = if v.kind == Kind::Pointwise { size_of::<gemm::Params>() } else { size_of::<Params>() };
         let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };
-        all.extend(storages.iter().map(|s| Entry { module: *module(v, *s), name: entry(v, *s), params }));
+        all.extend(storages.iter().flat_map(|s| Entry::of(files(v, *s), entry(v, *s), params)));
     }
     all
 }

@@ -1,13 +1,13 @@
 //! Transposed convolution whose kernel is its stride, `kernels/conv_transpose3d.cu`.
 
-use super::driver::{Driver, Launch, Memory, Module, module};
+use super::driver::{Driver, Files, Launch, Memory, files};
 use super::{Entry, Source, Storage, conv3d, gemm, int, ints, padded, voxels};
 use crate::error::{Error, Result};
 
 const OP: &str = "conv_transpose3d";
 const THREADS: usize = 256;
 
-static MODULE: Module = module!("conv_transpose3d.sm80.ptx");
+static FILES: Files = files!("conv_transpose3d");
 
 /// Every input voxel becomes a box of `kernel` voxels.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +74,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
         _ => rows.div_ceil(gemm::ROWS) * filters.div_ceil(block) * taps,
     };
     let launch = Launch::line(blocks, THREADS as u32, 0)?;
-    driver.launch(&MODULE, &entry(block, p.storage), launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, &entry(block, p.storage), launch, bytemuck::bytes_of(&params))
 }
 
 /// Filters of a block.
@@ -92,5 +92,5 @@ fn entry(block: usize, storage: Storage) -> String {
 pub(super) fn entries() -> Vec<Entry> {
     let halves = [Storage::Bf16, Storage::F16].into_iter().flat_map(|s| [16, 32, 64].map(|b| entry(b, s)));
     let names = halves.chain([entry(0, Storage::F32)]);
-    names.map(|name| Entry { module: MODULE, name, params: size_of::<gemm::Params>() }).collect()
+    names.flat_map(|name| Entry::of(&FILES, name, size_of::<gemm::Params>())).collect()
 }

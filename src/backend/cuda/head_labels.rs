@@ -2,14 +2,14 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Launch, Memory, Module, module};
-use super::{BLOCK, Entry, SHARED, Source, SourceParams, Storage, conv3d, int, padded, voxels};
+use super::driver::{Driver, Files, Launch, Memory, files, shared_limit};
+use super::{BLOCK, Entry, Source, SourceParams, Storage, conv3d, int, padded, voxels};
 use crate::error::{Error, Result};
 
 const OP: &str = "head_labels";
 const THREADS: usize = 256;
 
-static MODULE: Module = module!("head_labels.sm80.ptx");
+static FILES: Files = files!("head_labels");
 
 /// The label of every voxel.
 #[derive(Debug, Clone, Copy)]
@@ -88,7 +88,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     let all = voxels(OP, p.batch, p.features.space)?;
     int(OP, all)?;
     let shared = if wide { BLOCK * channels * 4 } else { (THREADS + classes) * channels * 2 };
-    if shared > SHARED {
+    if shared > shared_limit(driver) {
         return Err(Error::unsupported(format!("{OP} of {} channels and {} classes", p.features.channels, p.classes)));
     }
     let params = Params {
@@ -103,7 +103,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
         unused: 0,
     };
     let launch = Launch::line(all.div_ceil(THREADS), THREADS as u32, shared)?;
-    driver.launch(&MODULE, &entry(p.storage), launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, &entry(p.storage), launch, bytemuck::bytes_of(&params))
 }
 
 fn entry(storage: Storage) -> String {
@@ -111,7 +111,6 @@ fn entry(storage: Storage) -> String {
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    [Storage::F32, Storage::Bf16, Storage::F16]
-        .map(|s| Entry { module: MODULE, name: entry(s), params: size_of::<Params>() })
-        .to_vec()
+    let names = [Storage::F32, Storage::Bf16, Storage::F16].map(entry);
+    names.into_iter().flat_map(|name| Entry::of(&FILES, name, size_of::<Params>())).collect()
 }

@@ -5,6 +5,7 @@
 //! another block adds to.
 
 pub mod aggregate;
+pub mod context;
 pub mod conv3d;
 pub mod conv_transpose3d;
 pub mod driver;
@@ -18,13 +19,10 @@ use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use driver::{Memory, Module};
+use driver::{Files, Memory, Module};
 
 /// Channels are padded to a multiple of this; pad channels hold zero.
 pub const BLOCK: usize = 16;
-
-/// Shared memory that every card from compute capability 8.0 on gives a block.
-const SHARED: usize = 99 * 1024;
 
 /// How activations and filters are stored. Arithmetic is f32 in all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,6 +202,12 @@ pub struct Entry {
     pub name: String,
     /// Size of the struct that it is given.
     pub params: usize,
+}
+
+impl Entry {
+    fn of(files: &Files, name: String, params: usize) -> Vec<Entry> {
+        files.of(&name).into_iter().map(|module| Entry { module, name: name.clone(), params }).collect()
+    }
 }
 
 /// All entries that the host side may run.

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Launch, Memory, Module, module};
+use super::driver::{Driver, Files, Launch, Memory, files};
 use super::{BLOCK, Entry, Storage, int, padded, voxels};
 use crate::error::{Error, Result};
 
@@ -12,7 +12,7 @@ const TILE: usize = 512;
 /// Tiles that a block takes at once.
 const STRANDS: u32 = 64;
 
-static MODULE: Module = module!("moments.sm80.ptx");
+static FILES: Files = files!("moments");
 
 /// Tiles to put together.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +74,7 @@ pub fn merge(driver: &dyn Driver, p: &Merge) -> Result<()> {
     };
     let mut launch = Launch::line(c / BLOCK, BLOCK as u32 * STRANDS, 0)?;
     launch.grid[1] = int(OP, p.batch)? as u32;
-    driver.launch(&MODULE, "moments_merge", launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, "moments_merge", launch, bytemuck::bytes_of(&params))
 }
 
 /// A tensor that is in memory.
@@ -130,7 +130,7 @@ pub fn tiles(driver: &dyn Driver, p: &Tiles) -> Result<()> {
     let mut launch = Launch::line(tiles, 2 * STRANDS, 0)?;
     launch.grid[1] = int(OP, c / BLOCK)? as u32;
     launch.grid[2] = int(OP, p.batch)? as u32;
-    driver.launch(&MODULE, &tiles_entry(p.storage), launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, &tiles_entry(p.storage), launch, bytemuck::bytes_of(&params))
 }
 
 fn tiles_entry(storage: Storage) -> String {
@@ -140,5 +140,5 @@ fn tiles_entry(storage: Storage) -> String {
 pub(super) fn entries() -> Vec<Entry> {
     let tiles = [Storage::F32, Storage::Bf16, Storage::F16].map(|s| (tiles_entry(s), size_of::<TilesParams>()));
     let all = tiles.into_iter().chain([("moments_merge".into(), size_of::<MergeParams>())]);
-    all.map(|(name, params)| Entry { module: MODULE, name, params }).collect()
+    all.flat_map(|(name, params)| Entry::of(&FILES, name, params)).collect()
 }

@@ -2,14 +2,14 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Launch, Memory, Module, module};
+use super::driver::{Driver, Files, Launch, Memory, files};
 use super::{Entry, Storage, int, ints, padded, voxels};
 use crate::error::Result;
 
 const OP: &str = "relayout";
 const THREADS: usize = 256;
 
-static MODULE: Module = module!("relayout.sm80.ptx");
+static FILES: Files = files!("relayout");
 
 /// A tensor in both layouts.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +71,7 @@ fn run(driver: &dyn Driver, p: &Problem, way: &str) -> Result<()> {
     let mut launch = Launch::line((all / p.batch).div_ceil(THREADS), THREADS as u32, 0)?;
     launch.grid[1] = int(OP, c / 8)? as u32;
     launch.grid[2] = int(OP, p.batch)? as u32;
-    driver.launch(&MODULE, &entry(p.storage, way), launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, &entry(p.storage, way), launch, bytemuck::bytes_of(&params))
 }
 
 /// A window of an image.
@@ -125,7 +125,7 @@ pub fn window(driver: &dyn Driver, p: &Window) -> Result<()> {
     };
     let mut launch = Launch::line(to.div_ceil(THREADS), THREADS as u32, 0)?;
     launch.grid[1] = int(OP, p.channels)? as u32;
-    driver.launch(&MODULE, "relayout_window", launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, "relayout_window", launch, bytemuck::bytes_of(&params))
 }
 
 fn entry(storage: Storage, way: &str) -> String {
@@ -137,5 +137,5 @@ pub(super) fn entries() -> Vec<Entry> {
     let names = both.flat_map(|way| [Storage::F32, Storage::Bf16, Storage::F16].map(|s| entry(s, way)));
     let copies = names.map(|name| (name, size_of::<Params>()));
     let all = copies.chain([("relayout_window".into(), size_of::<WindowParams>())]);
-    all.map(|(name, params)| Entry { module: MODULE, name, params }).collect()
+    all.flat_map(|(name, params)| Entry::of(&FILES, name, params)).collect()
 }

@@ -1,11 +1,11 @@
 //! The first convolution, of few channels given as planes, `kernels/conv3d_first.cu`.
 
-use super::super::driver::{Driver, Launch, Memory, Module, module};
+use super::super::driver::{Driver, Files, Launch, Memory, files};
 use super::super::{BLOCK, Entry, SourceParams, Storage, int, ints, padded, voxels};
 use super::{OP, Params, THREADS};
 use crate::error::{Error, Result};
 
-static FIRST: Module = module!("conv3d_first.sm80.ptx");
+static FILES: Files = files!("conv3d_first");
 
 /// Most channels of the input.
 pub const CHANNELS: usize = 8;
@@ -100,7 +100,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     };
     let shared = (terms / BLOCK * block * BLOCK * 2).max(PLANES * 64 * block * 2);
     let launch = Launch::line(count * filters.div_ceil(block), THREADS, shared)?;
-    driver.launch(&FIRST, &entry(block, p.wide, p.storage), launch, bytemuck::bytes_of(&params))
+    FILES.launch(driver, &entry(block, p.wide, p.storage), launch, bytemuck::bytes_of(&params))
 }
 
 fn entry(block: usize, wide: bool, storage: Storage) -> String {
@@ -112,7 +112,7 @@ pub(super) fn entries() -> Vec<Entry> {
     for storage in [Storage::Bf16, Storage::F16] {
         for wide in [false, true] {
             for block in [16, 32] {
-                all.push(Entry { module: FIRST, name: entry(block, wide, storage), params: size_of::<Params>() });
+                all.extend(Entry::of(&FILES, entry(block, wide, storage), size_of::<Params>()));
             }
         }
     }
