@@ -41,7 +41,7 @@ impl Case {
         }
     }
 
-    fn inputs(&self, sim: &Sim) -> Vec<Input> {
+    pub fn inputs(&self, sim: &Sim) -> Vec<Input> {
         let one = |(i, (channels, repeat, norm)): (usize, &From)| {
             let space = [0, 1, 2].map(|a| self.space[a] / repeat[a]);
             input(sim, self.storage, self.batch, space, *channels, *repeat, *norm, 100 + 10 * i as u64)

@@ -7,6 +7,7 @@ mod conv3d;
 mod conv3d_first;
 mod conv_transpose3d;
 mod entries;
+mod faults;
 mod head_labels;
 mod instance_norm;
 mod moments;

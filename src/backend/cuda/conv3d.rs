@@ -282,7 +282,9 @@ fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3])
     let mut params = gemm::params(OP, p.storage, p.batch, p.sources, p.weight, p.bias, p.filters)?;
     params.space = ints(OP, out)?;
     params.stride = ints(OP, p.stride)?;
-    let values = voxels(OP, p.batch, out)? * padded(p.filters);
+    let rows = voxels(OP, p.batch, out)?;
+    int(OP, rows)?;
+    let values = rows * padded(p.filters);
     params.out = p.out.at_least(values * p.storage.bytes(), OP, "the result")?;
     let launch = Launch::line(v.blocks(p, out).0, THREADS, 0)?;
     files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
