@@ -1,14 +1,12 @@
 //! Instructions that read and write registers only. Each is chosen once, at decoding, as a function over all lanes.
 
-use std::array::from_fn;
-
 use crate::float::{Round, bf16_to_f32, directed, f16_to_f32, f32_to_bf16, f32_to_f16, flush};
-use crate::ins::{Pure, Ty};
+use crate::ins::{Pure, Ty, each};
 
 macro_rules! a1 {
     (|$x:ident| $e:expr) => {
         Pure::A1(|a| {
-            from_fn(|i| {
+            each(|i| {
                 let $x = a[i];
                 $e
             })
@@ -18,7 +16,7 @@ macro_rules! a1 {
 macro_rules! a2 {
     (|$x:ident, $y:ident| $e:expr) => {
         Pure::A2(|a, b| {
-            from_fn(|i| {
+            each(|i| {
                 let ($x, $y) = (a[i], b[i]);
                 $e
             })
@@ -28,7 +26,7 @@ macro_rules! a2 {
 macro_rules! a3 {
     (|$x:ident, $y:ident, $z:ident| $e:expr) => {
         Pure::A3(|a, b, c| {
-            from_fn(|i| {
+            each(|i| {
                 let ($x, $y, $z) = (a[i], b[i], c[i]);
                 $e
             })
@@ -38,7 +36,7 @@ macro_rules! a3 {
 macro_rules! w1 {
     (|$x:ident| $e:expr) => {
         Pure::W1(|a| {
-            from_fn(|i| {
+            each(|i| {
                 let $x = a[i];
                 $e
             })
@@ -48,7 +46,7 @@ macro_rules! w1 {
 macro_rules! w2 {
     (|$x:ident, $y:ident| $e:expr) => {
         Pure::W2(|a, b| {
-            from_fn(|i| {
+            each(|i| {
                 let ($x, $y) = (a[i], b[i]);
                 $e
             })
@@ -58,44 +56,25 @@ macro_rules! w2 {
 macro_rules! w3 {
     (|$x:ident, $y:ident, $z:ident| $e:expr) => {
         Pure::W3(|a, b, c| {
-            from_fn(|i| {
+            each(|i| {
                 let ($x, $y, $z) = (a[i], b[i], c[i]);
                 $e
             })
         })
     };
 }
-macro_rules! bits {
-    ($a:ident, $b:ident, $x:ident, $y:ident, $e:expr) => {
-        (0..32).fold(0, |m, i| {
-            let ($x, $y) = ($a[i], $b[i]);
-            m | u32::from($e) << i
-        })
-    };
-}
-macro_rules! cmp {
-    (|$x:ident, $y:ident| $e:expr) => {
-        Pure::Compare(|a, b| bits!(a, b, $x, $y, $e))
-    };
-}
-macro_rules! cmpw {
-    (|$x:ident, $y:ident| $e:expr) => {
-        Pure::CompareWide(|a, b| bits!(a, b, $x, $y, $e))
-    };
-}
-
 #[inline]
-fn f(x: u32) -> f32 {
+pub(crate) fn f(x: u32) -> f32 {
     f32::from_bits(x)
 }
 
 #[inline]
-fn g(x: u64) -> f64 {
+pub(crate) fn g(x: u64) -> f64 {
     f64::from_bits(x)
 }
 
 #[inline]
-fn s16(x: u32) -> i32 {
+pub(crate) fn s16(x: u32) -> i32 {
     i32::from(x as i16)
 }
 
@@ -210,14 +189,14 @@ fn word(op: &str, signed: bool, has: &dyn Fn(&str) -> bool) -> Option<Pure> {
         "add" => a2!(|x, y| x.wrapping_add(y)),
         "sub" => a2!(|x, y| x.wrapping_sub(y)),
         "mul" if has("wide") && signed => {
-            Pure::MulWide(|a, b| from_fn(|i| (i64::from(a[i] as i32) * i64::from(b[i] as i32)) as u64))
+            Pure::MulWide(|a, b| each(|i| (i64::from(a[i] as i32) * i64::from(b[i] as i32)) as u64))
         }
-        "mul" if has("wide") => Pure::MulWide(|a, b| from_fn(|i| u64::from(a[i]) * u64::from(b[i]))),
+        "mul" if has("wide") => Pure::MulWide(|a, b| each(|i| u64::from(a[i]) * u64::from(b[i]))),
         "mad" if has("wide") && signed => Pure::MadWide(|a, b, c| {
-            from_fn(|i| ((i64::from(a[i] as i32) * i64::from(b[i] as i32)) as u64).wrapping_add(c[i]))
+            each(|i| ((i64::from(a[i] as i32) * i64::from(b[i] as i32)) as u64).wrapping_add(c[i]))
         }),
         "mad" if has("wide") => {
-            Pure::MadWide(|a, b, c| from_fn(|i| (u64::from(a[i]) * u64::from(b[i])).wrapping_add(c[i])))
+            Pure::MadWide(|a, b, c| each(|i| (u64::from(a[i]) * u64::from(b[i])).wrapping_add(c[i])))
         }
         "mul" if has("hi") && signed => a2!(|x, y| ((i64::from(x as i32) * i64::from(y as i32)) >> 32) as u32),
         "mul" if has("hi") => a2!(|x, y| ((u64::from(x) * u64::from(y)) >> 32) as u32),
@@ -262,8 +241,8 @@ fn word(op: &str, signed: bool, has: &dyn Fn(&str) -> bool) -> Option<Pure> {
         "bfind" => a1!(|x| x.checked_ilog2().unwrap_or(u32::MAX)),
         "bfe" if signed => a3!(|x, p, n| bfe_signed(u64::from(x), p, n, 32) as u32),
         "bfe" => a3!(|x, p, n| bfe(u64::from(x), p, n, 32) as u32),
-        "bfi" => Pure::A4(|a, b, c, d| from_fn(|i| bfi(u64::from(a[i]), u64::from(b[i]), c[i], d[i], 32) as u32)),
-        "lop3" => Pure::A4(|a, b, c, d| from_fn(|i| lop3(a[i], b[i], c[i], d[i]))),
+        "bfi" => Pure::A4(|a, b, c, d| each(|i| bfi(u64::from(a[i]), u64::from(b[i]), c[i], d[i], 32) as u32)),
+        "lop3" => Pure::A4(|a, b, c, d| each(|i| lop3(a[i], b[i], c[i], d[i]))),
         "prmt" => permute(has)?,
         "shf" if has("l") && has("wrap") => a3!(|x, y, n| (pair(x, y) << (n & 31) >> 32) as u32),
         "shf" if has("l") => a3!(|x, y, n| ((u128::from(pair(x, y)) << n.min(32)) >> 32) as u32),
@@ -421,11 +400,11 @@ fn long(op: &str, signed: bool, has: &dyn Fn(&str) -> bool) -> Option<Pure> {
         "or" => w2!(|x, y| x | y),
         "xor" => w2!(|x, y| x ^ y),
         "not" => w1!(|x| !x),
-        "shl" => Pure::ShiftWide(|a, b| from_fn(|i| a[i].checked_shl(b[i]).unwrap_or(0))),
-        "shr" if signed => Pure::ShiftWide(|a, b| from_fn(|i| ((a[i] as i64) >> b[i].min(63)) as u64)),
-        "shr" => Pure::ShiftWide(|a, b| from_fn(|i| a[i].checked_shr(b[i]).unwrap_or(0))),
-        "popc" => Pure::Narrow(|a| from_fn(|i| a[i].count_ones())),
-        "clz" => Pure::Narrow(|a| from_fn(|i| a[i].leading_zeros())),
+        "shl" => Pure::ShiftWide(|a, b| each(|i| a[i].checked_shl(b[i]).unwrap_or(0))),
+        "shr" if signed => Pure::ShiftWide(|a, b| each(|i| ((a[i] as i64) >> b[i].min(63)) as u64)),
+        "shr" => Pure::ShiftWide(|a, b| each(|i| a[i].checked_shr(b[i]).unwrap_or(0))),
+        "popc" => Pure::Narrow(|a| each(|i| a[i].count_ones())),
+        "clz" => Pure::Narrow(|a| each(|i| a[i].leading_zeros())),
         "brev" => w1!(|x| x.reverse_bits()),
         "mov" => w1!(|x| x),
         _ => return None,
@@ -550,52 +529,6 @@ fn sign_bits(op: &str, two: bool) -> Option<Pure> {
         ("abs", true) => a1!(|x| x & 0x7fff_7fff),
         ("abs", false) => a1!(|x| x & 0x7fff),
         ("mov", _) => a1!(|x| x),
-        _ => return None,
-    })
-}
-
-/// The comparison `op` of `setp` for type `ty`.
-pub(crate) fn compare(op: &str, ty: Ty) -> Option<Pure> {
-    macro_rules! all {
-        ($make:ident, $x:ident, $y:ident, $a:expr, $b:expr) => {
-            match op {
-                "eq" => $make!(|$x, $y| $a == $b),
-                "ne" => $make!(|$x, $y| $a != $b),
-                "lt" | "lo" => $make!(|$x, $y| $a < $b),
-                "le" | "ls" => $make!(|$x, $y| $a <= $b),
-                "gt" | "hi" => $make!(|$x, $y| $a > $b),
-                "ge" | "hs" => $make!(|$x, $y| $a >= $b),
-                _ => return None,
-            }
-        };
-    }
-    macro_rules! ordered {
-        ($make:ident, $x:ident, $y:ident, $a:expr, $b:expr) => {
-            match op {
-                // A comparison with a NaN is false, also `ne`; the forms with u are true.
-                "ne" => $make!(|$x, $y| $a < $b || $a > $b),
-                "equ" => $make!(|$x, $y| !($a < $b || $a > $b)),
-                "neu" => $make!(|$x, $y| $a != $b),
-                "ltu" => $make!(|$x, $y| !($a >= $b)),
-                "leu" => $make!(|$x, $y| !($a > $b)),
-                "gtu" => $make!(|$x, $y| !($a <= $b)),
-                "geu" => $make!(|$x, $y| !($a < $b)),
-                "num" => $make!(|$x, $y| !$a.is_nan() && !$b.is_nan()),
-                "nan" => $make!(|$x, $y| $a.is_nan() || $b.is_nan()),
-                _ => all!($make, $x, $y, $a, $b),
-            }
-        };
-    }
-    Some(match ty {
-        Ty::U16 | Ty::U32 | Ty::U8 => all!(cmp, x, y, x, y),
-        Ty::S32 => all!(cmp, x, y, x as i32, (y as i32)),
-        Ty::S16 => all!(cmp, x, y, s16(x), s16(y)),
-        Ty::U64 => all!(cmpw, x, y, x, y),
-        Ty::S64 => all!(cmpw, x, y, x as i64, (y as i64)),
-        Ty::F32 => ordered!(cmp, x, y, f(x), f(y)),
-        Ty::F64 => ordered!(cmpw, x, y, g(x), g(y)),
-        Ty::F16 => ordered!(cmp, x, y, f16_to_f32(x as u16), f16_to_f32(y as u16)),
-        Ty::Bf16 => ordered!(cmp, x, y, bf16_to_f32(x as u16), bf16_to_f32(y as u16)),
         _ => return None,
     })
 }

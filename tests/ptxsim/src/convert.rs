@@ -1,10 +1,8 @@
 //! `cvt`: between all numbers, with their roundings and saturations.
 
-use std::array::from_fn;
-
 use crate::alu::max;
 use crate::float::{BF16, F16, F32, Round, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, flush, narrow};
-use crate::ins::{Pure, Ty};
+use crate::ins::{Pure, Ty, each};
 
 /// A conversion of one value, whatever its types.
 #[derive(Clone, Copy)]
@@ -37,18 +35,18 @@ impl Convert {
             return Some(integers(self.to, self.from));
         }
         Some(match (self.to, self.from, self.round) {
-            (Ty::F32, Ty::S32, Some(Round::Nearest)) => Pure::A1(|a| from_fn(|i| (a[i] as i32 as f32).to_bits())),
-            (Ty::F32, Ty::U32, Some(Round::Nearest)) => Pure::A1(|a| from_fn(|i| (a[i] as f32).to_bits())),
-            (Ty::F32, Ty::F16, None) => Pure::A1(|a| from_fn(|i| f16_to_f32(a[i] as u16).to_bits())),
-            (Ty::F32, Ty::Bf16, None) => Pure::A1(|a| from_fn(|i| a[i] << 16)),
+            (Ty::F32, Ty::S32, Some(Round::Nearest)) => Pure::A1(|a| each(|i| (a[i] as i32 as f32).to_bits())),
+            (Ty::F32, Ty::U32, Some(Round::Nearest)) => Pure::A1(|a| each(|i| (a[i] as f32).to_bits())),
+            (Ty::F32, Ty::F16, None) => Pure::A1(|a| each(|i| f16_to_f32(a[i] as u16).to_bits())),
+            (Ty::F32, Ty::Bf16, None) => Pure::A1(|a| each(|i| a[i] << 16)),
             (Ty::Bf16, Ty::F32, Some(Round::Nearest)) => {
-                Pure::A1(|a| from_fn(|i| u32::from(f32_to_bf16(f32::from_bits(a[i])))))
+                Pure::A1(|a| each(|i| u32::from(f32_to_bf16(f32::from_bits(a[i])))))
             }
             (Ty::F16, Ty::F32, Some(Round::Nearest)) => {
-                Pure::A1(|a| from_fn(|i| u32::from(f32_to_f16(f32::from_bits(a[i])))))
+                Pure::A1(|a| each(|i| u32::from(f32_to_f16(f32::from_bits(a[i])))))
             }
-            (Ty::S32, Ty::F32, Some(Round::Zero)) => Pure::A1(|a| from_fn(|i| f32::from_bits(a[i]) as i32 as u32)),
-            (Ty::U32, Ty::F32, Some(Round::Zero)) => Pure::A1(|a| from_fn(|i| f32::from_bits(a[i]) as u32)),
+            (Ty::S32, Ty::F32, Some(Round::Zero)) => Pure::A1(|a| each(|i| f32::from_bits(a[i]) as i32 as u32)),
+            (Ty::U32, Ty::F32, Some(Round::Zero)) => Pure::A1(|a| each(|i| f32::from_bits(a[i]) as u32)),
             _ => return None,
         })
     }
@@ -126,7 +124,7 @@ pub(crate) fn pack(to: Ty, has: &dyn Fn(&str) -> bool) -> Option<Pure> {
     macro_rules! two {
         (|$x:ident| $e:expr) => {
             Pure::A2(|a, b| {
-                from_fn(|i| {
+                each(|i| {
                     let one = |bits: u32| -> u32 {
                         let $x = f32::from_bits(bits);
                         $e
@@ -176,7 +174,7 @@ fn integers(to: Ty, from: Ty) -> Pure {
     macro_rules! a1 {
         (|$x:ident| $e:expr) => {
             Pure::A1(|a| {
-                from_fn(|i| {
+                each(|i| {
                     let $x = a[i];
                     $e
                 })
@@ -185,17 +183,17 @@ fn integers(to: Ty, from: Ty) -> Pure {
     }
     match (from.bytes(), to.bytes()) {
         (8, 8) => Pure::W1(|a| *a),
-        (8, 4) => Pure::Narrow(|a| from_fn(|i| a[i] as u32)),
-        (8, 2) => Pure::Narrow(|a| from_fn(|i| a[i] as u32 & 0xffff)),
-        (8, _) => Pure::Narrow(|a| from_fn(|i| a[i] as u32 & 0xff)),
+        (8, 4) => Pure::Narrow(|a| each(|i| a[i] as u32)),
+        (8, 2) => Pure::Narrow(|a| each(|i| a[i] as u32 & 0xffff)),
+        (8, _) => Pure::Narrow(|a| each(|i| a[i] as u32 & 0xff)),
         // A register may be wider than the type that is read from it.
         (_, 8) => match from {
-            Ty::U32 => Pure::Widen(|a| from_fn(|i| u64::from(a[i]))),
-            Ty::S32 => Pure::Widen(|a| from_fn(|i| i64::from(a[i] as i32) as u64)),
-            Ty::U16 => Pure::Widen(|a| from_fn(|i| u64::from(a[i] as u16))),
-            Ty::S16 => Pure::Widen(|a| from_fn(|i| i64::from(a[i] as i16) as u64)),
-            Ty::U8 => Pure::Widen(|a| from_fn(|i| u64::from(a[i] as u8))),
-            _ => Pure::Widen(|a| from_fn(|i| i64::from(a[i] as i8) as u64)),
+            Ty::U32 => Pure::Widen(|a| each(|i| u64::from(a[i]))),
+            Ty::S32 => Pure::Widen(|a| each(|i| i64::from(a[i] as i32) as u64)),
+            Ty::U16 => Pure::Widen(|a| each(|i| u64::from(a[i] as u16))),
+            Ty::S16 => Pure::Widen(|a| each(|i| i64::from(a[i] as i16) as u64)),
+            Ty::U8 => Pure::Widen(|a| each(|i| u64::from(a[i] as u8))),
+            _ => Pure::Widen(|a| each(|i| i64::from(a[i] as i8) as u64)),
         },
         (_, n) => match (from, n) {
             (Ty::U32 | Ty::S32, 4) => a1!(|x| x),

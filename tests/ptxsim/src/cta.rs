@@ -243,10 +243,10 @@ impl<'a> Cta<'a> {
     pub(crate) fn arrive(&mut self, w: usize, id: u32, count: Option<u32>, waits: bool) -> Result<(), Fault> {
         let wrong = |what: String| Err(Fault::Barrier(what));
         let Some(bar) = self.bars.get_mut(id as usize) else { return wrong(format!("no barrier has number {id}")) };
-        if let Some(n) = count {
-            if n == 0 || n % 32 != 0 {
-                return wrong(format!("barrier {id} cannot wait for {n} threads"));
-            }
+        if let Some(n) = count
+            && (n == 0 || n % 32 != 0)
+        {
+            return wrong(format!("barrier {id} cannot wait for {n} threads"));
         }
         if bar.arrived > 0 && bar.expected != count {
             return wrong(format!("warps do not agree on the threads of barrier {id}"));

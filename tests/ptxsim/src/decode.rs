@@ -4,6 +4,7 @@ mod asynchronous;
 mod matrix;
 
 use crate::alu;
+use crate::compare;
 use crate::convert::{self, Convert};
 use crate::ins::{Access, Addr, Atom, AtomOp, D, Logic, Op, P, Pure, R, Reg, SetP, Shfl, ShflMode, Space, Ty, Vote};
 use crate::parse::{CONST, Operand, Parser};
@@ -112,7 +113,7 @@ fn immediate(o: &Operand) -> Result<u64> {
 pub(crate) fn decode(k: &mut Parser<'_>, name: &str, o: &[Operand]) -> Result<Op> {
     let n = Name { parts: name.split('.').collect() };
     // Constants of 16 bits may be written as negative numbers, and registers are kept zero-extended.
-    let short = n.types().last().is_some_and(|t| t.bytes() == 2);
+    let short = n.types().last().is_some_and(|t| matches!(t, Ty::U16 | Ty::S16));
     let masked: Vec<Operand>;
     let o = if short {
         let mask = |o: &Operand| if let Operand::Immediate(v) = o { Operand::Immediate(v & 0xffff) } else { o.clone() };
@@ -143,7 +144,7 @@ pub(crate) fn decode(k: &mut Parser<'_>, name: &str, o: &[Operand]) -> Result<Op
         "set" => arity(3).and_then(|()| {
             let (to, from) = (n.ty()?, n.types().nth(1).ok_or("two types are needed")?);
             let ones = if to.float() { 1f32.to_bits() } else { u32::MAX };
-            match alu::compare(n.parts[1], from) {
+            match compare::select(n.parts[1], from) {
                 Some(Pure::Compare(f)) => Ok(Op::Set(f, k.r(&o[0])?, k.r(&o[1])?, k.r(&o[2])?, ones)),
                 _ => Err("comparison".into()),
             }
@@ -313,7 +314,7 @@ fn setp(k: &mut Parser<'_>, n: &Name<'_>, o: &[Operand]) -> Result<Op> {
     };
     let ty = n.types().last().ok_or("no type")?;
     let set = Box::new(SetP { to, other, with });
-    match alu::compare(n.parts[1], ty).ok_or("unknown comparison")? {
+    match compare::select(n.parts[1], ty).ok_or("unknown comparison")? {
         Pure::Compare(f) => Ok(Op::Compare(f, k.r(&o[1])?, k.r(&o[2])?, set)),
         Pure::CompareWide(f) => Ok(Op::CompareWide(f, k.d(&o[1])?, k.d(&o[2])?, set)),
         _ => Err("unknown comparison".into()),
@@ -334,7 +335,7 @@ fn cvta(k: &mut Parser<'_>, n: &Name<'_>, o: &[Operand]) -> Result<Op> {
     if n.ty()?.bytes() != 8 {
         return Err("addresses of 32 bits are not supported".into());
     }
-    let add: fn(&[u64; 32], &[u64; 32]) -> [u64; 32] = |a, b| std::array::from_fn(|i| a[i].wrapping_add(b[i]));
+    let add: fn(&[u64; 32], &[u64; 32]) -> [u64; 32] = |a, b| crate::ins::each(|i| a[i].wrapping_add(b[i]));
     Ok(Op::W2(add, k.d(&o[0])?, k.d(&o[1])?, k.wide_constant(window)))
 }
 

@@ -7,7 +7,7 @@ mod memory;
 
 use crate::cta::Cta;
 use crate::error::Fault;
-use crate::ins::{Op, R, Reg, V32};
+use crate::ins::{Op, R, Reg, V32, each};
 use crate::warp::{Group, State, lanes};
 
 /// What becomes of the lanes that ran an instruction.
@@ -114,14 +114,14 @@ impl Cta<'_> {
             Op::Select(d, a, b, p) => {
                 let p = warp.p[p.0 as usize];
                 let (a, b) = (warp.r(k, *a), warp.r(k, *b));
-                let v = std::array::from_fn(|l| if p >> l & 1 == 1 { a[l] } else { b[l] });
+                let v = each(|l| if p >> l & 1 == 1 { a[l] } else { b[l] });
                 warp.set_r(*d, &v, m);
                 Next::Go
             }
             Op::SelectWide(d, a, b, p) => {
                 let p = warp.p[p.0 as usize];
                 let (a, b) = (warp.d(k, *a), warp.d(k, *b));
-                let v = std::array::from_fn(|l| if p >> l & 1 == 1 { a[l] } else { b[l] });
+                let v = each(|l| if p >> l & 1 == 1 { a[l] } else { b[l] });
                 warp.set_d(*d, &v, m);
                 Next::Go
             }
@@ -243,7 +243,7 @@ impl Cta<'_> {
             }
             Op::Set(f, d, a, b, ones) => {
                 let held = f(warp.r(k, *a), warp.r(k, *b));
-                let v = std::array::from_fn(|l| if held >> l & 1 == 1 { *ones } else { 0 });
+                let v = each(|l| if held >> l & 1 == 1 { *ones } else { 0 });
                 warp.set_r(*d, &v, m);
             }
             Op::SetTrue(d) => warp.set_p(*d, !0, m),

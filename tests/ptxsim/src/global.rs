@@ -1,17 +1,24 @@
 //! Global memory that blocks on several threads share, with exact bounds and the blocks that touched every byte.
 //!
-//! A word of memory has a word of history: which of its bytes hold data, and which block wrote and read which of its bytes
-//! in this launch. One owner for each is nearly always enough; a word whose bytes belong to different blocks moves to a
-//! table with an entry a byte.
+//! History is as coarse as the accesses: a sector of 32 bytes that is only touched as a whole has one entry, with the blocks
+//! that wrote and read it in this launch. A sector that is touched in part has an entry a word, which also says which bytes
+//! hold data and which of them were touched; and a word whose bytes belong to different blocks has an entry a byte.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU32, AtomicU64,
+    Ordering::{AcqRel, Acquire, Relaxed},
+};
 
 use crate::error::Fault;
 
 /// Bytes of address space for each buffer: a wrong offset does not reach the next one.
 const WINDOW: u32 = 36;
+/// Bytes with one entry of history while they are touched together.
+const SECTOR: usize = 32;
+/// A sector's entry when its words have entries of their own.
+const DIVIDED: u64 = u64::MAX;
 const FIELD: u64 = (1 << 26) - 1;
 /// Readers are several blocks.
 const MANY: u64 = FIELD;
@@ -38,6 +45,9 @@ struct Owners {
 struct Buffer {
     len: usize,
     words: Vec<AtomicU32>,
+    /// Of sectors: bit 0 whether it holds data, then writer and reader as in the words' entries.
+    sectors: Vec<AtomicU64>,
+    /// Of words, where the sector is divided.
     history: Vec<AtomicU64>,
     split: Mutex<HashMap<usize, [Owners; 4]>>,
     touched: AtomicBool,
@@ -80,6 +90,7 @@ impl Global {
         let words = len.div_ceil(4);
         self.buffers.push(Some(Buffer {
             len,
+            sectors: (0..len.div_ceil(SECTOR)).map(|_| AtomicU64::new(0)).collect(),
             words: (0..words).map(|_| AtomicU32::new(0xcdcd_cdcd)).collect(),
             history: (0..words).map(|_| AtomicU64::new(0)).collect(),
             split: Mutex::default(),
@@ -111,11 +122,16 @@ impl Global {
     /// Bytes from the host's side.
     pub(crate) fn upload(&self, address: u64, data: &[u8]) -> Result<(), Fault> {
         let (buffer, at) = self.bounds(address, data.len())?;
-        for (i, byte) in data.iter().enumerate() {
-            let (word, shift) = ((at + i) / 4, 8 * ((at + i) % 4));
-            let old = buffer.words[word].load(Relaxed);
-            buffer.words[word].store(old & !(0xff << shift) | u32::from(*byte) << shift, Relaxed);
-            buffer.history[word].fetch_or(1 << ((at + i) % 4), Relaxed);
+        buffer.store(at, data);
+        for (sector, from, to) in sectors(at, data.len()) {
+            if buffer.whole(sector, from, to) && buffer.sectors[sector].load(Relaxed) != DIVIDED {
+                buffer.sectors[sector].fetch_or(1, Relaxed);
+                continue;
+            }
+            buffer.divide(sector);
+            for i in from..to {
+                buffer.history[i / 4].fetch_or(1 << (i % 4), Relaxed);
+            }
         }
         Ok(())
     }
@@ -134,8 +150,11 @@ impl Global {
     /// Offset of the first byte that holds no data.
     pub(crate) fn unwritten(&self, address: u64) -> Result<Option<usize>, Fault> {
         let (buffer, _) = self.find(address)?;
-        let holds = |i: &usize| buffer.history[i / 4].load(Relaxed) >> (i % 4) & 1 == 0;
-        Ok((0..buffer.len).find(holds))
+        let holds = |i: &usize| match buffer.sectors[i / SECTOR].load(Relaxed) {
+            DIVIDED => buffer.history[i / 4].load(Relaxed) >> (i % 4) & 1 == 1,
+            entry => entry & 1 == 1,
+        };
+        Ok((0..buffer.len).find(|i| !holds(i)))
     }
 
     /// Makes all bytes of a buffer count as never written.
@@ -145,6 +164,7 @@ impl Global {
             word.store(0xcdcd_cdcd, Relaxed);
             history.store(0, Relaxed);
         }
+        buffer.sectors.iter().for_each(|s| s.store(0, Relaxed));
         Ok(())
     }
 
@@ -152,70 +172,51 @@ impl Global {
     pub(crate) fn end_launch(&mut self) {
         for buffer in self.buffers.iter_mut().flatten() {
             if std::mem::take(buffer.touched.get_mut()) {
-                buffer.history.iter_mut().for_each(|h| *h.get_mut() &= 15);
+                let history = &mut buffer.history;
+                for (i, sector) in buffer.sectors.iter_mut().enumerate() {
+                    let sector = sector.get_mut();
+                    if *sector != DIVIDED {
+                        *sector &= 1;
+                        continue;
+                    }
+                    let words = i * 8..(i * 8 + 8).min(history.len());
+                    history[words].iter_mut().for_each(|h| *h.get_mut() &= 15);
+                }
                 buffer.split.get_mut().unwrap_or_else(|e| e.into_inner()).clear();
             }
         }
     }
 
-    /// Reads up to 16 bytes; `me` is the number of the block plus one.
+    /// Reads bytes; `me` is the number of the block plus one.
     pub(crate) fn read(&self, address: u64, out: &mut [u8], me: u64) -> Result<(), Fault> {
         let (buffer, at) = self.bounds(address, out.len())?;
-        buffer.touch();
-        if at % 4 == 0 && out.len() % 4 == 0 {
-            for (i, chunk) in out.chunks_exact_mut(4).enumerate() {
-                let word = at / 4 + i;
-                buffer.access(word, 15, Kind::Read, me)?;
-                chunk.copy_from_slice(&buffer.words[word].load(Relaxed).to_le_bytes());
+        buffer.touch(at, out.len(), Kind::Read, me)?;
+        if at % 4 == 0 && out.len().is_multiple_of(4) {
+            let words = &buffer.words[at / 4..][..out.len() / 4];
+            for (word, chunk) in words.iter().zip(out.as_chunks_mut::<4>().0) {
+                *chunk = word.load(Relaxed).to_le_bytes();
             }
             return Ok(());
         }
-        for (word, mask, from) in pieces(at, out.len()) {
-            buffer.access(word, mask, Kind::Read, me)?;
-            let bytes = buffer.words[word].load(Relaxed).to_le_bytes();
-            for j in 0..4 {
-                if mask >> j & 1 == 1 {
-                    out[word * 4 + j - from] = bytes[j];
-                }
-            }
+        for (i, byte) in (at..).zip(out) {
+            *byte = (buffer.words[i / 4].load(Relaxed) >> (8 * (i % 4))) as u8;
         }
         Ok(())
     }
 
-    /// Writes up to 16 bytes.
+    /// Writes bytes.
     pub(crate) fn write(&self, address: u64, data: &[u8], me: u64) -> Result<(), Fault> {
         let (buffer, at) = self.bounds(address, data.len())?;
-        buffer.touch();
-        if at % 4 == 0 && data.len() % 4 == 0 {
-            for (i, chunk) in data.as_chunks::<4>().0.iter().enumerate() {
-                let word = at / 4 + i;
-                buffer.access(word, 15, Kind::Write, me)?;
-                buffer.words[word].store(u32::from_le_bytes(*chunk), Relaxed);
-            }
-            return Ok(());
-        }
-        for (word, mask, from) in pieces(at, data.len()) {
-            buffer.access(word, mask, Kind::Write, me)?;
-            let (mut keep, mut new) = (u32::MAX, 0);
-            for j in 0..4 {
-                if mask >> j & 1 == 1 {
-                    keep &= !(0xff << (8 * j));
-                    new |= u32::from(data[word * 4 + j - from]) << (8 * j);
-                }
-            }
-            let _ = buffer.words[word].fetch_update(Relaxed, Relaxed, |old| Some(old & keep | new));
-        }
+        buffer.touch(at, data.len(), Kind::Write, me)?;
+        buffer.store(at, data);
         Ok(())
     }
 
     /// Replaces a value by a function of it, and returns the old one.
     pub(crate) fn atomic(&self, address: u64, bytes: usize, f: impl Fn(u64) -> u64) -> Result<u64, Fault> {
         let (buffer, at) = self.bounds(address, bytes)?;
-        buffer.touch();
         let word = at / 4;
-        for i in 0..bytes / 4 {
-            buffer.access(word + i, 15, Kind::Atomic, ATOMIC)?;
-        }
+        buffer.touch(at, bytes, Kind::Atomic, ATOMIC)?;
         if bytes == 4 {
             let old = buffer.words[word].fetch_update(Relaxed, Relaxed, |old| Some(f(u64::from(old)) as u32));
             return Ok(u64::from(old.unwrap_or_else(|o| o)));
@@ -230,6 +231,13 @@ impl Global {
     }
 }
 
+/// The sectors that `bytes` bytes from `at` touch: number, first byte, end.
+#[inline]
+fn sectors(at: usize, bytes: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    let end = at + bytes;
+    (at / SECTOR..end.div_ceil(SECTOR)).map(move |s| (s, at.max(s * SECTOR), end.min(s * SECTOR + SECTOR)))
+}
+
 /// The words that `bytes` bytes from `at` touch: number, mask of their bytes, `at` again.
 fn pieces(at: usize, bytes: usize) -> impl Iterator<Item = (usize, u64, usize)> {
     let end = at + bytes;
@@ -240,9 +248,102 @@ fn pieces(at: usize, bytes: usize) -> impl Iterator<Item = (usize, u64, usize)> 
 }
 
 impl Buffer {
-    fn touch(&self) {
+    fn store(&self, at: usize, data: &[u8]) {
+        if at.is_multiple_of(4) && data.len().is_multiple_of(4) {
+            let words = &self.words[at / 4..][..data.len() / 4];
+            for (word, chunk) in words.iter().zip(data.as_chunks::<4>().0) {
+                word.store(u32::from_le_bytes(*chunk), Relaxed);
+            }
+            return;
+        }
+        for (word, mask, from) in pieces(at, data.len()) {
+            let (mut keep, mut new) = (u32::MAX, 0);
+            for j in 0..4 {
+                if mask >> j & 1 == 1 {
+                    keep &= !(0xff << (8 * j));
+                    new |= u32::from(data[word * 4 + j - from]) << (8 * j);
+                }
+            }
+            // Another block may write the other bytes of the word.
+            let _ = self.words[word].fetch_update(Relaxed, Relaxed, |old| Some(old & keep | new));
+        }
+    }
+
+    /// Checks and remembers an access to a range of bytes.
+    fn touch(&self, at: usize, bytes: usize, kind: Kind, me: u64) -> Result<(), Fault> {
         if !self.touched.load(Relaxed) {
             self.touched.store(true, Relaxed);
+        }
+        for (sector, from, to) in sectors(at, bytes) {
+            if !self.whole(sector, from, to) {
+                self.divide(sector);
+            } else if self.access_sector(sector, kind, me)? {
+                continue;
+            }
+            for (word, mask, _) in pieces(from, to - from) {
+                self.access(word, mask, kind, me)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a range is all of its sector, of which the last one may be short.
+    #[inline]
+    fn whole(&self, sector: usize, from: usize, to: usize) -> bool {
+        from == sector * SECTOR && (to == from + SECTOR || to == self.len)
+    }
+
+    /// An access to a whole sector; false where its words have to be looked at.
+    #[inline]
+    fn access_sector(&self, sector: usize, kind: Kind, me: u64) -> Result<bool, Fault> {
+        loop {
+            let seen = self.sectors[sector].load(Acquire);
+            if seen == DIVIDED {
+                return Ok(false);
+            }
+            if kind != Kind::Write && seen & 1 == 0 {
+                return Err(Fault::Unwritten { what: "a buffer".into(), offset: (sector * SECTOR) as u64 });
+            }
+            let (writer, reader) = (seen >> 12 & FIELD, seen >> 38 & FIELD);
+            if writer != 0 && writer != me {
+                return Err(self.race(sector * 8, 1, writer));
+            }
+            let new = if kind == Kind::Read {
+                let reader = if reader == 0 || reader == me { me } else { MANY };
+                seen & !(FIELD << 38) | reader << 38
+            } else {
+                if reader != 0 && reader != me {
+                    return Err(self.race(sector * 8, 1, reader));
+                }
+                seen | 1 | me << 12
+            };
+            if new == seen || self.sectors[sector].compare_exchange_weak(seen, new, AcqRel, Relaxed).is_ok() {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Gives the words of a sector entries of their own.
+    fn divide(&self, sector: usize) {
+        if self.sectors[sector].load(Acquire) == DIVIDED {
+            return;
+        }
+        let _one_at_a_time = self.split.lock().unwrap_or_else(|e| e.into_inner());
+        loop {
+            let seen = self.sectors[sector].load(Acquire);
+            if seen == DIVIDED {
+                return;
+            }
+            let (writer, reader) = (seen >> 12 & FIELD, seen >> 38 & FIELD);
+            let all = |set: bool| if set { 15 } else { 0 };
+            let init = all(seen & 1 == 1);
+            let entry = History { init, wmask: all(writer != 0), rmask: all(reader != 0), writer, reader };
+            for word in sector * 8..(sector * 8 + 8).min(self.history.len()) {
+                self.history[word].store(entry.pack(), Relaxed);
+            }
+            if self.sectors[sector].compare_exchange(seen, DIVIDED, AcqRel, Relaxed).is_ok() {
+                return;
+            }
         }
     }
 

@@ -7,6 +7,16 @@ pub(crate) type V32 = [u32; 32];
 /// One wide value of each lane of a warp.
 pub(crate) type V64 = [u64; 32];
 
+/// A value for every lane. Loops over lanes become vector code in this form only.
+#[inline(always)]
+pub(crate) fn each<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; 32] {
+    let mut out = [T::default(); 32];
+    for (i, o) in out.iter_mut().enumerate() {
+        *o = f(i);
+    }
+    out
+}
+
 /// Set in the number of a register row that is a constant of the kernel and not a warp's own.
 pub(crate) const CONSTANT: u32 = 1 << 31;
 

@@ -29,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod alu;
+mod compare;
 mod convert;
 mod cta;
 mod decode;

@@ -190,7 +190,9 @@ impl Variable {
         };
         let words: Vec<&str> = head.split_whitespace().collect();
         let ty = words.iter().find_map(|w| Ty::parse(w.strip_prefix('.')?)).ok_or("no type")?;
-        let asked = words.iter().position(|w| *w == ".align").and_then(|i| words.get(i + 1)?.parse().ok());
+        // The alignment of a pointer parameter speaks of what it points to.
+        let own = words.iter().position(|w| *w == ".align").filter(|_| !words.contains(&".ptr"));
+        let asked = own.and_then(|i| words.get(i + 1)?.parse().ok());
         let (name, dims) = match words.last().and_then(|w| w.split_once('[')) {
             Some((n, d)) => (n, d.trim_end_matches(']')),
             None => (*words.last().ok_or("no name")?, "1"),

@@ -4,6 +4,8 @@
 //! different warps are ordered when the later warp has heard of the earlier one's clock, through a barrier or an mbarrier.
 //! Barriers of the whole block order everything before them, so words that were last touched before one need no look.
 
+use std::ops::Range;
+
 use crate::error::Fault;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -35,7 +37,7 @@ pub(crate) struct Shared {
     /// Bytes of every word that hold data.
     init: Vec<u8>,
     warps: usize,
-    /// For every word and warp: clock of its last write, whether it was atomic, and its bytes.
+    /// For every warp and word: clock of its last write, whether it was atomic, and its bytes.
     writes: Vec<u32>,
     reads: Vec<u32>,
     /// Interval between barriers of the whole block in which a word was last written, and last read.
@@ -105,39 +107,51 @@ impl Shared {
         kind: Kind,
     ) -> Result<usize, Fault> {
         let at = self.bounds(at, bytes)?;
-        let end = at + bytes;
-        for word in at / 4..end.div_ceil(4) {
-            let (low, high) = (at.max(word * 4) - word * 4, end.min(word * 4 + 4) - word * 4);
-            let mask = ((1u32 << high) - 1) & !((1 << low) - 1);
-            if kind != Kind::Write {
-                let missing = mask & !u32::from(self.init[word]);
-                if missing != 0 {
-                    let offset = word as u64 * 4 + u64::from(missing.trailing_zeros());
-                    return Err(Fault::Unwritten { what: "shared memory".into(), offset });
-                }
+        if at % 4 == 0 && bytes.is_multiple_of(4) {
+            let words = at / 4..(at + bytes) / 4;
+            if kind != Kind::Write && self.init[words.clone()].iter().any(|i| *i != 15) {
+                return Err(self.unwritten(at, bytes));
             }
-            self.order(w, clock, word, mask, kind)?;
-            self.remember(w, clock, word, mask, kind);
+            self.order(w, clock, words.clone(), 15, kind)?;
+            self.remember(w, clock, words, 15, kind);
+            return Ok(at);
+        }
+        for word in at / 4..(at + bytes).div_ceil(4) {
+            let (low, high) = (at.max(word * 4) - word * 4, (at + bytes).min(word * 4 + 4) - word * 4);
+            let mask = ((1u32 << high) - 1) & !((1 << low) - 1);
+            if kind != Kind::Write && mask & !u32::from(self.init[word]) != 0 {
+                return Err(self.unwritten(at, bytes));
+            }
+            self.order(w, clock, word..word + 1, mask, kind)?;
+            self.remember(w, clock, word..word + 1, mask, kind);
         }
         Ok(at)
     }
 
+    #[cold]
+    fn unwritten(&self, at: usize, bytes: usize) -> Fault {
+        let missing = (at..at + bytes).find(|i| self.init[i / 4] >> (i % 4) & 1 == 0);
+        Fault::Unwritten { what: "shared memory".into(), offset: missing.unwrap_or(at) as u64 }
+    }
+
     /// Whether all accesses of others that this one must not meet are known to warp `w`.
     #[inline]
-    fn order(&self, w: usize, clock: &[u32], word: usize, mask: u32, kind: Kind) -> Result<(), Fault> {
-        let copy = self.copies[word];
-        if copy & mask != 0 {
-            let (entry, phase) = ((copy >> 4 & 0xff) as usize, copy >> 12);
-            if clock.get(entry).is_none_or(|seen| *seen < phase) {
-                let with = "an asynchronous copy that was not waited for".to_string();
-                return Err(Fault::SharedRace { offset: word as u64 * 4, with });
+    fn order(&self, w: usize, clock: &[u32], words: Range<usize>, mask: u32, kind: Kind) -> Result<(), Fault> {
+        for word in words.clone() {
+            let copy = self.copies[word];
+            if copy & mask != 0 {
+                let (entry, phase) = ((copy >> 4 & 0xff) as usize, copy >> 12);
+                if clock.get(entry).is_none_or(|seen| *seen < phase) {
+                    let with = "an asynchronous copy that was not waited for".to_string();
+                    return Err(Fault::SharedRace { offset: word as u64 * 4, with });
+                }
             }
         }
-        if self.write_epoch[word] == self.epoch {
-            self.against(&self.writes, "wrote", w, clock, word, mask, kind)?;
+        if self.write_epoch[words.clone()].contains(&self.epoch) {
+            self.against(&self.writes, "wrote", w, clock, words.clone(), mask, kind)?;
         }
-        if kind != Kind::Read && self.read_epoch[word] == self.epoch {
-            self.against(&self.reads, "read", w, clock, word, mask, kind)?;
+        if kind != Kind::Read && self.read_epoch[words.clone()].contains(&self.epoch) {
+            self.against(&self.reads, "read", w, clock, words, mask, kind)?;
         }
         Ok(())
     }
@@ -148,41 +162,59 @@ impl Shared {
         did: &str,
         w: usize,
         clock: &[u32],
-        word: usize,
+        words: Range<usize>,
         mask: u32,
         kind: Kind,
     ) -> Result<(), Fault> {
-        for (u, entry) in table[word * self.warps..][..self.warps].iter().enumerate() {
-            let both_atomic = kind == Kind::Atomic && entry & ATOMIC != 0;
-            if u != w && entry & mask != 0 && entry >> 5 > clock[u] && !both_atomic {
-                let with = format!("warp {u}, which {did} it with nothing to order the two");
-                let byte = (entry & mask).trailing_zeros();
-                return Err(Fault::SharedRace { offset: word as u64 * 4 + u64::from(byte), with });
+        for u in (0..self.warps).filter(|u| *u != w) {
+            // Entries below this are of clocks that warp `w` has heard of.
+            let known = (clock[u] + 1) << 5;
+            let entries = &table[u * self.init.len()..][words.clone()];
+            if entries.iter().all(|e| *e < known) {
+                continue;
+            }
+            for (word, entry) in words.clone().zip(entries) {
+                let both_atomic = kind == Kind::Atomic && entry & ATOMIC != 0;
+                if *entry >= known && entry & mask != 0 && !both_atomic {
+                    let with = format!("warp {u}, which {did} it with nothing to order the two");
+                    let byte = (entry & mask).trailing_zeros();
+                    return Err(Fault::SharedRace { offset: word as u64 * 4 + u64::from(byte), with });
+                }
             }
         }
         Ok(())
     }
 
     #[inline]
-    fn remember(&mut self, w: usize, clock: &[u32], word: usize, mask: u32, kind: Kind) {
+    fn remember(&mut self, w: usize, clock: &[u32], words: Range<usize>, mask: u32, kind: Kind) {
         let table = if kind == Kind::Read { &mut self.reads } else { &mut self.writes };
-        let entry = &mut table[word * self.warps + w];
-        // Bytes of one clock are collected; a plain write among atomic ones is the stronger claim.
-        let same = *entry >> 5 == clock[w] && *entry & 15 != 0;
-        let (bytes, atomic) = if same { (*entry & 15, *entry & ATOMIC) } else { (0, ATOMIC) };
-        let atomic = if kind == Kind::Atomic { atomic } else { 0 };
-        *entry = clock[w] << 5 | atomic | bytes | mask;
-        if kind == Kind::Read {
-            self.read_epoch[word] = self.epoch;
+        let entries = &mut table[w * self.init.len()..][words.clone()];
+        if mask == 15 && kind != Kind::Atomic {
+            entries.fill(clock[w] << 5 | 15);
         } else {
-            self.write_epoch[word] = self.epoch;
-            self.init[word] |= mask as u8;
-            self.copies[word] &= !mask;
+            for entry in entries {
+                // Bytes of one clock are collected; a plain write among atomic ones is the stronger claim.
+                let same = *entry >> 5 == clock[w] && *entry & 15 != 0;
+                let (bytes, atomic) = if same { (*entry & 15, *entry & ATOMIC) } else { (0, ATOMIC) };
+                let atomic = if kind == Kind::Atomic { atomic } else { 0 };
+                *entry = clock[w] << 5 | atomic | bytes | mask;
+            }
+        }
+        if kind == Kind::Read {
+            self.read_epoch[words].fill(self.epoch);
+        } else {
+            self.write_epoch[words.clone()].fill(self.epoch);
+            self.init[words.clone()].iter_mut().for_each(|i| *i |= mask as u8);
+            self.copies[words].iter_mut().for_each(|c| *c &= !mask);
         }
     }
 
     /// Marks bytes as holding nothing until a copy that was just started brings them.
     pub(crate) fn in_flight(&mut self, at: usize, bytes: usize) {
+        if at.is_multiple_of(4) && bytes.is_multiple_of(4) {
+            self.init[at / 4..(at + bytes) / 4].fill(0);
+            return;
+        }
         for i in at..at + bytes {
             self.init[i / 4] &= !(1 << (i % 4));
         }
@@ -190,16 +222,18 @@ impl Shared {
 
     /// Checks that a copy started with `clock` may overwrite bytes.
     pub(crate) fn check_copy(&self, clock: &[u32], at: usize, bytes: usize) -> Result<(), Fault> {
-        for word in at / 4..(at + bytes).div_ceil(4) {
-            // No warp's own accesses are exempt but those that it made before it started the copy.
-            self.order(usize::MAX, clock, word, 15, Kind::Write)?;
-        }
-        Ok(())
+        // No warp's own accesses are exempt but those that it made before it started the copy.
+        self.order(usize::MAX, clock, at / 4..(at + bytes).div_ceil(4), 15, Kind::Write)
     }
 
     /// Bytes of an asynchronous copy arrive; `entry` of a clock reaching `phase` says that it was waited for.
     pub(crate) fn deliver(&mut self, at: usize, data: &[u8], entry: usize, phase: u32) {
         self.data[at..at + data.len()].copy_from_slice(data);
+        if at.is_multiple_of(4) && data.len().is_multiple_of(4) {
+            self.init[at / 4..(at + data.len()) / 4].fill(15);
+            self.copies[at / 4..(at + data.len()) / 4].fill(phase << 12 | (entry as u32) << 4 | 15);
+            return;
+        }
         for i in at..at + data.len() {
             self.init[i / 4] |= 1 << (i % 4);
             let mask = 1 << (i % 4) | self.copies[i / 4] & 15;

@@ -96,7 +96,7 @@ impl TensorMap {
         if self.strides.len() != rank - 1 || self.element_strides.len() != rank {
             return fail("number of strides");
         }
-        if self.base % 16 != 0 || self.strides.iter().any(|s| s % 16 != 0 || *s >= 1 << 40) {
+        if !self.base.is_multiple_of(16) || self.strides.iter().any(|s| s % 16 != 0 || *s >= 1 << 40) {
             return fail("address and strides must be multiples of 16 bytes");
         }
         if ![1, 2, 4, 8].contains(&self.element) || self.dims.iter().any(|d| *d == 0 || *d > 1 << 32) {
@@ -122,7 +122,7 @@ impl TensorMap {
                 self.tile[0].div_ceil(self.element_strides[0])
             }
         } * self.element;
-        if inner % 16 != 0 {
+        if !inner.is_multiple_of(16) {
             return fail("rows of a box must be multiples of 16 bytes");
         }
         if self.swizzle != Swizzle::None && inner > self.swizzle.span() {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::error::Fault;
-use crate::ins::{Addr, Base, CONSTANT, D, P, R, Reg, V32, V64};
+use crate::ins::{Addr, Base, CONSTANT, D, P, R, Reg, V32, V64, each};
 use crate::parse::Kernel;
 use crate::shared::Clock;
 
@@ -103,7 +103,7 @@ impl Warp {
         match r {
             Reg::Narrow(r) => self.r(k, r).map(u64::from),
             Reg::Wide(d) => *self.d(k, d),
-            Reg::Pred(p) => std::array::from_fn(|l| u64::from(self.p[p.0 as usize] >> l & 1)),
+            Reg::Pred(p) => each(|l| u64::from(self.p[p.0 as usize] >> l & 1)),
         }
     }
 
@@ -165,10 +165,10 @@ impl Warp {
     /// The group to run next, or `None` when all of them wait.
     #[inline]
     pub(crate) fn pick(&mut self) -> Result<Option<usize>, (u32, Fault)> {
-        if let [g] = &self.groups[..] {
-            if g.state == State::Run {
-                return Ok(Some(0));
-            }
+        if let [g] = &self.groups[..]
+            && g.state == State::Run
+        {
+            return Ok(Some(0));
         }
         if let Some(i) = self.groups.iter().position(|g| g.state == State::Run) {
             return Ok(Some(i));

@@ -91,21 +91,23 @@ impl Cta<'_> {
     }
 
     pub(super) fn cp_wait(&mut self, w: usize, keep: usize) -> Result<(), Fault> {
+        let clock = self.warps[w].clock.clone();
         while self.warps[w].copy_groups.len() > keep {
             for copy in self.warps[w].copy_groups.pop_front().into_iter().flatten() {
-                self.finish(w, &copy)?;
+                self.finish(w, &copy, &clock)?;
             }
         }
         Ok(())
     }
 
-    fn finish(&mut self, w: usize, copy: &Copy) -> Result<(), Fault> {
+    /// The bytes of a copy arrive, as a write of a warp that has heard of `clock`.
+    fn finish(&mut self, w: usize, copy: &Copy, clock: &Clock) -> Result<(), Fault> {
         self.blame = Some(copy.pc);
         let mut data = [0; 16];
         if copy.read > 0 {
             self.launch.machine.global.read(copy.from, &mut data[..copy.read], self.me)?;
         }
-        self.worker.shared.access(w, &self.warps[w].clock, copy.to as u64, copy.size, Kind::Write)?;
+        self.worker.shared.access(w, clock, copy.to as u64, copy.size, Kind::Write)?;
         self.worker.shared.data[copy.to..copy.to + copy.size].copy_from_slice(&data[..copy.size]);
         self.blame = None;
         Ok(())
@@ -123,7 +125,7 @@ impl Cta<'_> {
                 self.tensor_pieces(w, l, b, shared, global)?
             } else {
                 let bytes = b.size.map_or(0, |r| warp.r(self.k, r)[l]) as usize;
-                if bytes % 16 != 0 || shared % 16 != 0 || global % 16 != 0 {
+                if !bytes.is_multiple_of(16) || !shared.is_multiple_of(16) || !global.is_multiple_of(16) {
                     return Err(Fault::Misaligned { address: global | shared | bytes as u64, bytes: 16 });
                 }
                 let piece = |i| Piece { at: shared as usize + i, from: Some(global + i as u64), size: 16 };
@@ -158,7 +160,7 @@ impl Cta<'_> {
         let handle = usize::try_from(offset(map)).ok().and_then(|at| self.launch.params.get(at..at + 16));
         let map = handle.and_then(TensorMap::index).and_then(|i| self.launch.machine.maps.get(i));
         let Some(map) = map else { return refuse("no tensor map at this address of the parameters") };
-        if shared % 128 != 0 {
+        if !shared.is_multiple_of(128) {
             return Err(Fault::Misaligned { address: shared, bytes: 128 });
         }
         let number = |r| self.warps[w].r(self.k, r)[l];
@@ -224,7 +226,7 @@ impl Cta<'_> {
         match f.to {
             To::Arrival(at) => {
                 for copy in &f.copies {
-                    self.finish(f.warp, copy)?;
+                    self.finish(f.warp, copy, &f.clock)?;
                 }
                 self.arrive_at(f.warp, at, 1, 0, &f.clock)?;
             }
@@ -311,10 +313,8 @@ impl Cta<'_> {
                 let clock = self.warps[w].clock.clone();
                 let mut state = [0; 32];
                 for l in lanes(m) {
-                    if *drop {
-                        if let Some(bar) = self.mbars.get_mut(&at[l]) {
-                            bar.count -= i64::from(count[l]);
-                        }
+                    if *drop && let Some(bar) = self.mbars.get_mut(&at[l]) {
+                        bar.count -= i64::from(count[l]);
                     }
                     let phase = self.arrive_at(w, at[l], i64::from(count[l]), i64::from(expect[l]), &clock)?;
                     state[l] = u64::from(phase);

@@ -3,7 +3,7 @@
 use super::memory::apply;
 use crate::cta::Cta;
 use crate::error::Fault;
-use crate::ins::{AtomOp, P, R, Reg, Shfl, ShflMode, Ty, Vote};
+use crate::ins::{AtomOp, P, R, Reg, Shfl, ShflMode, Ty, Vote, each};
 use crate::warp::lanes;
 
 impl Cta<'_> {
@@ -33,7 +33,7 @@ impl Cta<'_> {
                 ShflMode::Bfly => (l ^ by, l ^ by <= high),
                 ShflMode::Down => (l + by, l + by <= high),
                 // For `up` the bound is the lowest lane.
-                ShflMode::Up => (l.wrapping_sub(by), l >= by && l - by >= (low | bound & !segment & 31).min(l)),
+                ShflMode::Up => (l.wrapping_sub(by), l >= by && l - by >= high),
                 ShflMode::Idx => {
                     let from = low | by & !segment & 31;
                     (from, from <= high)
@@ -72,7 +72,7 @@ impl Cta<'_> {
         self.members(w, members, m)?;
         let v = self.warps[w].any(self.k, a);
         let same = |l: usize| lanes(m).filter(|j| v[*j] == v[l]).fold(0, |s, j| s | 1 << j);
-        self.warps[w].set_r(d, &std::array::from_fn(same), m);
+        self.warps[w].set_r(d, &each(same), m);
         Ok(())
     }
 

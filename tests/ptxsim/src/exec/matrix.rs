@@ -4,7 +4,7 @@ use super::Next;
 use crate::cta::Cta;
 use crate::error::Fault;
 use crate::float::{bf16_to_f32, f16_to_f32, f32_to_f16, tf32};
-use crate::ins::{Addr, Mma, MmaKind, Op, R, Space, V32, V64, WgA, Wgmma};
+use crate::ins::{Addr, Mma, MmaKind, Op, R, Space, V32, V64, WgA, Wgmma, each};
 use crate::shared::{Clock, Kind, join};
 use crate::tensor_map::Swizzle;
 use crate::warp::Pending;
@@ -54,7 +54,7 @@ impl Cta<'_> {
                 let at = |c: usize| u32::from(if trans { cells[c][row] } else { cells[row][c] });
                 at(col) | at(col + 1) << 16
             };
-            self.warps[w].set_r(*d, &std::array::from_fn(pair), !0);
+            self.warps[w].set_r(*d, &each(pair), !0);
         }
         Ok(())
     }
@@ -79,7 +79,7 @@ impl Cta<'_> {
     pub(super) fn movmatrix(&mut self, w: usize, d: R, a: R) {
         let v = *self.warps[w].r(self.k, a);
         let cell = |row: usize, col: usize| v[row * 4 + col / 2] >> (16 * (col % 2)) & 0xffff;
-        let out = std::array::from_fn(|l| cell(l % 4 * 2, l / 4) | cell(l % 4 * 2 + 1, l / 4) << 16);
+        let out = each(|l| cell(l % 4 * 2, l / 4) | cell(l % 4 * 2 + 1, l / 4) << 16);
         self.warps[w].set_r(d, &out, !0);
     }
 
@@ -129,7 +129,7 @@ impl Cta<'_> {
             add_products(&row[..x.k], &b, sums);
         }
         for (q, r) in x.d.iter().enumerate() {
-            let v: V32 = std::array::from_fn(|l| {
+            let v: V32 = each(|l| {
                 let col = l % 4 * 2;
                 if x.wide {
                     c[l / 4 + q / 2 * 8][col + q % 2].to_bits()

@@ -35,7 +35,7 @@ fn slice<'a>(data: &'a [u8], what: &str, at: u64, bytes: usize) -> Result<&'a [u
 
 #[inline]
 fn aligned(address: u64, bytes: usize) -> Result<(), Fault> {
-    if address % bytes as u64 != 0 { Err(Fault::Misaligned { address, bytes }) } else { Ok(()) }
+    if !address.is_multiple_of(bytes as u64) { Err(Fault::Misaligned { address, bytes }) } else { Ok(()) }
 }
 
 #[inline]
@@ -57,6 +57,41 @@ fn widen(v: u64, ty: Ty) -> u64 {
         Ty::S32 => v as i32 as u64,
         _ => v,
     }
+}
+
+/// Neighbouring lanes whose addresses are one range of bytes, or all the same.
+struct Run {
+    first: usize,
+    end: usize,
+    same: bool,
+}
+
+impl Run {
+    fn bytes(&self, total: usize) -> usize {
+        if self.same { total } else { (self.end - self.first) * total }
+    }
+}
+
+/// The accesses of a warp, as few ranges as neighbouring lanes make.
+#[inline]
+fn runs(addresses: &V64, total: usize, m: u32) -> impl Iterator<Item = Run> {
+    let mut left = m;
+    std::iter::from_fn(move || {
+        if left == 0 {
+            return None;
+        }
+        let first = left.trailing_zeros() as usize;
+        let limit = first + (!(left >> first)).trailing_zeros().min(32 - first as u32) as usize;
+        let step = if first + 1 < limit { addresses[first + 1].wrapping_sub(addresses[first]) } else { total as u64 };
+        let mut end = first + 1;
+        if step == 0 || step == total as u64 {
+            while end < limit && addresses[end].wrapping_sub(addresses[end - 1]) == step {
+                end += 1;
+            }
+        }
+        left &= !((((1u64 << end) - 1) & !((1 << first) - 1)) as u32);
+        Some(Run { first, end, same: step == 0 && end > first + 1 })
+    })
 }
 
 impl Cta<'_> {
@@ -86,6 +121,37 @@ impl Cta<'_> {
             _ => self.launch.machine.global.read(at, out, self.me)?,
         }
         Ok(())
+    }
+
+    #[inline]
+    fn fetch_run(&mut self, w: usize, run: &Run, space: Space, at: &V64, out: &mut [u8]) -> Result<(), Fault> {
+        let Err(fault) = self.fetch(w, run.first, space, at[run.first], out) else { return Ok(()) };
+        // Of the first lane that is wrong by itself, where there is one.
+        let total = out.len() / if run.same { 1 } else { run.end - run.first };
+        for (l, out) in (run.first..run.end).zip(out.chunks_exact_mut(total)) {
+            self.fetch(w, l, space, at[l], out)?;
+        }
+        Err(fault)
+    }
+
+    /// `runs`, but of one lane each in local memory, where equal addresses are different bytes.
+    #[inline]
+    fn runs_in(&self, space: Space, addresses: &V64, total: usize, m: u32) -> impl Iterator<Item = Run> + use<> {
+        let lane = |m: u32| resolve(space, addresses[m.trailing_zeros() as usize & 31]).0 == Space::Local;
+        let single = m != 0 && lane(m);
+        let addresses = *addresses;
+        let mut singles = if single { m } else { 0 };
+        let mut left = if single { 0 } else { m };
+        std::iter::from_fn(move || {
+            if singles != 0 {
+                let first = singles.trailing_zeros() as usize;
+                singles &= singles - 1;
+                return Some(Run { first, end: first + 1, same: false });
+            }
+            let run = runs(&addresses, total, left).next()?;
+            left &= !((((1u64 << run.end) - 1) & !((1 << run.first) - 1)) as u32);
+            Some(run)
+        })
     }
 
     /// Where local memory of a lane lies in its warp's.
@@ -123,23 +189,33 @@ impl Cta<'_> {
         let n = a.ty.bytes();
         let total = n * a.regs.len();
         self.count(pc, a.space, &addresses, total, m);
-        let mut bytes = [0; 32];
-        if let ([Reg::Narrow(r)], true) = (&a.regs[..], n <= 4) {
+        let mut bytes = [0; 1024];
+        if let ([Reg::Narrow(r)], 4) = (&a.regs[..], n) {
             let mut v = [0; 32];
-            for l in lanes(m) {
-                aligned(addresses[l], n)?;
-                self.fetch(w, l, a.space, addresses[l], &mut bytes[..n])?;
-                v[l] = widen(number(&bytes[..n]), a.ty) as u32;
+            for run in self.runs_in(a.space, &addresses, total, m) {
+                aligned(addresses[run.first], total)?;
+                let bytes = &mut bytes[..run.bytes(total)];
+                self.fetch_run(w, &run, a.space, &addresses, bytes)?;
+                let words = bytes.as_chunks::<4>().0;
+                if run.same {
+                    v[run.first..run.end].fill(u32::from_le_bytes(words[0]));
+                } else {
+                    v[run.first..run.end].iter_mut().zip(words).for_each(|(v, b)| *v = u32::from_le_bytes(*b));
+                }
             }
             self.warps[w].set_r(*r, &v, m);
             return Ok(());
         }
         let mut v = [[0; 32]; 8];
-        for l in lanes(m) {
-            aligned(addresses[l], total)?;
-            self.fetch(w, l, a.space, addresses[l], &mut bytes[..total])?;
-            for (v, piece) in v.iter_mut().zip(bytes[..total].chunks_exact(n)) {
-                v[l] = widen(number(piece), a.ty);
+        for run in self.runs_in(a.space, &addresses, total, m) {
+            aligned(addresses[run.first], total)?;
+            let bytes = &mut bytes[..run.bytes(total)];
+            self.fetch_run(w, &run, a.space, &addresses, bytes)?;
+            for l in run.first..run.end {
+                let own = if run.same { &bytes[..] } else { &bytes[(l - run.first) * total..][..total] };
+                for (v, piece) in v.iter_mut().zip(own.chunks_exact(n)) {
+                    v[l] = widen(number(piece), a.ty);
+                }
             }
         }
         for (r, v) in a.regs.iter().zip(&v) {
@@ -154,17 +230,35 @@ impl Cta<'_> {
         let total = n * a.regs.len();
         self.count(pc, a.space, &addresses, total, m);
         self.events += 1;
-        let mut v = [[0; 32]; 8];
-        for (v, r) in v.iter_mut().zip(&a.regs) {
-            *v = self.warps[w].any(self.k, *r);
-        }
-        let mut bytes = [0; 32];
-        for l in lanes(m) {
-            aligned(addresses[l], total)?;
-            for (v, piece) in v.iter().zip(bytes[..total].chunks_exact_mut(n)) {
-                piece.copy_from_slice(&v[l].to_le_bytes()[..n]);
+        let mut bytes = [0; 1024];
+        for (j, r) in a.regs.iter().enumerate() {
+            match (r, n) {
+                (Reg::Narrow(r), 4) => {
+                    let v = self.warps[w].r(self.k, *r);
+                    for (own, v) in bytes.chunks_exact_mut(total).zip(v) {
+                        own[4 * j..4 * j + 4].copy_from_slice(&v.to_le_bytes());
+                    }
+                }
+                _ => {
+                    let v = self.warps[w].any(self.k, *r);
+                    for (own, v) in bytes.chunks_exact_mut(total).zip(&v) {
+                        own[n * j..][..n].copy_from_slice(&v.to_le_bytes()[..n]);
+                    }
+                }
             }
-            self.put(w, l, a.space, addresses[l], &bytes[..total])?;
+        }
+        for run in self.runs_in(a.space, &addresses, total, m) {
+            aligned(addresses[run.first], total)?;
+            // Of several lanes that write one place, the last one is seen.
+            let first = if run.same { run.end - 1 } else { run.first };
+            let bytes = &bytes[first * total..run.end * total];
+            if let Err(fault) = self.put(w, run.first, a.space, addresses[run.first], bytes) {
+                // Of the first lane that is wrong by itself, where there is one.
+                for (l, bytes) in (run.first..run.end).zip(bytes.chunks_exact(total)) {
+                    self.put(w, l, a.space, addresses[l], bytes)?;
+                }
+                return Err(fault);
+            }
         }
         Ok(())
     }
@@ -208,15 +302,23 @@ impl Cta<'_> {
         }
         let first = addresses[m.trailing_zeros() as usize];
         let (space, _) = resolve(space, first);
+        let mut all = runs(addresses, bytes, m);
+        let whole = all.next().filter(|_| all.next().is_none());
         let site = &mut self.worker.sites[pc as usize];
         site.requests += 1;
         site.lanes += u64::from(m.count_ones());
         if space == Space::Shared {
-            let (wavefronts, ideal) = wavefronts(addresses, bytes, m);
+            let (wavefronts, ideal) = match &whole {
+                Some(run) => (run.bytes(bytes).div_ceil(128) as u64, run.bytes(bytes).div_ceil(128) as u64),
+                None => wavefronts(addresses, bytes, m),
+            };
             site.wavefronts += wavefronts;
             site.ideal_wavefronts += ideal;
         } else {
-            site.sectors += sectors(addresses, bytes, m);
+            site.sectors += match &whole {
+                Some(run) => (first + run.bytes(bytes) as u64).div_ceil(32) - first / 32,
+                None => sectors(addresses, bytes, m),
+            };
             site.ideal_sectors += (m.count_ones() as u64 * bytes as u64).div_ceil(32);
         }
     }
