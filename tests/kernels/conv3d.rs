@@ -282,14 +282,14 @@ fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {
 /// What the interpreter counts: rows of matrices lie in banks of their own, and copies and stores fill whole sectors.
 #[test]
 fn ptx_conv3d_wastes_no_bank_and_no_sector() {
-    let case = Case::new([8, 16, 16], 32, 64);
+    let case = Case::new([8, 16, 16], 64, 64);
     for (kernel, stride) in [([3; 3], [1; 3]), ([3; 3], [2; 3]), ([1; 3], [1; 3])] {
         let c = Case { kernel, stride, ..case.clone() };
         let sim = Sim::new(0);
         let inputs = c.inputs(&sim);
         let sources = [inputs[0].source];
         let packed =
-            conv3d::pack_weight(&c.weight(), [64, 32, kernel[0], kernel[1], kernel[2]], &[32], c.storage).unwrap();
+            conv3d::pack_weight(&c.weight(), [64, 64, kernel[0], kernel[1], kernel[2]], &[64], c.storage).unwrap();
         let p = conv3d::Problem {
             storage: c.storage,
             batch: 1,
@@ -306,7 +306,7 @@ fn ptx_conv3d_wastes_no_bank_and_no_sector() {
             conv3d::run(&sim, &p, Some(name)).unwrap();
         }
         let entries = sim.reports.borrow().keys().cloned().collect::<Vec<_>>();
-        assert!(entries.len() > 3, "{entries:?}");
+        assert!(entries.len() >= 3, "{entries:?}");
         for entry in entries {
             for (what, site) in [("ldmatrix", true), ("cp.async", false), ("st.global", false), ("st.shared", true)] {
                 let t = sim.traffic(&entry, what);

@@ -9,12 +9,12 @@ use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
 use stunet::backend_testing::cuda::driver::{Driver, Launch, Memory, Module};
 use stunet::{Error, Result};
 
-/// Files parsed once for all tests, for the life of the process.
-static PARSED: Mutex<Option<HashMap<&'static str, &'static Parsed>>> = Mutex::new(None);
+/// Files parsed once for all tests, for the life of the process, by where their text is.
+static PARSED: Mutex<Option<HashMap<usize, &'static Parsed>>> = Mutex::new(None);
 
 fn parsed(module: &Module) -> &'static Parsed {
     let mut all = PARSED.lock().unwrap_or_else(PoisonError::into_inner);
-    all.get_or_insert_default().entry(module.name).or_insert_with(|| {
+    all.get_or_insert_default().entry(module.text.as_ptr().addr()).or_insert_with(|| {
         let parsed = Parsed::parse(module.text).unwrap_or_else(|e| panic!("{}: {e}", module.name));
         Box::leak(Box::new(parsed))
     })
