@@ -53,8 +53,10 @@ __device__ __forceinline__ bool voxel_of(const Conv3dParams& p, const Tile& t, i
 // Adds the bias, takes the sums, and writes the results through shared memory: 16 bytes a thread, neighbours beside
 // neighbours. `shared` is free and at least WM * MI * 16 * N * 2 bytes. OWNER tells entries apart that would otherwise
 // share one static array, which PTX would have to declare outside of both.
-template <class T, int OWNER, int WM, int WN, int MI, int NI>
-__device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, float (&acc)[MI][NI][4], unsigned char* shared) {
+// The warp's i-th fragment is number `fragment` + i * STEP of the block.
+template <class T, int OWNER, int WM, int WN, int MI, int NI, int STEP = 1>
+__device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, float (&acc)[MI][NI][4], int fragment,
+                                       unsigned char* shared) {
     constexpr int N = WN * NI * 8;
     __shared__ float sums[3][WM][N];
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, wm = warp / WN, wn = warp % WN;
@@ -65,7 +67,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
             int z, y, x;
-            inside[i][h] = voxel_of(p, t, wm * MI + i, h * 8 + (lane >> 2), z, y, x);
+            inside[i][h] = voxel_of(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x);
         }
     if (p.bias) {
         const float* bias = (const float*)p.bias + t.first;
@@ -87,7 +89,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
         for (int h = 0; h < 2; ++h)
             #pragma unroll
             for (int j = 0; j < NI; ++j) {
-                const int row = (wm * MI + i) * 16 + h * 8 + (lane >> 2);
+                const int row = (fragment + i * STEP) * 16 + h * 8 + (lane >> 2);
                 const u32 at = swizzle<N * 2>(row * N * 2 + (column + j * 8) * 2);
                 *(u32*)(shared + at) = T::pack(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
             }
@@ -159,10 +161,14 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
     }
 }
 
-// ANY: strides of 1 or 2 and kernels of 1 or 3 on every axis. Otherwise stride 1 and 3 x 3 taps in the plane, known to the
-// compiler. WM x WN warps have MI fragments of 16 voxels and NI of 8 filters each.
-template <class T, bool ANY, int WM, int WN, int MI, int NI>
+// PLANE: stride 1 and 3 x 3 taps in the plane, known to the compiler; WM x WN warps have MI fragments of 16 voxels and NI of 8
+// filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis. GROUP: as PLANE, by warp groups of compute
+// capability 9.0, whose matrix instructions read both operands from shared memory: MI planes of 64 voxels by all filters.
+enum Way { PLANE, EVERY, GROUP };
+
+template <class T, Way WAY, int WM, int WN, int MI, int NI>
 struct Brick {
+    static constexpr bool ANY = WAY == EVERY;
     static constexpr int TZ = WM * MI / 4, N = WN * NI * 8;
     static_assert(WM * WN == WARPS && 4 % MI == 0, "warps");
     static_assert(NI % 2 == 0, "filters are loaded by 16");
@@ -270,11 +276,31 @@ struct Brick {
             }
     }
 
+    // The same by warp groups. Rows of 8 voxels are 256 bytes, which is how far their swizzle of 32 bytes reaches, and groups
+    // of them are a row of the brick apart. A tap starts at any voxel: the swizzle is that of the address.
+    __device__ __forceinline__ void multiply_group(float (&acc)[MI][NI][4], u32 brick, u32 weight, int row) const {
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        #pragma unroll
+        for (int tap = 0; tap < 9; ++tap)
+            #pragma unroll
+            for (int i = 0; i < MI; ++i) {
+                const u32 a = brick + (row + (i * 10 + tap / 3) * PITCH_1 + tap % 3) * ROW;
+                T::multiply_group(acc[i], group_operand(a, PITCH_1 * ROW), group_operand(weight + tap * N * ROW, 8 * ROW));
+            }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    }
+    // K-major rows of 32 bytes, swizzled; `far` bytes from 8 rows to the next 8.
+    static __device__ __forceinline__ u64 group_operand(u32 address, u32 far) {
+        return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | (u64)(far >> 4) << 32 | 3ull << 62;
+    }
+
     __device__ __forceinline__ void run(unsigned char* shared) const {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp / WN, wn = warp % WN;
         const u32 start = shared_address(shared);
         const int brick_bytes = bytes(), weight_bytes = ky * kx * N * ROW, weights = p.bricks * brick_bytes;
-        const int f = wm * MI, r = lane & 15;
+        const int f = WAY == GROUP ? (warp >> 2) * MI * 4 + (warp & 3) : wm * MI, r = lane & 15;
+        const int plane = (warp >> 2) * MI * rows * pitch;
         const int row = ((f >> 2) * sz * rows + ((f & 3) * 2 + (r >> 3)) * sy) * pitch + (r & 7);
         const u32 filter = swizzle<ROW>((wn * NI * 8 + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16);
         float acc[MI][NI][4] = {};
@@ -296,6 +322,7 @@ struct Brick {
                 if (tz == 1 && p.bricks == 2 && slab + 1 < count) copy_wait<1>();
                 else copy_wait<0>();
                 if (tz == 0) normalise(slab, shared + buffer * brick_bytes, real);
+                if (WAY == GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
                 __syncthreads();                            // loaded by all, and the stage before is done by all
                 const bool last = tz + 1 == p.kernel_z;
                 if (!last || slab + 1 < count) {
@@ -306,16 +333,17 @@ struct Brick {
                     next = load(slab + 1, start + (buffer ^ 1) * brick_bytes);
                     copy_commit();
                 }
-                multiply(acc, start + buffer * brick_bytes, start + weights + (stage & 1) * weight_bytes + filter,
-                         row + tz * rows * pitch);
+                const u32 brick = start + buffer * brick_bytes, weight = start + weights + (stage & 1) * weight_bytes;
+                if constexpr (WAY == GROUP) multiply_group(acc, brick, weight, plane + tz * rows * pitch);
+                else multiply(acc, brick, weight + filter, row + tz * rows * pitch);
             }
         }
-        finish<T, ANY, WM, WN, MI, NI>(p, t, acc, shared);
+        finish<T, WAY, WM, WN, MI, NI, WAY == GROUP ? 4 : 1>(p, t, acc, f, shared);
     }
 };
 
-#define CONV3D(NAME, STORAGE, ANY, WM, WN, MI, NI, BLOCKS)                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS, AMPERE ? BLOCKS : 1) NAME(const Conv3dParams p) {                           \
-        extern __shared__ __align__(128) unsigned char shared[];                                                         \
-        Brick<STORAGE, ANY, WM, WN, MI, NI>(p).run(shared);                                                              \
+#define CONV3D(NAME, STORAGE, WAY, WM, WN, MI, NI, BLOCKS)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, AMPERE ? BLOCKS : 1) NAME(const Conv3dParams p) {              \
+        extern __shared__ __align__(WAY == GROUP ? 1024 : 128) unsigned char shared[];                                     \
+        Brick<STORAGE, WAY, WM, WN, MI, NI>(p).run(shared);                                                              \
     }

@@ -61,7 +61,7 @@ __device__ __forceinline__ void first(const Conv3dParams& p, unsigned char* shar
             for (int j = 0; j < NI; ++j) T::mma(acc[i][j], a, b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
         }
     }
-    finish<T, WIDE, WARPS, 1, MI, NI>(p, t, acc, shared);
+    finish<T, WIDE, WARPS, 1, MI, NI>(p, t, acc, warp * MI, shared);
 }
 
 #define FIRST(NAME, STORAGE, WIDE, NI)                                                                                   \

@@ -257,6 +257,14 @@ fn ptx_conv3d_on_cards_before_ampere() {
     check(&Case { sources: vec![(40, [1; 3], true)], kernel: [1; 3], stride: [2; 3], ..c });
 }
 
+/// By warp groups, among all others: two sources, ragged sizes, more filters than a block has.
+#[test]
+fn ptx_conv3d_on_hopper() {
+    let c = Case { card: [9, 0], bias: true, ..Case::new([6, 8, 10], 0, 72) };
+    check(&Case { sources: vec![(20, [2, 1, 2], true), (16, [1; 3], false)], batch: 2, ..c.clone() });
+    check(&Case { sources: vec![(48, [1; 3], true)], storage: Storage::F16, filters: 144, kernel: [1, 3, 3], ..c });
+}
+
 /// bf16 is not there before compute capability 8.0, and that is said before anything runs.
 #[test]
 fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {

@@ -37,7 +37,7 @@ impl Sim {
 
     /// As a card of that compute capability.
     pub fn of(seed: u64, capability: [u32; 2]) -> Sim {
-        let shared_limit = if capability[0] < 8 { 64 } else { 99 } << 10;
+        let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap() - 7] << 10;
         // Tests run side by side on threads of their own.
         let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
         Sim { machine: RefCell::new(Machine::new()), options, capability, reports: RefCell::default() }

@@ -5,7 +5,7 @@ pub mod first;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Files, Launch, Memory, files, shared_limit};
+use super::driver::{Driver, Files, Launch, Memory, files, module, shared_limit};
 use super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
 use crate::error::{Error, Result};
 
@@ -16,6 +16,8 @@ static BF16: Files = files!("conv3d_bf16", bf16);
 static F16: Files = files!("conv3d_f16");
 static F32: Files = files!("conv3d_f32");
 static POINTWISE: Files = files!("conv3d_pointwise");
+/// For compute capability 9.0 alone.
+static GROUP: Files = Files::new(None, module!("conv3d_group.sm90a.ptx"));
 
 /// A convolution with padding of half the kernel.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +70,8 @@ enum Kind {
     Brick(usize),
     /// The same for any kernel and stride.
     AnyBrick(usize),
+    /// As [`Kind::Brick`] by warp groups of compute capability 9.0. Not yet run on a card: by name only.
+    GroupBrick(usize),
     /// Rows of voxels; kernel of one voxel, no moments.
     Pointwise,
     /// A thread a value in f32, no moments.
@@ -83,7 +87,9 @@ struct Variant {
     efficiency: f64,
 }
 
-const VARIANTS: [Variant; 10] = [
+const VARIANTS: [Variant; 12] = [
+    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), efficiency: 1.0 },
+    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), efficiency: 1.0 },
     Variant { name: "n64", filters: 64, kind: Kind::Brick(4), efficiency: 1.0 },
     Variant { name: "n32", filters: 32, kind: Kind::Brick(8), efficiency: 1.0 },
     Variant { name: "n16", filters: 16, kind: Kind::Brick(8), efficiency: 0.8 },
@@ -97,14 +103,18 @@ const VARIANTS: [Variant; 10] = [
 ];
 
 impl Variant {
-    /// Whether a card whose blocks have `limit` bytes of shared memory can solve the problem so.
-    fn supports(&self, p: &Problem<'_>, measured: bool, limit: usize) -> bool {
+    /// Whether the card can solve the problem so.
+    fn supports(&self, p: &Problem<'_>, measured: bool, driver: &dyn Driver) -> bool {
         let half = p.storage != Storage::F32;
+        let limit = shared_limit(driver);
         if self.shared(p, 1, limit).0 + self.sums() > limit {
             return false;
         }
         match self.kind {
             Kind::Brick(_) => half && p.stride == [1; 3] && p.kernel[1..] == [3; 2],
+            Kind::GroupBrick(_) => {
+                half && p.stride == [1; 3] && p.kernel[1..] == [3; 2] && driver.capability() == [9, 0]
+            }
             Kind::AnyBrick(_) => half,
             Kind::Pointwise => half && p.kernel == [1; 3] && !measured,
             Kind::Plain => !half && !measured,
@@ -114,7 +124,7 @@ impl Variant {
     /// Tiles of a sample along each axis.
     fn tiles(&self, out: [usize; 3]) -> [usize; 3] {
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => {
                 [out[0].div_ceil(planes), out[1].div_ceil(8), out[2].div_ceil(8)]
             }
             Kind::Pointwise | Kind::Plain => [1; 3],
@@ -126,7 +136,7 @@ impl Variant {
         let groups = padded(p.filters).div_ceil(self.filters);
         let voxels = p.batch * out.iter().product::<usize>();
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => {
                 (p.batch * self.tiles(out).iter().product::<usize>() * groups, planes * 64)
             }
             Kind::Pointwise => (voxels.div_ceil(gemm::ROWS) * groups, gemm::ROWS),
@@ -142,7 +152,9 @@ impl Variant {
     /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
     /// there is more than one and room.
     fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
-        let (Kind::Brick(planes) | Kind::AnyBrick(planes)) = self.kind else { return (0, 1) };
+        let (Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes)) = self.kind else {
+            return (0, 1);
+        };
         let row = BLOCK * 2;
         let pitch = if p.stride[2] == 2 { 20 } else { 12 };
         let depth = (planes - 1) * p.stride[0] + p.kernel[0];
@@ -163,8 +175,7 @@ pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -
 /// Names of the variants that can solve the problem, with moments or without.
 #[must_use]
 pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'static str> {
-    let limit = shared_limit(driver);
-    VARIANTS.iter().filter(|v| v.supports(p, measured, limit)).map(|v| v.name).collect()
+    VARIANTS.iter().filter(|v| v.supports(p, measured, driver)).map(|v| v.name).collect()
 }
 
 /// The variant of that name, or the one expected to be done first: waves of blocks times the work of a block.
@@ -175,12 +186,13 @@ fn choose(
     driver: &dyn Driver,
     name: Option<&str>,
 ) -> Result<&'static Variant> {
-    let (multiprocessors, limit) = (driver.multiprocessors().max(1), shared_limit(driver));
+    let multiprocessors = driver.multiprocessors().max(1);
     let cost = |v: &Variant| {
         let (blocks, voxels) = v.blocks(p, out);
         (blocks.div_ceil(multiprocessors) * v.filters * voxels) as f64 / v.efficiency
     };
-    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, limit) && name.is_none_or(|n| n == v.name));
+    let asked = |v: &Variant| name.map_or(!matches!(v.kind, Kind::GroupBrick(_)), |n| n == v.name);
+    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, driver) && asked(v));
     fit.min_by(|a, b| cost(a).total_cmp(&cost(b)))
         .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
 }
@@ -294,6 +306,7 @@ fn files(v: &Variant, storage: Storage) -> &'static Files {
     match (v.kind, storage) {
         (Kind::Plain, _) => &F32,
         (Kind::Pointwise, _) => &POINTWISE,
+        (Kind::GroupBrick(_), _) => &GROUP,
         (_, Storage::F16) => &F16,
         _ => &BF16,
     }

@@ -118,7 +118,11 @@ impl Launch {
 
 /// Shared memory that every card of that capability gives a block.
 pub(super) fn shared_limit(driver: &dyn Driver) -> usize {
-    if driver.capability() >= [8, 0] { 99 << 10 } else { 64 << 10 }
+    match driver.capability()[0] {
+        0..=7 => 64 << 10,
+        9 => 227 << 10,
+        _ => 99 << 10,
+    }
 }
 
 /// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::download`] and
