@@ -28,6 +28,7 @@ const UNSAFE: &[&str] = &[
     "src/tensor/buffer.rs",
     "src/tensor/cuda.rs",
     "src/backend/cpu/",
+    "src/backend/cuda/context.rs",
     "src/io/pth.rs",
     "src/io/pth/",
     "src/io/weights.rs",
@@ -37,7 +38,7 @@ const UNSAFE: &[&str] = &[
 
 /// A dependency and the only places that may name it.
 const CRATES: &[(&str, &[&str])] = &[
-    ("cudarc", &["src/tensor/cuda.rs", "src/tensor/device.rs", "src/tensor/buffer.rs"]),
+    ("cudarc", &["src/tensor/cuda.rs", "src/tensor/device.rs", "src/tensor/buffer.rs", "src/backend/cuda/context.rs"]),
     ("rayon", &["src/base/par.rs", "src/tensor/device.rs", "src/backend/cpu/"]),
     ("clap", &["src/cli/"]),
     ("indicatif", &["src/cli/"]),

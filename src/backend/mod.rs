@@ -4,6 +4,10 @@
 //! first one that the device can run and that supports the problem is taken; tests and benchmarks walk the whole list.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod testing;
 
 use crate::tensor::Isa;
 

@@ -1,0 +1,127 @@
+//! The kernels' host side on the PTX interpreter instead of a device.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
+use stunet::backend_testing::cuda::driver::{Driver, Launch, Memory, Module};
+use stunet::{Error, Result};
+
+/// Files parsed once for all tests, for the life of the process, by where their text is.
+static PARSED: Mutex<Option<HashMap<usize, &'static Parsed>>> = Mutex::new(None);
+
+fn parsed(module: &Module) -> &'static Parsed {
+    let mut all = PARSED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.get_or_insert_default().entry(module.text.as_ptr().addr()).or_insert_with(|| {
+        let parsed = Parsed::parse(module.text).unwrap_or_else(|e| panic!("{}: {e}", module.name));
+        Box::leak(Box::new(parsed))
+    })
+}
+
+/// A device whose blocks and warps run in the order of `seed`.
+pub struct Sim {
+    machine: RefCell<Machine>,
+    options: Options,
+    capability: [u32; 2],
+    /// What every entry did in all its launches.
+    pub reports: RefCell<BTreeMap<String, (&'static Parsed, Report)>>,
+}
+
+impl Sim {
+    /// As a card of compute capability 8.6.
+    pub fn new(seed: u64) -> Sim {
+        Sim::of(seed, [8, 6])
+    }
+
+    /// As a card of that compute capability.
+    pub fn of(seed: u64, capability: [u32; 2]) -> Sim {
+        let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap() - 7] << 10;
+        // Tests run side by side on threads of their own.
+        let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
+        Sim { machine: RefCell::new(Machine::new()), options, capability, reports: RefCell::default() }
+    }
+
+    /// Memory with these contents.
+    pub fn with(&self, bytes: &[u8]) -> Memory {
+        let address = self.machine.borrow_mut().upload(bytes);
+        Memory { address, bytes: bytes.len() }
+    }
+
+    /// Traffic of all of an entry's instructions that begin with `what`, in all launches.
+    pub fn traffic(&self, entry: &str, what: &str) -> Site {
+        let reports = self.reports.borrow();
+        let (module, report) = &reports[entry];
+        let mut sum = Site::default();
+        for (line, text) in module.lines(entry) {
+            let Some(site) = report.counters.get(&line).filter(|_| text.contains(what)) else { continue };
+            sum.requests += site.requests;
+            sum.wavefronts += site.wavefronts;
+            sum.ideal_wavefronts += site.ideal_wavefronts;
+            sum.sectors += site.sectors;
+            sum.ideal_sectors += site.ideal_sectors;
+        }
+        sum
+    }
+
+    /// All of the memory; fails when a byte of it was never written.
+    pub fn bytes(&self, m: Memory) -> Vec<u8> {
+        let mut v = vec![0; m.bytes];
+        self.download(m, &mut v).unwrap();
+        v
+    }
+}
+
+fn device(e: ptxsim::Error) -> Error {
+    Error::Device { what: e.to_string() }
+}
+
+impl Driver for Sim {
+    fn capability(&self) -> [u32; 2] {
+        self.capability
+    }
+
+    fn multiprocessors(&self) -> usize {
+        4
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Memory> {
+        Ok(Memory { address: self.machine.borrow_mut().alloc(bytes), bytes })
+    }
+
+    fn free(&self, memory: Memory) -> Result<()> {
+        self.machine.borrow_mut().free(memory.address).map_err(device)
+    }
+
+    fn upload(&self, to: Memory, bytes: &[u8]) -> Result<()> {
+        self.machine.borrow_mut().write(to.address, bytes).map_err(device)
+    }
+
+    fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()> {
+        let machine = self.machine.borrow();
+        if let Some(at) = machine.unwritten(from.address).map_err(device)?.filter(|at| *at < bytes.len()) {
+            return Err(Error::Device { what: format!("byte {at} was never written") });
+        }
+        bytes.copy_from_slice(&machine.read(from.address, bytes.len()).map_err(device)?);
+        Ok(())
+    }
+
+    fn memset(&self, memory: Memory, value: u8) -> Result<()> {
+        self.upload(memory, &vec![value; memory.bytes])
+    }
+
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+        let Launch { grid, block, shared } = launch;
+        let module = parsed(module);
+        let report = self.machine.borrow_mut().launch(module, entry, grid, block, shared, params, &self.options);
+        let report = report.map_err(device)?;
+        let mut all = self.reports.borrow_mut();
+        all.entry(entry.into()).or_insert_with(|| (module, Report::default())).1.merge(&report);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
