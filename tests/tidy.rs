@@ -26,9 +26,8 @@ const FLOORS: &[(&str, &[&str])] = &[
 /// The only files that may hold unsafe code: memory, the driver, the kernels, and the maps of weight files.
 const UNSAFE: &[&str] = &[
     "src/tensor/buffer.rs",
-    "src/tensor/cuda.rs",
+    "src/tensor/cuda/",
     "src/backend/cpu/",
-    "src/backend/cuda/context.rs",
     "src/io/pth.rs",
     "src/io/pth/",
     "src/io/weights.rs",
@@ -38,7 +37,7 @@ const UNSAFE: &[&str] = &[
 
 /// A dependency and the only places that may name it.
 const CRATES: &[(&str, &[&str])] = &[
-    ("cudarc", &["src/tensor/cuda.rs", "src/tensor/device.rs", "src/tensor/buffer.rs", "src/backend/cuda/context.rs"]),
+    ("cudarc", &["src/tensor/cuda/"]),
     ("rayon", &["src/base/par.rs", "src/tensor/device.rs", "src/backend/cpu/"]),
     ("clap", &["src/cli/"]),
     ("indicatif", &["src/cli/"]),

@@ -12,7 +12,7 @@ pub mod testing;
 use crate::tensor::Isa;
 
 /// Calls `op::function(isa, arguments ..)` of the backend that `$device` belongs to, with the device's own threads as
-/// the current pool. The only match on the kind of device in the crate.
+/// the current pool. Operations on a card have left before, see `ops::cuda`.
 macro_rules! dispatch {
     ($device:expr, $op:ident :: $function:ident ( $($argument:expr),* $(,)? )) => {{
         let device: &$crate::tensor::Device = $device;
@@ -21,6 +21,8 @@ macro_rules! dispatch {
                 let isa = device.isa();
                 device.install(|| $crate::backend::cpu::$op::$function(isa, $($argument),*))
             }
+            #[cfg(feature = "cuda")]
+            $crate::tensor::Device::Cuda(_) => unreachable!("a card's operations begin in ops::cuda"),
         }
     }};
 }

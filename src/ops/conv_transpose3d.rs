@@ -1,6 +1,6 @@
 //! Transposed 3D convolution whose kernel is its stride.
 
-use super::{activation, floats, memory};
+use super::{activation, floats, memory, processor};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv_transpose3d::{Geometry, Problem, packed_len};
 use crate::backend::dispatch;
@@ -21,6 +21,7 @@ pub fn conv_transpose3d<'m>(cx: &mut Ctx<'m>, x: Var, w: &'m Param, b: Option<&'
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, w: &Param, b: Option<&Param>, name: Option<&str>) -> Result<Var> {
+    processor("conv_transpose3d", cx.device())?;
     let geometry = geometry(x.value().dims(), w, b)?;
     let x = floats("conv_transpose3d", x.into_value())?;
     let [d, h, width] = [0, 1, 2].map(|a| geometry.input[a].saturating_mul(geometry.stride[a]));

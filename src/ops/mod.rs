@@ -6,6 +6,8 @@
 mod add;
 mod conv3d;
 mod conv_transpose3d;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(crate) mod head;
 mod head_labels;
 mod instance_norm;
@@ -30,6 +32,25 @@ pub use upsample_nearest::upsample_nearest;
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{Dims, Layout, Precision, StoredMut, Tensor};
+
+/// An error if the device is a card: for what has no kernel there.
+fn processor(op: &'static str, device: &crate::tensor::Device) -> Result<()> {
+    if device.is_cpu() {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!("{op} on {}: there is no kernel for it", device.name())))
+}
+
+/// Leaves for the operation's card side with its result, if the device is a card.
+macro_rules! on_card {
+    ($device:expr, $run:expr) => {
+        #[cfg(feature = "cuda")]
+        if !$device.is_cpu() {
+            return $run;
+        }
+    };
+}
+use on_card;
 
 /// The sizes of an activation, none of them zero.
 fn activation(op: &'static str, dims: &Dims) -> Result<[usize; 5]> {
@@ -56,6 +77,7 @@ fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
     if x.layout() == Layout::BLOCKED {
         return Ok(x);
     }
+    processor(op, x.device())?;
     let [_, c, d, h, w] = activation(op, x.dims())?;
     let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, x.device())?;
     let to = memory(op, &mut out)?;

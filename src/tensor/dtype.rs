@@ -53,15 +53,19 @@ pub enum Precision {
     /// an operation is, to the bit, that of the same operation on rounded values stored as f32, rounded when it is
     /// stored.
     Bf16,
+    /// Rounded to IEEE half floats, on cards that have no bf16: more digits, but values past 65504 are infinite. Not on the
+    /// processor.
+    F16,
 }
 
 impl Precision {
-    /// "f32" or "bf16".
+    /// "f32", "bf16" or "f16".
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
         }
     }
 
@@ -70,7 +74,7 @@ impl Precision {
     pub const fn size(self) -> usize {
         match self {
             Precision::F32 => 4,
-            Precision::Bf16 => 2,
+            Precision::Bf16 | Precision::F16 => 2,
         }
     }
 
@@ -80,6 +84,7 @@ impl Precision {
         match self {
             Precision::F32 => value,
             Precision::Bf16 => widened(narrowed(value)),
+            Precision::F16 => half::f16::from_f32(value).to_f32(),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Convolution from halo bricks.
 
 use rayon::prelude::*;
-use stunet::backend_testing::cuda::driver::Driver;
 use stunet::backend_testing::cuda::{Source, Storage, conv3d, padded};
+use stunet::tensor::cuda::Driver;
 
 use super::sim::Sim;
 use super::{Input, SEEDS, input, random, room, rounded, stored, unpadded, voxels};
@@ -313,7 +313,7 @@ fn ptx_conv3d_wastes_no_bank_and_no_sector() {
         for name in conv3d::variants(&sim, &p, false) {
             conv3d::run(&sim, &p, Some(name)).unwrap();
         }
-        let entries = sim.reports.borrow().keys().cloned().collect::<Vec<_>>();
+        let entries = sim.reports.lock().unwrap().keys().cloned().collect::<Vec<_>>();
         assert!(entries.len() >= 3, "{entries:?}");
         for entry in entries {
             for (what, site) in [("ldmatrix", true), ("cp.async", false), ("st.global", false), ("st.shared", true)] {

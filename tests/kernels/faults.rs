@@ -3,8 +3,8 @@
 use std::cell::Cell;
 
 use stunet::Result;
-use stunet::backend_testing::cuda::driver::{Driver, Launch, Memory, Module};
 use stunet::backend_testing::cuda::{Source, Storage, conv3d};
+use stunet::tensor::cuda::{Driver, Launch, Memory, Module};
 
 use super::conv3d::{Case, reference};
 use super::sim::Sim;
@@ -14,10 +14,24 @@ use super::{room, stored, unpadded};
 struct Faulty<'a> {
     sim: &'a Sim,
     name: &'static str,
-    edit: &'a dyn Fn(&str) -> String,
+    edit: &'a (dyn Fn(&str) -> String + Sync),
+}
+
+impl std::fmt::Debug for Faulty<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Faulty({})", self.name)
+    }
 }
 
 impl Driver for Faulty<'_> {
+    fn name(&self) -> String {
+        self.name.into()
+    }
+
+    fn total(&self) -> usize {
+        self.sim.total()
+    }
+
     fn capability(&self) -> [u32; 2] {
         self.sim.capability()
     }

@@ -5,7 +5,7 @@ use stunet::backend_testing::cuda::{Source, Storage, head_labels, padded};
 use super::sim::Sim;
 use super::{SEEDS, activation, input, random, rounded};
 use crate::common::bound::gamma;
-use stunet::backend_testing::cuda::driver::Driver;
+use stunet::tensor::cuda::Driver;
 
 /// Scores of a voxel in f64, and how far those of f32 may be off.
 fn scores(x: &[f32], weight: &[f32], bias: &[f32], scale: f64) -> Vec<(f64, f64)> {

@@ -15,8 +15,8 @@ mod network;
 mod relayout;
 mod sim;
 
-use stunet::backend_testing::cuda::driver::Memory;
 use stunet::backend_testing::cuda::{Norm, Source, Storage, padded};
+use stunet::tensor::cuda::Memory;
 
 use crate::common::bound::{Bounded, gamma};
 use sim::Sim;
@@ -155,6 +155,6 @@ fn unpadded(values: &[f32], channels: usize) -> Vec<f32> {
 
 /// Memory for `n` values.
 fn room(sim: &Sim, n: usize, storage: Storage) -> Memory {
-    use stunet::backend_testing::cuda::driver::Driver;
+    use stunet::tensor::cuda::Driver;
     sim.alloc(n * storage.bytes()).unwrap()
 }

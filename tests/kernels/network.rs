@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 use stunet::autograd::Ctx;
 use stunet::backend_testing::cuda::conv3d::{self, first};
-use stunet::backend_testing::cuda::driver::Memory;
 use stunet::backend_testing::cuda::{Norm, Source, Storage, head_labels, instance_norm, moments, padded, relayout};
 use stunet::models::{RandomParams, StuNetConfig};
 use stunet::nn::ParamSource;
+use stunet::tensor::cuda::Memory;
 use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Error, Precision, Result};
 
@@ -221,7 +221,7 @@ impl Net<'_> {
     }
 
     fn labels(&self, features: Source, classes: usize) -> Vec<u8> {
-        use stunet::backend_testing::cuda::driver::Driver;
+        use stunet::tensor::cuda::Driver;
         let (weight, bias) = (self.values("seg_outputs.4.weight"), self.values("seg_outputs.4.bias"));
         let packed = head_labels::pack_weight(&weight, [classes, features.channels], self.storage).unwrap();
         let voxels = self.batch * features.space.iter().product::<usize>();
@@ -255,7 +255,7 @@ fn compare(storage: Storage, batch: usize, precision: Precision) -> (f64, f64) {
     let x = || Tensor::from_host(&image, Dims::from([batch, 2, space[0], space[1], space[2]]), &device).unwrap();
     let mut cx = Ctx::infer(&device).strict(true);
     let leaf = cx.leaf(x());
-    let expected = net.features(&mut cx, leaf).unwrap().into_value().to_host();
+    let expected = net.features(&mut cx, leaf).unwrap().into_value().to_host().unwrap();
     let leaf = cx.leaf(x());
     let expected_labels = net.labels(&mut cx, leaf).unwrap();
 

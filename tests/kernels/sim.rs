@@ -1,12 +1,11 @@
 //! The kernels' host side on the PTX interpreter instead of a device.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
-use stunet::backend_testing::cuda::driver::{Driver, Launch, Memory, Module};
+use stunet::tensor::cuda::{Driver, Launch, Memory, Module};
 use stunet::{Error, Result};
 
 /// Files parsed once for all tests, for the life of the process, by where their text is.
@@ -22,11 +21,11 @@ fn parsed(module: &Module) -> &'static Parsed {
 
 /// A device whose blocks and warps run in the order of `seed`.
 pub struct Sim {
-    machine: RefCell<Machine>,
+    machine: Mutex<Machine>,
     options: Options,
     capability: [u32; 2],
     /// What every entry did in all its launches.
-    pub reports: RefCell<BTreeMap<String, (&'static Parsed, Report)>>,
+    pub reports: Mutex<BTreeMap<String, (&'static Parsed, Report)>>,
 }
 
 impl Sim {
@@ -40,18 +39,18 @@ impl Sim {
         let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap() - 7] << 10;
         // Tests run side by side on threads of their own.
         let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
-        Sim { machine: RefCell::new(Machine::new()), options, capability, reports: RefCell::default() }
+        Sim { machine: Mutex::new(Machine::new()), options, capability, reports: Mutex::default() }
     }
 
     /// Memory with these contents.
     pub fn with(&self, bytes: &[u8]) -> Memory {
-        let address = self.machine.borrow_mut().upload(bytes);
+        let address = lock(&self.machine).upload(bytes);
         Memory { address, bytes: bytes.len() }
     }
 
     /// Traffic of all of an entry's instructions that begin with `what`, in all launches.
     pub fn traffic(&self, entry: &str, what: &str) -> Site {
-        let reports = self.reports.borrow();
+        let reports = lock(&self.reports);
         let (module, report) = &reports[entry];
         let mut sum = Site::default();
         for (line, text) in module.lines(entry) {
@@ -73,8 +72,18 @@ impl Sim {
     }
 }
 
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn device(e: ptxsim::Error) -> Error {
     Error::Device { what: e.to_string() }
+}
+
+impl std::fmt::Debug for Sim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sim({:?})", self.capability)
+    }
 }
 
 impl Driver for Sim {
@@ -86,20 +95,28 @@ impl Driver for Sim {
         4
     }
 
+    fn name(&self) -> String {
+        "interpreter".into()
+    }
+
+    fn total(&self) -> usize {
+        1 << 32
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Memory> {
-        Ok(Memory { address: self.machine.borrow_mut().alloc(bytes), bytes })
+        Ok(Memory { address: lock(&self.machine).alloc(bytes), bytes })
     }
 
     fn free(&self, memory: Memory) -> Result<()> {
-        self.machine.borrow_mut().free(memory.address).map_err(device)
+        lock(&self.machine).free(memory.address).map_err(device)
     }
 
     fn upload(&self, to: Memory, bytes: &[u8]) -> Result<()> {
-        self.machine.borrow_mut().write(to.address, bytes).map_err(device)
+        lock(&self.machine).write(to.address, bytes).map_err(device)
     }
 
     fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()> {
-        let machine = self.machine.borrow();
+        let machine = lock(&self.machine);
         if let Some(at) = machine.unwritten(from.address).map_err(device)?.filter(|at| *at < bytes.len()) {
             return Err(Error::Device { what: format!("byte {at} was never written") });
         }
@@ -114,9 +131,9 @@ impl Driver for Sim {
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
         let Launch { grid, block, shared } = launch;
         let module = parsed(module);
-        let report = self.machine.borrow_mut().launch(module, entry, grid, block, shared, params, &self.options);
+        let report = lock(&self.machine).launch(module, entry, grid, block, shared, params, &self.options);
         let report = report.map_err(device)?;
-        let mut all = self.reports.borrow_mut();
+        let mut all = lock(&self.reports);
         all.entry(entry.into()).or_insert_with(|| (module, Report::default())).1.merge(&report);
         Ok(())
     }

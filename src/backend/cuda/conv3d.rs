@@ -5,7 +5,7 @@ pub mod first;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Files, Launch, Memory, files, module, shared_limit};
+use super::launch::{Driver, Files, Launch, Memory, files, module, shared_limit};
 use super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
 use crate::error::{Error, Result};
 

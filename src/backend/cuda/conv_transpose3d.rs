@@ -1,6 +1,6 @@
 //! Transposed convolution whose kernel is its stride, `kernels/conv_transpose3d.cu`.
 
-use super::driver::{Driver, Files, Launch, Memory, files};
+use super::launch::{Driver, Files, Launch, Memory, files};
 use super::{Entry, Source, Storage, conv3d, gemm, int, ints, padded, voxels};
 use crate::error::{Error, Result};
 

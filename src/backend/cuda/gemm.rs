@@ -2,9 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::Memory;
 use super::{BLOCK, Source, SourceParams, Storage, int, padded, sources};
 use crate::error::Result;
+use crate::tensor::cuda::Memory;
 
 /// Voxels of a block.
 pub(super) const ROWS: usize = 128;

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Files, Launch, Memory, files, shared_limit};
+use super::launch::{Driver, Files, Launch, Memory, files, shared_limit};
 use super::{BLOCK, Entry, Source, SourceParams, Storage, conv3d, int, padded, voxels};
 use crate::error::{Error, Result};
 

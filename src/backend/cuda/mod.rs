@@ -5,13 +5,12 @@
 //! another block adds to.
 
 pub mod aggregate;
-pub mod context;
 pub mod conv3d;
 pub mod conv_transpose3d;
-pub mod driver;
 mod gemm;
 pub mod head_labels;
 pub mod instance_norm;
+mod launch;
 pub mod moments;
 pub mod relayout;
 
@@ -19,7 +18,8 @@ use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use driver::{Files, Memory, Module};
+use crate::tensor::cuda::{Memory, Module};
+use launch::Files;
 
 /// Channels are padded to a multiple of this; pad channels hold zero.
 pub const BLOCK: usize = 16;

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Driver, Files, Launch, Memory, files};
+use super::launch::{Driver, Files, Launch, Memory, files};
 use super::{BLOCK, Entry, Storage, int, padded, voxels};
 use crate::error::{Error, Result};
 

@@ -1,6 +1,6 @@
 //! The first convolution, of few channels given as planes, `kernels/conv3d_first.cu`.
 
-use super::super::driver::{Driver, Files, Launch, Memory, files};
+use super::super::launch::{Driver, Files, Launch, Memory, files};
 use super::super::{BLOCK, Entry, SourceParams, Storage, int, ints, padded, voxels};
 use super::{OP, Params, THREADS};
 use crate::error::{Error, Result};

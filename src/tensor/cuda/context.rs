@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit, CUresult};
 
-use super::driver::{Driver, Launch, Memory, Module};
+use super::{Driver, Launch, Memory, Module};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
 
@@ -24,12 +24,13 @@ const LOG: usize = 4096;
 
 /// A card with one stream, on which everything happens in order.
 #[derive(Debug)]
-pub struct Context {
+pub(crate) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     capability: [u32; 2],
     multiprocessors: usize,
+    name: String,
     total: usize,
     in_use: AtomicUsize,
     /// Loaded when first launched, by name: the driver assembles a file at its first use on a machine.
@@ -61,9 +62,9 @@ impl Context {
     ///
     /// # Errors
     /// [`Error::Device`] that says why it cannot be used: no driver, too old a driver, no such card, too old a card.
-    pub fn open(ordinal: usize) -> Result<Context> {
+    pub(crate) fn open(ordinal: usize) -> Result<Context> {
         let refuse = |what: String| Err(Error::Device { what });
-        match cuda_status() {
+        let name = match cuda_status() {
             CudaStatus::Found { version, .. } if version < OLDEST => {
                 return refuse(format!(
                     "the NVIDIA driver is of CUDA {}.{}, expected 11.0",
@@ -74,9 +75,9 @@ impl Context {
             CudaStatus::Found { devices, .. } if ordinal >= devices.len() => {
                 return refuse(format!("there is no card {ordinal}, the driver found {}", devices.len()));
             }
-            CudaStatus::Found { .. } => {}
+            CudaStatus::Found { devices, .. } => devices[ordinal].clone(),
             status => return refuse(status.reason()),
-        }
+        };
         let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
         let mut numbers = [0; 3];
         let mut total = 0;
@@ -106,6 +107,7 @@ impl Context {
             stream,
             capability: [major, minor].map(i32::unsigned_abs),
             multiprocessors: multiprocessors.max(1) as usize,
+            name,
             total,
             in_use: AtomicUsize::new(0),
             modules: Mutex::default(),
@@ -191,6 +193,14 @@ impl Driver for Context {
 
     fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn total(&self) -> usize {
+        self.total
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {

@@ -16,7 +16,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Shape`] that names the operation and the operand.
-    pub(super) fn at_least(self, bytes: usize, op: &'static str, what: &str) -> Result<u64> {
+    pub(crate) fn at_least(self, bytes: usize, op: &'static str, what: &str) -> Result<u64> {
         if self.bytes < bytes {
             return Err(Error::shape(op, format!("{what} has {} bytes, expected {bytes}", self.bytes)));
         }
@@ -32,66 +32,6 @@ pub struct Module {
     /// Its text.
     pub text: &'static str,
 }
-
-/// A kernel's PTX files: what is asked for is what the card can run.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Files {
-    /// For compute capability 7.5 and later, without bf16.
-    turing: Option<Module>,
-    /// For compute capability 8.0 and later.
-    ampere: Module,
-}
-
-impl Files {
-    pub(super) const fn new(turing: Option<Module>, ampere: Module) -> Files {
-        Files { turing, ampere }
-    }
-
-    /// Runs `entry` of the best file for the card.
-    pub(super) fn launch(&self, driver: &dyn Driver, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
-        let [major, minor] = driver.capability();
-        let module = match &self.turing {
-            _ if major >= 8 => &self.ampere,
-            Some(module) if [major, minor] >= [7, 5] && !entry.ends_with("_bf16") => module,
-            _ => return Err(Error::unsupported(format!("{entry} on a card of compute capability {major}.{minor}"))),
-        };
-        driver.launch(module, entry, launch, params)
-    }
-
-    /// The files that hold `entry`.
-    pub(super) fn of(&self, entry: &str) -> Vec<Module> {
-        let old = self.turing.filter(|_| !entry.ends_with("_bf16"));
-        old.into_iter().chain([self.ampere]).collect()
-    }
-}
-
-/// The files of a kernel: `files!("stem")`, or `files!("stem", bf16)` where only cards with bf16 have one.
-macro_rules! files {
-    ($stem:literal) => {
-        $crate::backend::cuda::driver::Files::new(
-            Some($crate::backend::cuda::driver::module!(concat!($stem, ".sm75.ptx"))),
-            $crate::backend::cuda::driver::module!(concat!($stem, ".sm80.ptx")),
-        )
-    };
-    ($stem:literal, bf16) => {
-        $crate::backend::cuda::driver::Files::new(
-            None,
-            $crate::backend::cuda::driver::module!(concat!($stem, ".sm80.ptx")),
-        )
-    };
-}
-pub(super) use files;
-
-/// The PTX file of this name as a [`Module`].
-macro_rules! module {
-    ($name:expr) => {
-        $crate::backend::cuda::driver::Module {
-            name: $name,
-            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/", $name)),
-        }
-    };
-}
-pub(super) use module;
 
 /// How an entry is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,25 +49,16 @@ impl Launch {
     ///
     /// # Errors
     /// [`Error::Unsupported`] for more blocks than a grid may have.
-    pub(super) fn line(blocks: usize, threads: u32, shared: usize) -> Result<Launch> {
+    pub(crate) fn line(blocks: usize, threads: u32, shared: usize) -> Result<Launch> {
         let n = u32::try_from(blocks).ok().filter(|n| i32::try_from(*n).is_ok());
         let n = n.ok_or_else(|| Error::unsupported(format!("a grid of {blocks} blocks")))?;
         Ok(Launch { grid: [n, 1, 1], block: [threads, 1, 1], shared })
     }
 }
 
-/// Shared memory that every card of that capability gives a block.
-pub(super) fn shared_limit(driver: &dyn Driver) -> usize {
-    match driver.capability()[0] {
-        0..=7 => 64 << 10,
-        9 => 227 << 10,
-        _ => 99 << 10,
-    }
-}
-
 /// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::download`] and
 /// [`Driver::synchronize`] wait for it.
-pub trait Driver {
+pub trait Driver: std::fmt::Debug + Send + Sync {
     /// Compute capability of the card, major and minor.
     fn capability(&self) -> [u32; 2];
 
@@ -169,6 +100,12 @@ pub trait Driver {
     /// # Errors
     /// [`Error::Device`] that names the entry.
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()>;
+
+    /// What it calls itself, for people.
+    fn name(&self) -> String;
+
+    /// Bytes of memory, all of it.
+    fn total(&self) -> usize;
 
     /// Waits for all work asked for.
     ///

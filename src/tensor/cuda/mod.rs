@@ -4,9 +4,15 @@
 //! symbols needed are looked up one by one.
 #![allow(unsafe_code)]
 
+mod context;
+mod driver;
+
 use std::ffi::{CStr, c_char, c_int, c_uint};
 
 use cudarc::driver::sys;
+
+pub(crate) use context::Context;
+pub use driver::{Driver, Launch, Memory, Module};
 
 use super::device::CudaStatus;
 

@@ -1,0 +1,406 @@
+//! Operations on a card: what they check, which kernels they are made of, and where their results go.
+//!
+//! Activations are `[N][D][H][W][channels padded to 16]`, in the 16 bits (or f32, the plain reference) in which the filters
+//! are stored. Normalisations are applied while they are read, nothing is upsampled or concatenated in memory.
+
+use super::lazy::{Affine, CardMoments, Moments, Source};
+use super::{Conv3d, InstanceNorm, activation};
+use crate::autograd::{Ctx, Param, Var};
+use crate::backend::cuda as backend;
+use crate::backend::cuda::{Storage, conv3d as kernels, padded};
+use crate::error::{Error, Result};
+use crate::tensor::cuda::{Driver, Memory};
+use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
+
+/// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
+const FIRST: usize = kernels::first::CHANNELS;
+
+fn unsupported<T>(op: &str, what: &str) -> Result<T> {
+    Err(Error::unsupported(format!("{op} on a card: {what}")))
+}
+
+fn storage(precision: Precision) -> Storage {
+    match precision {
+        Precision::F32 => Storage::F32,
+        Precision::Bf16 => Storage::Bf16,
+        Precision::F16 => Storage::F16,
+    }
+}
+
+fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
+    device.driver().ok_or_else(|| Error::Device { what: format!("{op}: {} is no card", device.name()) })
+}
+
+fn memory(op: &'static str, t: &Tensor) -> Result<Memory> {
+    t.cuda().ok_or_else(|| Error::shape(op, format!("a tensor of {} on a card", t.device().name())))
+}
+
+/// Voxels with their channels side by side.
+fn voxels(op: &'static str, dims: Dims, precision: Precision, device: &Device) -> Result<Tensor> {
+    let [_, c, ..] = activation(op, &dims)?;
+    Tensor::empty_in(dims, Layout { block: padded(c) }, precision, device)
+}
+
+/// f32 in no order but its own.
+fn plain(floats: usize, device: &Device) -> Result<Tensor> {
+    Tensor::empty(Dims::from([floats]), Layout::PLAIN, device)
+}
+
+/// `bytes` on the device, as values of `precision`.
+fn upload(op: &'static str, bytes: &[u8], precision: Precision, device: &Device) -> Result<Tensor> {
+    let dims = Dims::from([bytes.len() / precision.size()]);
+    let t = Tensor::empty_in(dims, Layout::PLAIN, precision, device)?;
+    card(op, device)?.upload(memory(op, &t)?, bytes)?;
+    Ok(t)
+}
+
+/// See [`super::pack_filter`].
+pub(super) fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
+    let storage = storage(precision);
+    let bytes = if dims[1] <= FIRST && precision != Precision::F32 {
+        kernels::first::pack_weight(values, dims, storage)?
+    } else {
+        kernels::pack_weight(values, dims, &[dims[1]], storage)?
+    };
+    upload("pack_filter", &bytes, precision, device)
+}
+
+/// See [`super::pack_vector`].
+pub(super) fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
+    let mut all = values.to_vec();
+    all.resize(padded(values.len()), 0.0);
+    upload("pack_vector", bytemuck::cast_slice(&all), Precision::F32, device)
+}
+
+/// `x` as voxels in `precision`; only the network's input arrives as planes.
+fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
+    if x.layout() == Layout::PLAIN {
+        let [batch, channels, space @ ..] = activation(op, x.dims())?;
+        let out = voxels(op, *x.dims(), precision, x.device())?;
+        let (planes, values) = (memory(op, &x)?, memory(op, &out)?);
+        let storage = storage(precision);
+        let p = backend::relayout::Problem { storage, batch, channels, space, planes, values, flip: [false; 3] };
+        backend::relayout::to_voxels(card(op, x.device())?, &p)?;
+        return Ok(out);
+    }
+    if x.precision() != precision {
+        return unsupported(op, &format!("values in {} beside {}", x.precision().name(), precision.name()));
+    }
+    Ok(x)
+}
+
+/// A source as kernels read it. Keeps nothing alive: whoever calls does.
+fn read(op: &'static str, s: &Source) -> Result<backend::Source> {
+    let [_, channels, space @ ..] = s.value.value().dims().five();
+    Ok(backend::Source {
+        data: memory(op, s.value.value())?,
+        channels,
+        space,
+        repeat: s.factor,
+        norm: s.norm.as_deref().map(|n| norm(op, n)).transpose()?,
+    })
+}
+
+/// A normalisation with its leaky ReLU.
+fn norm(op: &'static str, n: &Affine) -> Result<backend::Norm> {
+    let Some(planes) = n.card() else {
+        return Err(Error::shape(op, "a normalisation of the processor's on a card"));
+    };
+    Ok(backend::Norm { planes: memory(op, planes)?, slope: n.slope() })
+}
+
+/// What a convolution works on, as tensors that live until its kernels are launched: work on one card is done in order, so
+/// their memory may then be given to what comes after.
+struct Inputs {
+    sources: Vec<Source>,
+    dims: [usize; 5],
+}
+
+impl Inputs {
+    fn new(op: &'static str, sources: Vec<Source>, w: &Param, planes: bool) -> Result<Self> {
+        let precision = w.precision();
+        let dims = super::conv3d::concatenated(&sources)?.five();
+        if let [first, _] = &sources[..]
+            && !first.value.value().dims().five()[1].is_multiple_of(backend::BLOCK)
+        {
+            return unsupported(op, "two sources of which the first has no multiple of 16 channels");
+        }
+        let each = |s: Source| {
+            let x = s.value.into_value();
+            let value = if planes { planes_of(op, x, precision)? } else { as_voxels(op, x, precision)? };
+            Ok(Source { value: Var { value }, ..s })
+        };
+        Ok(Self { sources: sources.into_iter().map(each).collect::<Result<_>>()?, dims })
+    }
+}
+
+/// `x` as f32 planes.
+fn planes_of(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
+    if x.layout() == Layout::PLAIN {
+        return Ok(x);
+    }
+    if x.precision() != precision {
+        return unsupported(op, &format!("values in {} beside {}", x.precision().name(), precision.name()));
+    }
+    let [batch, channels, space @ ..] = activation(op, x.dims())?;
+    let out = Tensor::empty(*x.dims(), Layout::PLAIN, x.device())?;
+    let (planes, values) = (memory(op, &out)?, memory(op, &x)?);
+    let storage = storage(precision);
+    let p = backend::relayout::Problem { storage, batch, channels, space, planes, values, flip: [false; 3] };
+    backend::relayout::from_voxels(card(op, x.device())?, &p)?;
+    Ok(out)
+}
+
+/// See [`super::conv3d`] and [`super::conv3d_measured`].
+pub(super) fn conv3d(
+    cx: &mut Ctx<'_>,
+    sources: Vec<Source>,
+    w: &Param,
+    b: Option<&Param>,
+    how: Conv3d,
+    measure: bool,
+) -> Result<(Var, Moments)> {
+    const OP: &str = "conv3d";
+    let [filters, channels, kernel @ ..] = w.dims().five();
+    if how.padding != kernel.map(|k| k / 2) {
+        return unsupported(OP, &format!("padding {:?} of a kernel of {kernel:?}", how.padding));
+    }
+    let driver = card(OP, cx.device())?;
+    let (precision, first) = (w.precision(), channels <= FIRST && w.precision() != Precision::F32);
+    if first && (how.stride != [1; 3] || sources.len() > 1 || !sources[0].is_plain()) {
+        return unsupported(OP, &format!("{channels} channels at stride {:?}, two sources or normalised", how.stride));
+    }
+    let inputs = Inputs::new(OP, sources, w, first)?;
+    let [batch, _, space @ ..] = inputs.dims;
+    let [d, h, width] = kernels::output_space(space, kernel, how.stride);
+    let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
+    let weight = memory(OP, w.value())?;
+    let bias = b.map(|b| memory(OP, b.value())).transpose()?;
+    let to = memory(OP, &out)?;
+    let partials = |tiles: usize| plain(batch * tiles * 3 * padded(filters), cx.device());
+    let storage = storage(precision);
+    let mut moments = None;
+    if first {
+        let planes = memory(OP, inputs.sources[0].value.value())?;
+        let mut p = kernels::first::Problem {
+            storage,
+            batch,
+            channels,
+            planes,
+            wide: true,
+            space,
+            weight,
+            bias,
+            filters,
+            kernel,
+            out: to,
+            partials: None,
+        };
+        if measure {
+            let tiles = kernels::first::tiles(space);
+            let t = partials(tiles)?;
+            p.partials = Some(memory(OP, &t)?);
+            moments = Some((t, tiles));
+        }
+        kernels::first::run(driver, &p)?;
+    } else {
+        let read: Vec<_> = inputs.sources.iter().map(|s| read(OP, s)).collect::<Result<_>>()?;
+        let mut p = kernels::Problem {
+            storage,
+            batch,
+            sources: &read,
+            weight,
+            bias,
+            filters,
+            kernel,
+            stride: how.stride,
+            out: to,
+            partials: None,
+        };
+        if measure && storage != Storage::F32 {
+            let tiles = kernels::tiles(driver, &p, None)?;
+            let t = partials(tiles)?;
+            p.partials = Some(memory(OP, &t)?);
+            moments = Some((t, tiles));
+        }
+        kernels::run(driver, &p, None)?;
+    }
+    let out = cx.leaf(out);
+    let moments = match moments {
+        Some((partials, tiles)) => CardMoments { partials, tiles, batch, voxels: d * h * width },
+        None if measure => measured(out.value())?,
+        None => return Ok((out, Moments::nothing(filters))),
+    };
+    Ok((out, Moments::on_card(filters, moments)))
+}
+
+/// Moments of a tensor that is in memory.
+fn measured(x: &Tensor) -> Result<CardMoments> {
+    const OP: &str = "instance_norm";
+    let [batch, channels, space @ ..] = activation(OP, x.dims())?;
+    let tiles = backend::moments::count(space);
+    let partials = plain(batch * tiles * 3 * padded(channels), x.device())?;
+    let p = backend::moments::Tiles {
+        storage: storage(x.precision()),
+        batch,
+        channels,
+        space,
+        data: memory(OP, x)?,
+        partials: memory(OP, &partials)?,
+    };
+    backend::moments::tiles(card(OP, x.device())?, &p)?;
+    Ok(CardMoments { partials, tiles, batch, voxels: space.iter().product() })
+}
+
+/// f32 `[N][mean, scale, shift][padded channels]` for a layer's weight and bias.
+pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps: f32) -> Result<Tensor> {
+    const OP: &str = "instance_norm";
+    let device = m.partials.device();
+    let planes = plain(m.batch * 3 * padded(channels), device)?;
+    let p = backend::moments::Merge {
+        batch: m.batch,
+        channels,
+        voxels: m.voxels,
+        tiles: m.tiles,
+        partials: memory(OP, &m.partials)?,
+        weight: memory(OP, w.value())?,
+        bias: memory(OP, b.value())?,
+        eps,
+        norm: memory(OP, &planes)?,
+    };
+    backend::moments::merge(card(OP, device)?, &p)?;
+    Ok(planes)
+}
+
+/// `leaky_relu(normalised(x) + shortcut + low)`, in place in `x` if it has no other owner.
+fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>, low: Option<&Source>) -> Result<Var> {
+    const OP: &str = "instance_norm";
+    let [batch, channels, space @ ..] = activation(OP, x.dims())?;
+    let whole = backend::Norm { slope: 1.0, ..norm(OP, n)? };
+    let from = backend::Source { norm: Some(whole), ..backend::Source::plain(memory(OP, &x)?, channels, space) };
+    let plain = |t: &Tensor| {
+        let [_, channels, space @ ..] = t.dims().five();
+        Ok(backend::Source::plain(memory(OP, t)?, channels, space))
+    };
+    let (storage, slope) = (storage(x.precision()), n.slope());
+    let (shortcut, low) = (shortcut.map(plain).transpose()?, low.map(|l| read(OP, l)).transpose()?);
+    // Kernels run in order, so that `x` is read before its memory is given to anyone else.
+    let out = if x.is_unique() { x.clone() } else { voxels(OP, *x.dims(), x.precision(), cx.device())? };
+    let p = backend::instance_norm::Problem { storage, batch, x: from, shortcut, low, slope, out: memory(OP, &out)? };
+    backend::instance_norm::run(card(OP, cx.device())?, &p)?;
+    Ok(cx.leaf(out))
+}
+
+/// See [`Affine::apply`].
+pub(super) fn apply(cx: &mut Ctx<'_>, x: Var, n: &Affine, residual: Option<Var>) -> Result<Var> {
+    let x = x.into_value();
+    let residual = residual.map(Var::into_value);
+    block_end(cx, x, n, residual.as_ref(), None)
+}
+
+/// See [`super::instance_norm`].
+pub(super) fn instance_norm(
+    cx: &mut Ctx<'_>,
+    x: Var,
+    w: &Param,
+    b: &Param,
+    residual: Option<Var>,
+    how: InstanceNorm,
+) -> Result<Var> {
+    let channels = activation("instance_norm", x.value().dims())?[1];
+    let moments = Moments::on_card(channels, measured(x.value())?);
+    let n = Affine::new(&moments, w, b, how)?;
+    apply(cx, x, &n, residual)
+}
+
+/// See [`super::conv3d_residual`].
+pub(super) fn conv3d_residual(
+    cx: &mut Ctx<'_>,
+    y: Var,
+    n: &Affine,
+    mut sources: Vec<Source>,
+    w: &Param,
+    b: Option<&Param>,
+    how: Conv3d,
+) -> Result<Var> {
+    let [filters, _, kernel @ ..] = w.dims().five();
+    let mut low = None;
+    let mut start = 0;
+    if kernel == [1; 3] && how.stride == [1; 3] && sources.len() == 2 && sources[0].factor != [1; 3] {
+        // The filter lies by slabs of input channels, so those of the first source are its beginning.
+        let first = sources.remove(0);
+        let factor = first.factor;
+        let x = pointwise(cx, Source::from(first.value), w, 0, None, filters, how)?;
+        start = padded(x.1);
+        low = Some(Source::repeated(x.0, factor));
+    }
+    let shortcut = if start > 0 {
+        let rest = sources.remove(0);
+        pointwise(cx, rest, w, start, b, filters, how)?.0
+    } else {
+        conv3d(cx, sources, w, b, how, false)?.0
+    };
+    block_end(cx, y.into_value(), n, Some(shortcut.value()), low.as_ref())
+}
+
+/// A convolution of single voxels with the part of a filter that begins at input channel `start`; its input channels.
+fn pointwise(
+    cx: &mut Ctx<'_>,
+    x: Source,
+    w: &Param,
+    start: usize,
+    b: Option<&Param>,
+    filters: usize,
+    how: Conv3d,
+) -> Result<(Var, usize)> {
+    const OP: &str = "conv3d";
+    let precision = w.precision();
+    let channels = x.value.value().dims().five()[1];
+    let inputs = Inputs::new(OP, vec![x], w, false)?;
+    let [batch, _, space @ ..] = inputs.dims;
+    let [d, h, width] = kernels::output_space(space, [1; 3], how.stride);
+    let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
+    let all = memory(OP, w.value())?;
+    let (skip, len) = [start, padded(channels)].map(|c| c * padded(filters) * precision.size()).into();
+    let weight = Memory { address: all.address + skip as u64, bytes: len.min(all.bytes.saturating_sub(skip)) };
+    let sources = [read(OP, &inputs.sources[0])?];
+    let p = kernels::Problem {
+        storage: storage(precision),
+        batch,
+        sources: &sources,
+        weight,
+        bias: b.map(|b| memory(OP, b.value())).transpose()?,
+        filters,
+        kernel: [1; 3],
+        stride: how.stride,
+        out: memory(OP, &out)?,
+        partials: None,
+    };
+    kernels::run(card(OP, cx.device())?, &p, None)?;
+    Ok((cx.leaf(out), channels))
+}
+
+/// See [`super::head_labels`].
+pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], labels: &mut [u16]) -> Result<()> {
+    const OP: &str = "head_labels";
+    use backend::head_labels as kernel;
+    let x = x.into_value();
+    let [batch, channels, space @ ..] = activation(OP, x.dims())?;
+    let precision = x.precision();
+    let (driver, device) = (card(OP, cx.device())?, cx.device());
+    let w = upload(OP, &kernel::pack_weight(weight, [bias.len(), channels], storage(precision))?, precision, device)?;
+    let b = upload(OP, bytemuck::cast_slice(&kernel::pack_bias(bias)), Precision::F32, device)?;
+    let out = plain(labels.len().div_ceil(2), device)?;
+    let p = kernel::Problem {
+        storage: storage(precision),
+        batch,
+        features: backend::Source::plain(memory(OP, &x)?, channels, space),
+        weight: memory(OP, &w)?,
+        bias: memory(OP, &b)?,
+        classes: bias.len(),
+        divisor: None,
+        labels: memory(OP, &out)?,
+    };
+    kernel::run(driver, &p)?;
+    driver.download(memory(OP, &out)?, bytemuck::cast_slice_mut(labels))
+}
