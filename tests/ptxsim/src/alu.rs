@@ -231,6 +231,7 @@ fn word(op: &str, signed: bool, has: &dyn Fn(&str) -> bool) -> Option<Pure> {
         "popc" => a1!(|x| x.count_ones()),
         "clz" => a1!(|x| x.leading_zeros()),
         "brev" => a1!(|x| x.reverse_bits()),
+        "bfind" if has("shiftamt") && !signed => a1!(|x| if x == 0 { u32::MAX } else { x.leading_zeros() }),
         "bfind" if has("shiftamt") => return None,
         "bfind" if signed => {
             a1!(|x| {

@@ -107,3 +107,62 @@ fn convolution_with_bricks() {
     let ptx = text("conv3d_brick.sm90a.ptx");
     same("brick", &conv, 6, |o| conv.brick(&ptx, o));
 }
+
+/// `mixed.cu` once more, in Rust.
+fn mixed(input: &[i32], bytes: &[u8], i: usize) -> [u32; 15] {
+    let v = input[i];
+    let pick = [v.wrapping_mul(3), v / 7, v ^ 0x55, v % 11, v.wrapping_neg(), v << 3, v >> 2, 77];
+    let weights = [1, -2, 3, -4, 5, -6, 7, -8];
+    let mut local = [0i32; 16];
+    (0..16).for_each(|j: i32| local[((j * 5 + v) & 15) as usize] = j.wrapping_mul(v));
+    let warp = &input[i / 32 * 32..][..32];
+    let ballot = (0..32).fold(0u32, |s, l| s | u32::from(warp[l] > 0) << l);
+    let any = u32::from(warp.contains(&7)) + u32::from(warp.iter().all(|v| *v < 1 << 30));
+    let bits = v.count_ones() + v.leading_zeros() + if v == 0 { 0 } else { v.trailing_zeros() + 1 };
+    let x = v as f32;
+    let sum = (x * 0.37).floor() + (x * 0.11).round_ties_even() + x.min(3.0) + (x * 0.5).abs();
+    let (u, at) = (v as u32, i as u32);
+    let bytes_of = [u & 255, at & 255, u >> 8 & 255, at >> 8 & 255];
+    let permuted = bytes_of[0] | bytes_of[1] << 8 | bytes_of[2] << 16 | bytes_of[3] << 24;
+    let shifted = at << 7 | u >> 25;
+    let block = &input[i / 64 * 64..][..64];
+    let count = |b: usize| block.iter().filter(|v| **v as usize & 31 == b).count() as u32;
+    let hist = if i.is_multiple_of(32) { count(0).max(5) } else { count(i % 32) };
+    let (s, c, us) = (i32::from(v as i16), i32::from(v as i8), v.wrapping_mul(3) as u16);
+    let chosen = (v > 5 && i < 40) || (v < -3 && i % 2 == 1);
+    [
+        pick[i & 7] as u32,
+        (weights[v as usize & 7] + i32::from(bytes[i])) as u32,
+        local[(v >> 3 & 15) as usize] as u32,
+        (i64::from(v) * i64::from(v) / (i as i64 + 1)) as u32,
+        bits.wrapping_add(u.reverse_bits()),
+        ballot.wrapping_add(any),
+        (warp[(i % 32).saturating_sub(1)].wrapping_add(warp[i % 32 / 8 * 8 + 5])) as u32,
+        sum.to_bits(),
+        ((x * 0.123) as i32 as u32).wrapping_add((i as f32 * 1.5).round_ties_even() as u32),
+        permuted.wrapping_add(shifted).wrapping_add(u.min(1000)).wrapping_add(v.max(-5) as u32),
+        (f64::from(v) * 1.25) as i64 as u32,
+        (((u64::from(u) * 0x9e37_79b9) >> 32) as u32).wrapping_add(u % 1_000_003),
+        hist,
+        (s * c + i32::from(us / 3) + i32::from(us >> 5)) as u32,
+        if chosen { u } else { !u },
+    ]
+}
+
+#[test]
+fn many_small_things_on_every_target() {
+    let input: Vec<i32> = noise(256, 9).iter().map(|x| (x * 5000.0) as i32).collect();
+    let bytes: Vec<u8> = (0..=255).collect();
+    for target in ["75", "80", "90a"] {
+        let module = Module::parse(&text(&format!("mixed.sm{target}.ptx"))).unwrap();
+        let mut gpu = Machine::new();
+        let raw: Vec<u8> = input.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let (from, small, to) = (gpu.upload(&raw), gpu.upload(&bytes), gpu.alloc(256 * 64));
+        let params = Params::new().u64(from).u64(small).u64(to).i32(256);
+        gpu.launch(&module, "mixed", [4, 1, 1], [64, 1, 1], 0, params.as_bytes(), &seeded(3)).unwrap();
+        let got = common::words(&gpu.download(to).unwrap());
+        for i in 0..256 {
+            assert_eq!(got[16 * i..16 * i + 15], mixed(&input, &bytes, i), "sm_{target}, thread {i}");
+        }
+    }
+}
