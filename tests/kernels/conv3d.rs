@@ -64,7 +64,7 @@ impl Case {
         b
     }
 
-    fn out(&self) -> [usize; 3] {
+    pub fn out(&self) -> [usize; 3] {
         conv3d::output_space(self.space, self.kernel, self.stride)
     }
 }

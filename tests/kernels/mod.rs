@@ -3,6 +3,7 @@
 //! bytes that nothing wrote.
 
 mod aggregate;
+mod context;
 mod conv3d;
 mod conv3d_first;
 mod conv_transpose3d;
