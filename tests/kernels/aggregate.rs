@@ -3,14 +3,15 @@
 use stunet::backend_testing::cuda::{Storage, aggregate};
 
 use super::sim::Sim;
-use super::{random, voxels};
+use super::{cards, random, voxels};
 
 /// Two overlapping windows, the second mirrored, into a ring of planes: to the bit what f32 gives in that order.
 #[test]
 fn ptx_aggregate_adds_windows_in_order() {
-    for (storage, norm) in [(Storage::Bf16, true), (Storage::F16, false), (Storage::F32, true)] {
+    let cases = [(Storage::Bf16, true), (Storage::F16, false), (Storage::F32, true)].into_iter();
+    for (storage, norm, card) in cases.flat_map(|(s, norm)| cards(s).iter().map(move |c| (s, norm, *c))) {
         let (space, ring, all, first, channels) = ([3, 4, 5], [4, 6, 7], 48, 16, 20);
-        let sim = Sim::new(3);
+        let sim = Sim::of(3, card);
         let importance: Vec<f32> = random(60, 1).iter().map(|v| v.abs()).collect();
         let planes: usize = ring.iter().product();
         let mut sums = vec![0.5f32; planes * all];

@@ -64,7 +64,7 @@ impl Case {
         b
     }
 
-    fn out(&self) -> [usize; 3] {
+    pub fn out(&self) -> [usize; 3] {
         conv3d::output_space(self.space, self.kernel, self.stride)
     }
 }
@@ -254,7 +254,9 @@ fn ptx_conv3d_on_cards_before_ampere() {
     let c = Case { storage: Storage::F16, card: [7, 5], ..Case::new([6, 8, 10], 0, 72) };
     check(&Case { sources: vec![(20, [2, 1, 2], true), (16, [1; 3], false)], ..c.clone() });
     check(&Case { sources: vec![(32, [1; 3], true)], filters: 24, stride: [2; 3], ..c.clone() });
-    check(&Case { sources: vec![(40, [1; 3], true)], kernel: [1; 3], stride: [2; 3], ..c });
+    check(&Case { sources: vec![(40, [1; 3], true)], kernel: [1; 3], stride: [2; 3], ..c.clone() });
+    // A single brick, loaded anew for every 16 channels.
+    check(&Case { sources: vec![(16, [1; 3], true), (16, [1; 3], true)], ..c });
 }
 
 /// By warp groups, among all others: two sources, ragged sizes, more filters than a block has.
@@ -330,10 +332,10 @@ fn ptx_conv3d_wastes_no_bank_and_no_sector() {
 
 #[test]
 fn ptx_conv3d_plain_in_f32() {
-    let c = Case { storage: Storage::F32, batch: 2, bias: true, ..Case::new([5, 6, 8], 0, 20) };
+    let c = Case { storage: Storage::F32, batch: 2, bias: true, card: [7, 5], ..Case::new([5, 6, 8], 0, 20) };
     let sources = vec![(20, [1, 2, 2], true), (16, [1; 3], false)];
     check(&Case { sources: sources.clone(), stride: [1, 2, 1], ..c.clone() });
-    check(&Case { sources, kernel: [1; 3], stride: [2; 3], ..c });
+    check(&Case { sources, kernel: [1; 3], stride: [2; 3], card: [8, 6], ..c });
 }
 
 #[test]

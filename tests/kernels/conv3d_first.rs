@@ -5,9 +5,25 @@ use stunet::backend_testing::cuda::conv3d::first;
 
 use super::conv3d::{Case, check_values, reference};
 use super::sim::Sim;
-use super::{Input, SEEDS, random, room, rounded, unpadded, voxels};
+use super::{Input, SEEDS, cards, random, room, rounded, unpadded, voxels};
 
+/// On every card that knows the storage.
 fn check(
+    batch: usize,
+    channels: usize,
+    space: [usize; 3],
+    filters: usize,
+    kernel: [usize; 3],
+    storage: Storage,
+    wide: bool,
+) {
+    for card in cards(storage) {
+        check_on(*card, batch, channels, space, filters, kernel, storage, wide);
+    }
+}
+
+fn check_on(
+    card: [u32; 2],
     batch: usize,
     channels: usize,
     space: [usize; 3],
@@ -41,7 +57,7 @@ fn check(
     let tiles = first::tiles(space);
     let padded = filters.next_multiple_of(16);
     let run = |seed: u64| {
-        let sim = Sim::new(seed);
+        let sim = Sim::of(seed, card);
         let p = first::Problem {
             storage,
             batch,
@@ -78,4 +94,6 @@ fn ptx_conv3d_first() {
     check(1, 8, [3, 5, 6], 20, [3; 3], Storage::F16, true);
     check(1, 2, [2, 3, 2], 80, [3, 1, 1], Storage::Bf16, true);
     check(1, 4, [5, 5, 5], 16, [3; 3], Storage::F16, false);
+    check(1, 1, [4, 4, 9], 16, [3; 3], Storage::F16, true);
+    check(2, 2, [4, 4, 9], 16, [1, 3, 3], Storage::Bf16, false);
 }

@@ -3,10 +3,26 @@
 use stunet::backend_testing::cuda::{Storage, conv_transpose3d, padded};
 
 use super::sim::Sim;
-use super::{SEEDS, input, random, room, rounded, stored, unpadded, voxels};
+use super::{SEEDS, cards, input, random, room, rounded, stored, unpadded, voxels};
 use crate::common::bound::{self, Bounded};
 
+/// On every card that knows the storage.
 fn check(
+    storage: Storage,
+    batch: usize,
+    space: [usize; 3],
+    channels: usize,
+    filters: usize,
+    kernel: [usize; 3],
+    norm: bool,
+) {
+    for card in cards(storage) {
+        check_on(*card, storage, batch, space, channels, filters, kernel, norm);
+    }
+}
+
+fn check_on(
+    card: [u32; 2],
     storage: Storage,
     batch: usize,
     space: [usize; 3],
@@ -23,7 +39,7 @@ fn check(
     let out = [0, 1, 2].map(|a| space[a] * kernel[a]);
     let n = batch * out.iter().product::<usize>();
     let run = |seed: u64| {
-        let sim = Sim::new(seed);
+        let sim = Sim::of(seed, card);
         let x = input(&sim, storage, batch, space, channels, [1; 3], norm, 11);
         let p = conv_transpose3d::Problem {
             storage,
@@ -65,5 +81,8 @@ fn ptx_conv_transpose3d() {
     check(Storage::Bf16, 2, [3, 4, 5], 32, 16, [2; 3], false);
     check(Storage::F16, 1, [2, 5, 7], 40, 32, [1, 2, 2], true);
     check(Storage::Bf16, 2, [3, 3, 9], 80, 100, [2, 2, 1], true);
+    check(Storage::Bf16, 1, [2, 3, 3], 16, 32, [1, 2, 2], false);
+    check(Storage::F16, 1, [2, 3, 5], 48, 16, [2; 3], true);
+    check(Storage::F16, 1, [1, 4, 5], 16, 70, [2; 3], false);
     check(Storage::F32, 2, [3, 2, 5], 20, 17, [2, 1, 2], true);
 }

@@ -3,7 +3,7 @@
 use stunet::backend_testing::cuda::{Source, Storage, head_labels, padded};
 
 use super::sim::Sim;
-use super::{SEEDS, activation, input, random, rounded};
+use super::{SEEDS, activation, cards, input, random, rounded};
 use crate::common::bound::gamma;
 use stunet::tensor::cuda::Driver;
 
@@ -33,12 +33,27 @@ fn check_labels(what: &str, labels: &[u8], expected: impl Iterator<Item = Vec<(f
     assert!(seen.len() > 3, "{what}: labels {seen:?}");
 }
 
+/// On every card that knows the storage.
 fn check(storage: Storage, batch: usize, space: [usize; 3], channels: usize, classes: usize, norm: bool) {
+    for card in cards(storage) {
+        check_on(*card, storage, batch, space, channels, classes, norm);
+    }
+}
+
+fn check_on(
+    card: [u32; 2],
+    storage: Storage,
+    batch: usize,
+    space: [usize; 3],
+    channels: usize,
+    classes: usize,
+    norm: bool,
+) {
     let weight = rounded(&random(classes * channels, 50), storage);
     let bias = random(classes, 51);
     let n = batch * space.iter().product::<usize>();
     let run = |seed: u64| {
-        let sim = Sim::new(seed);
+        let sim = Sim::of(seed, card);
         let x = input(&sim, storage, batch, space, channels, [1; 3], norm, 52);
         let p = head_labels::Problem {
             storage,

@@ -3,7 +3,7 @@
 use stunet::backend_testing::cuda::{Storage, instance_norm, padded};
 
 use super::sim::Sim;
-use super::{Input, SEEDS, half_ulp, input, room, unpadded};
+use super::{Input, SEEDS, cards, half_ulp, input, room, unpadded};
 use crate::common::bound::{self, Bounded, gamma};
 
 /// Storage that rounds nothing: the values that the kernel adds up are f32.
@@ -20,7 +20,23 @@ fn unrounded(
     super::input_in(sim, storage, Storage::F32, batch, space, c, repeat, norm, seed)
 }
 
+/// On every card that knows the storage.
 fn check(
+    storage: Storage,
+    batch: usize,
+    space: [usize; 3],
+    channels: usize,
+    full: Option<bool>,
+    low: Option<[usize; 3]>,
+    slope: f32,
+) {
+    for card in cards(storage) {
+        check_on(*card, storage, batch, space, channels, full, low, slope);
+    }
+}
+
+fn check_on(
+    card: [u32; 2],
     storage: Storage,
     batch: usize,
     space: [usize; 3],
@@ -31,7 +47,7 @@ fn check(
 ) {
     let n = batch * space.iter().product::<usize>();
     let run = |seed: u64| {
-        let sim = Sim::new(seed);
+        let sim = Sim::of(seed, card);
         let x = unrounded(&sim, storage, batch, space, channels, [1; 3], true, 20);
         let shortcut = full.map(|norm| unrounded(&sim, storage, batch, space, channels, [1; 3], norm, 30));
         let small = low.map(|r| {

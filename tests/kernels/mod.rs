@@ -3,6 +3,7 @@
 //! bytes that nothing wrote.
 
 mod aggregate;
+mod context;
 mod conv3d;
 mod conv3d_first;
 mod conv_transpose3d;
@@ -23,6 +24,11 @@ use sim::Sim;
 
 /// Schedules under which every result has to have the same bytes.
 const SEEDS: [u64; 3] = [0, 1, 2];
+
+/// Compute capabilities, one for each set of PTX files that the storage has.
+fn cards(storage: Storage) -> &'static [[u32; 2]] {
+    if storage == Storage::Bf16 { &[[8, 6]] } else { &[[8, 6], [7, 5]] }
+}
 
 /// Values between -1 and 1, the same for the same `seed`.
 fn random(n: usize, seed: u64) -> Vec<f32> {

@@ -3,11 +3,18 @@
 use stunet::backend_testing::cuda::{Storage, moments, padded};
 
 use super::sim::Sim;
-use super::{SEEDS, activation, random, room};
+use super::{SEEDS, activation, cards, random, room};
 use crate::common::bound::{U, gamma};
 
 /// Mean and standard deviation of the channel, whose values are `offset` away from zero.
+/// On every card that knows the storage.
 fn check(storage: Storage, batch: usize, space: [usize; 3], channels: usize, offset: f32) {
+    for card in cards(storage) {
+        check_on(*card, storage, batch, space, channels, offset);
+    }
+}
+
+fn check_on(card: [u32; 2], storage: Storage, batch: usize, space: [usize; 3], channels: usize, offset: f32) {
     let c = padded(channels);
     let n: usize = space.iter().product();
     let mut values = activation(batch, space, channels, storage, 3);
@@ -20,7 +27,7 @@ fn check(storage: Storage, batch: usize, space: [usize; 3], channels: usize, off
     weight.resize(c, 0.0);
     bias.resize(c, 0.0);
     let run = |seed: u64| {
-        let sim = Sim::new(seed);
+        let sim = Sim::of(seed, card);
         let tiles = moments::count(space);
         let partials = room(&sim, batch * tiles * 3 * c, Storage::F32);
         let data = sim.with(&storage.store(&values));

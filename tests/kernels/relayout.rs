@@ -3,17 +3,18 @@
 use stunet::backend_testing::cuda::{Storage, padded, relayout};
 
 use super::sim::Sim;
-use super::{random, room, rounded, voxels};
+use super::{cards, random, room, rounded, voxels};
 
 #[test]
 fn ptx_relayout_there_and_back() {
-    for storage in [Storage::F32, Storage::Bf16, Storage::F16] {
+    let storages = [Storage::F32, Storage::Bf16, Storage::F16];
+    for (storage, card) in storages.into_iter().flat_map(|s| cards(s).iter().map(move |c| (s, *c))) {
         for (batch, channels, space, flip) in [
             (2, 3, [3, 5, 7], [false, true, false]),
             (1, 32, [2, 9, 16], [true, false, true]),
             (2, 17, [1, 1, 5], [false; 3]),
         ] {
-            let sim = Sim::new(1);
+            let sim = Sim::of(1, card);
             let n: usize = space.iter().product();
             let values = random(batch * channels * n, 4);
             let mut p = relayout::Problem {
@@ -54,9 +55,9 @@ fn mirrored((z, y, x): (usize, usize, usize), [d, h, w]: [usize; 3], flip: [bool
 #[test]
 fn ptx_relayout_takes_a_window() {
     let (channels, image_space, space) = (2, [5, 6, 7], [4, 8, 5]);
-    let sim = Sim::new(2);
     let image = random(channels * 210, 5);
-    for (start, flip) in [([1, -1, 2], [false; 3]), ([-2, 0, 4], [true, true, false])] {
+    for (start, flip, card) in [([1, -1, 2], [false; 3], [8, 6]), ([-2, 0, 4], [true, true, false], [7, 5])] {
+        let sim = Sim::of(2, card);
         let window = room(&sim, channels * 160, Storage::F32);
         let image_memory = sim.with(bytemuck::cast_slice(&image));
         let p = relayout::Window { channels, image: image_memory, image_space, window, space, start, flip };

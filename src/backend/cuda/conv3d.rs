@@ -83,23 +83,25 @@ struct Variant {
     /// Filters of a block.
     filters: usize,
     kind: Kind,
+    /// Warps along the voxels, each with sums of its own.
+    warps: usize,
     /// Estimate of how much of the matrix units it keeps busy, from what it reads of shared memory for a product.
     efficiency: f64,
 }
 
 const VARIANTS: [Variant; 12] = [
-    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), efficiency: 1.0 },
-    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), efficiency: 1.0 },
-    Variant { name: "n64", filters: 64, kind: Kind::Brick(4), efficiency: 1.0 },
-    Variant { name: "n32", filters: 32, kind: Kind::Brick(8), efficiency: 1.0 },
-    Variant { name: "n16", filters: 16, kind: Kind::Brick(8), efficiency: 0.8 },
-    Variant { name: "pointwise_n64", filters: 64, kind: Kind::Pointwise, efficiency: 1.0 },
-    Variant { name: "pointwise_n32", filters: 32, kind: Kind::Pointwise, efficiency: 0.9 },
-    Variant { name: "pointwise_n16", filters: 16, kind: Kind::Pointwise, efficiency: 0.8 },
-    Variant { name: "any_n64", filters: 64, kind: Kind::AnyBrick(2), efficiency: 0.7 },
-    Variant { name: "any_n32", filters: 32, kind: Kind::AnyBrick(2), efficiency: 0.5 },
-    Variant { name: "any_n16", filters: 16, kind: Kind::AnyBrick(2), efficiency: 0.35 },
-    Variant { name: "plain", filters: BLOCK, kind: Kind::Plain, efficiency: 1.0 },
+    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.0 },
+    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.0 },
+    Variant { name: "n64", filters: 64, kind: Kind::Brick(4), warps: 4, efficiency: 1.0 },
+    Variant { name: "n32", filters: 32, kind: Kind::Brick(8), warps: 8, efficiency: 1.0 },
+    Variant { name: "n16", filters: 16, kind: Kind::Brick(8), warps: 8, efficiency: 0.8 },
+    Variant { name: "pointwise_n64", filters: 64, kind: Kind::Pointwise, warps: 0, efficiency: 1.0 },
+    Variant { name: "pointwise_n32", filters: 32, kind: Kind::Pointwise, warps: 0, efficiency: 0.9 },
+    Variant { name: "pointwise_n16", filters: 16, kind: Kind::Pointwise, warps: 0, efficiency: 0.8 },
+    Variant { name: "any_n64", filters: 64, kind: Kind::AnyBrick(2), warps: 4, efficiency: 0.7 },
+    Variant { name: "any_n32", filters: 32, kind: Kind::AnyBrick(2), warps: 4, efficiency: 0.5 },
+    Variant { name: "any_n16", filters: 16, kind: Kind::AnyBrick(2), warps: 8, efficiency: 0.35 },
+    Variant { name: "plain", filters: BLOCK, kind: Kind::Plain, warps: 0, efficiency: 1.0 },
 ];
 
 impl Variant {
@@ -144,9 +146,9 @@ impl Variant {
         }
     }
 
-    /// Static shared memory, at most: sums of 8 warps.
+    /// Static shared memory: three sums a filter and warp.
     fn sums(&self) -> usize {
-        3 * 8 * self.filters * 4
+        3 * self.warps * self.filters * 4
     }
 
     /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where

@@ -142,16 +142,21 @@ impl Context {
             // SAFETY: the module is loaded in the current context; the name ends with a NUL and lives over the call.
             let code = unsafe { sys::cuModuleGetFunction(&mut function, loaded.module, name.as_ptr()) };
             check(&format!("{} has no {entry}", module.name), code)?;
-            loaded.functions.insert(entry.into(), (function, 48 << 10));
+            loaded.functions.insert(entry.into(), (function, 0));
         }
         let Some((function, allowed)) = loaded.functions.get_mut(entry) else {
             return Err(Error::Device { what: format!("{}: {entry} was not kept", module.name) });
         };
         if shared > *allowed {
+            // Said for any size: what needs no word, 48 KiB, holds for static and dynamic memory together. And as much of the
+            // first-level cache as there is becomes shared memory, so that more than one block finds room.
             let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function was got from the driver above.
-            let code = unsafe { sys::cuFuncSetAttribute(*function, limit, shared as c_int) };
-            check(&format!("{entry}: {shared} bytes of shared memory"), code)?;
+            let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            for (attribute, value) in [(limit, shared as c_int), (carveout, 100)] {
+                // SAFETY: the function was got from the driver above.
+                let code = unsafe { sys::cuFuncSetAttribute(*function, attribute, value) };
+                check(&format!("{entry}: {shared} bytes of shared memory"), code)?;
+            }
             *allowed = shared;
         }
         Ok(*function)
