@@ -404,3 +404,56 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     kernel::run(driver, &p)?;
     driver.download(memory(OP, &out)?, bytemuck::cast_slice_mut(labels))
 }
+
+/// Adds a window's features `[1, C, D, H, W]`, times `scale` and the window's importance if there is one, to the sums of an
+/// image: `[ring][H][W][channels]` of size `ring`, of whose channels the features' begin at `first`.
+pub(crate) fn aggregate(
+    features: &Tensor,
+    importance: Option<&Tensor>,
+    sum: &Tensor,
+    ring: [usize; 3],
+    [channels, first]: [usize; 2],
+    start: [usize; 3],
+    flip: [bool; 3],
+    scale: f32,
+) -> Result<()> {
+    const OP: &str = "aggregate";
+    let [_, c, space @ ..] = activation(OP, features.dims())?;
+    let p = backend::aggregate::Problem {
+        storage: storage(features.precision()),
+        features: backend::Source::plain(memory(OP, features)?, c, space),
+        importance: importance.map(|t| memory(OP, t)).transpose()?,
+        sum: memory(OP, sum)?,
+        weight: None,
+        ring,
+        channels: [channels, first],
+        start,
+        flip,
+        scale,
+    };
+    backend::aggregate::run(card(OP, features.device())?, &p)
+}
+
+/// Some of the floats of a tensor, from place `at` on.
+fn part(t: &Tensor, at: usize, floats: usize) -> Result<Memory> {
+    let all = memory("part", t)?;
+    if (at + floats) * 4 > all.bytes {
+        return Err(Error::shape("part", format!("{floats} floats from {at} of {} bytes", all.bytes)));
+    }
+    Ok(Memory { address: all.address + 4 * at as u64, bytes: 4 * floats })
+}
+
+/// Sets them to zero.
+pub(crate) fn clear(t: &Tensor, at: usize, floats: usize) -> Result<()> {
+    card("clear", t.device())?.memset(part(t, at, floats)?, 0)
+}
+
+/// Reads them.
+pub(crate) fn download(t: &Tensor, at: usize, to: &mut [f32]) -> Result<()> {
+    card("download", t.device())?.download(part(t, at, to.len())?, bytemuck::cast_slice_mut(to))
+}
+
+/// An activation as the processor has them.
+pub(crate) fn to_processor(x: &Tensor, host: &Device) -> Result<Tensor> {
+    super::blocked("to_processor", Tensor::from_host(&x.to_host()?, *x.dims(), host)?)
+}

@@ -7,7 +7,7 @@ mod add;
 mod conv3d;
 mod conv_transpose3d;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 pub(crate) mod head;
 mod head_labels;
 mod instance_norm;

@@ -198,6 +198,16 @@ impl Device {
         }
     }
 
+    /// Bytes of a card's memory; of the processor's only the system knows.
+    #[must_use]
+    pub fn total_memory(&self) -> Option<usize> {
+        match self {
+            Device::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => Some(d.driver.total()),
+        }
+    }
+
     fn pool(&self) -> &Arc<Pool> {
         match self {
             Device::Cpu(d) => &d.pool,

@@ -1,8 +1,7 @@
 //! The driver's side: without a card an error and no panic, with one the same results as the interpreter's within bounds.
 
-use stunet::backend_testing::cuda::context::Context;
-use stunet::backend_testing::cuda::driver::{Driver, Memory};
 use stunet::backend_testing::cuda::{Norm, Source, conv3d};
+use stunet::tensor::cuda::{Context, Driver, Memory};
 use stunet::{Error, Result};
 
 use super::conv3d::{Case, reference};

@@ -1,6 +1,6 @@
 //! Faults planted into a kernel's PTX: what would make the other tests pass by luck is found here.
 
-use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use stunet::Result;
 use stunet::backend_testing::cuda::{Source, Storage, conv3d};
@@ -77,7 +77,7 @@ impl Driver for Faulty<'_> {
 }
 
 /// Why the case is wrong with the edit; `None` when nothing was noticed.
-fn run(name: &'static str, variant: &str, edit: &dyn Fn(&str) -> String) -> Option<String> {
+fn run(name: &'static str, variant: &str, edit: &(dyn Fn(&str) -> String + Sync)) -> Option<String> {
     let c = Case { sources: vec![(32, [1; 3], true), (16, [1; 3], false)], ..Case::new([5, 9, 9], 0, 32) };
     let (weight, bias) = (c.weight(), c.bias());
     let sim = Sim::new(1);
@@ -126,18 +126,18 @@ fn ptx_faults_in_conv3d_are_found() {
     for variant in ["n32", "any_n32"] {
         assert!(run("sound", variant, &|t| format!("{t}\n")).is_none(), "the kernel itself is right");
         let mut missing = 0;
-        let found = |what: &'static str, edit: &dyn Fn(&str) -> String| {
+        let found = |what: &'static str, edit: &(dyn Fn(&str) -> String + Sync)| {
             let why = run(what, variant, edit);
             assert!(why.is_some(), "{variant}: {what} was not found");
         };
         // Loaded by all before it is multiplied; multiplied by all before results take its place; results before they are
         // copied. The others stand in branches for moments and for a single brick.
         let mut barriers = 0;
-        let total = Cell::new(1);
-        while barriers < total.get() {
+        let total = AtomicUsize::new(1);
+        while barriers < total.load(Ordering::Relaxed) {
             let nth = barriers;
             let edit = |t: &str| {
-                total.set(t.matches("bar.sync").count());
+                total.store(t.matches("bar.sync").count(), Ordering::Relaxed);
                 replace(t, "bar.sync \t0;", "", nth)
             };
             missing += usize::from(run("a barrier is missing", variant, &edit).is_some());

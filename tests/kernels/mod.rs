@@ -7,6 +7,7 @@ mod context;
 mod conv3d;
 mod conv3d_first;
 mod conv_transpose3d;
+mod device;
 mod entries;
 mod faults;
 mod head_labels;

@@ -46,6 +46,8 @@ pub(crate) struct SweepPlan {
     pub(crate) gaussian: bool,
     /// Only the most accurate kernels.
     pub(crate) strict: bool,
+    /// Sums are kept where the networks run, not with the processor.
+    pub(crate) sums_on_card: bool,
     folds: usize,
     features: usize,
     classes: usize,
@@ -73,6 +75,7 @@ impl SweepPlan {
             gather: Gather::Features,
             gaussian: true,
             strict: false,
+            sums_on_card: false,
             folds: nets.len(),
             features: config.dims[0].next_multiple_of(BLOCK),
             classes: config.classes,
@@ -157,10 +160,14 @@ pub(crate) struct Sweep<'a> {
     plan: SweepPlan,
     nets: &'a [StuNet],
     heads: Vec<PackedHead>,
+    /// Where networks run, and the processor, which does the rest.
     device: &'a Device,
+    host: Device,
     data: &'a [f32],
     channels: usize,
     importance: Option<Vec<f32>>,
+    /// The same on a card that keeps the sums.
+    importance_on_card: Option<Tensor>,
     store: Store,
     rows_done: usize,
     passes_done: usize,
@@ -180,11 +187,15 @@ impl<'a> Sweep<'a> {
     ) -> Result<Self> {
         let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
         let [_, h, w] = plan.padded();
+        let host = if device.is_cpu() { device.clone() } else { Device::cpu() };
         let store = match plan.gather {
             Gather::Held(_) => Store::Held(Vec::new()),
             Gather::Features | Gather::Scores(_) => {
-                let ring = |k: usize| Tensor::empty(Dims::from([plan.patch[0], h, w, k]), Layout::PLAIN, device);
-                Store::Ring { sum: ring(plan.channels())?, weight: ring(1)?, end: 0 }
+                let ring = |k: usize, place: &Device| {
+                    Tensor::empty(Dims::from([plan.patch[0], h, w, k]), Layout::PLAIN, place)
+                };
+                let place = if plan.sums_on_card { device } else { &host };
+                Store::Ring { sum: ring(plan.channels(), place)?, weight: ring(1, &host)?, end: 0 }
             }
         };
         let heads = nets.iter().map(|n| {
@@ -193,14 +204,18 @@ impl<'a> Sweep<'a> {
         });
         let heads = heads.collect();
         let importance = plan.gaussian.then(|| gaussian(plan.patch));
+        let on_card = importance.as_ref().filter(|_| plan.sums_on_card);
+        let importance_on_card = on_card.map(|m| Tensor::from_host(m, Dims::from([m.len()]), device)).transpose()?;
         Ok(Self {
             plan,
             nets,
             heads,
             device,
+            host,
             data,
             channels,
             importance,
+            importance_on_card,
             store,
             rows_done: 0,
             passes_done: 0,
@@ -221,8 +236,13 @@ impl<'a> Sweep<'a> {
         if let Store::Ring { sum, weight, end } = &mut self.store {
             let (patch, upto) = (self.plan.patch[0], z + self.plan.patch[0]);
             for t in [sum, weight] {
-                let n = t.as_slice().len() / patch;
+                let n = t.dims().len() / patch;
                 let (from, to) = (*end, upto);
+                #[cfg(feature = "cuda")]
+                if !t.device().is_cpu() {
+                    (from..to).try_for_each(|p| crate::ops::cuda::clear(t, p % patch * n, n))?;
+                    continue;
+                }
                 par::chunks_mut(unshared(t)?, n, |slot, plane| {
                     // The plane that this slot will hold, if it is one of the new ones.
                     if (from..to).any(|p| p % patch == slot) {
@@ -285,14 +305,24 @@ impl<'a> Sweep<'a> {
     }
 
     fn add(&mut self, start: [usize; 3], flip: [bool; 3], fold: usize, features: &Tensor) -> Result<()> {
-        let (plan, device) = (&self.plan, self.device);
+        let (plan, host) = (&self.plan, &self.host);
         let ([pz, py, px], [_, h, w]) = (plan.patch, plan.padded());
         let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
         let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
+        #[cfg(feature = "cuda")]
+        if let (true, Store::Ring { sum, .. }) = (plan.sums_on_card, &self.store) {
+            let (m, ring) = (self.importance_on_card.as_ref(), [pz, h, w]);
+            return crate::ops::cuda::aggregate(features, m, sum, ring, [channels, fold * lanes], start, flip, scale);
+        }
+        #[cfg(feature = "cuda")]
+        let here =
+            if features.device().is_cpu() { None } else { Some(crate::ops::cuda::to_processor(features, host)?) };
+        #[cfg(feature = "cuda")]
+        let features = here.as_ref().unwrap_or(features);
         let view = FeatureView { values: features.stored(), size: plan.patch, lanes };
         match &mut self.store {
             Store::Held(windows) => {
-                windows.push(Held::new(start, flip, fold, features, device)?);
+                windows.push(Held::new(start, flip, fold, features, host)?);
             }
             Store::Ring { sum, .. } => {
                 let (gather, packed) = (plan.gather, &self.heads[fold]);
@@ -308,7 +338,7 @@ impl<'a> Sweep<'a> {
                         }
                         let out = &mut plane[((start[1] + y) * w + start[2]) * channels..][..px * channels];
                         match gather {
-                            Gather::Scores(how) => head::accumulate(device, packed, how, &row, &g, out),
+                            Gather::Scores(how) => head::accumulate(host, packed, how, &row, &g, out),
                             Gather::Features | Gather::Held(_) => {
                                 for ((out, f), g) in out.chunks_exact_mut(channels).zip(row.chunks_exact(lanes)).zip(&g)
                                 {
@@ -343,7 +373,7 @@ impl<'a> Sweep<'a> {
 
     /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
     fn held_plane(&self, windows: &[Held], how: Activation, p: usize, out: &mut [f32]) {
-        let (device, heads, importance) = (self.device, &self.heads, self.importance.as_deref());
+        let (host, heads, importance) = (&self.host, &self.heads, self.importance.as_deref());
         let ([pz, py, px], [_, ny, nx]) = (self.plan.patch, self.plan.shape);
         let (pad, classes, lanes) = (self.plan.pad(), self.plan.classes, self.plan.features);
         let scale = 1.0 / (self.plan.flips.len() * self.plan.folds) as f32;
@@ -365,7 +395,7 @@ impl<'a> Sweep<'a> {
                     g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
                 }
                 let into = &mut sum[sx * classes..][..px * classes];
-                head::accumulate(device, &heads[window.fold], how, &row, &g, into);
+                head::accumulate(host, &heads[window.fold], how, &row, &g, into);
                 weight[sx..sx + px].iter_mut().zip(&g).for_each(|(w, g)| *w += g);
             }
             for (x, out) in out.chunks_exact_mut(classes).enumerate() {
@@ -429,7 +459,18 @@ impl Sweep<'_> {
         };
         let ([_, h, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
         let (pad, k, slot) = (self.plan.pad(), self.plan.channels(), p % self.plan.patch[0]);
-        let (sum, weight) = (&sum.as_slice()[slot * h * w * k..], &weight.as_slice()[slot * h * w..]);
+        #[cfg(feature = "cuda")]
+        let plane = if sum.device().is_cpu() {
+            None
+        } else {
+            let mut plane = vec![0.0; h * w * k];
+            crate::ops::cuda::download(sum, slot * h * w * k, &mut plane)?;
+            Some(plane)
+        };
+        #[cfg(not(feature = "cuda"))]
+        let plane: Option<Vec<f32>> = None;
+        let sum = plane.as_deref().unwrap_or_else(|| &sum.as_slice()[slot * h * w * k..]);
+        let weight = &weight.as_slice()[slot * h * w..];
         par::chunks_mut(out, nx * k, |y, out| {
             let at = (y + pad[1]) * w + pad[2];
             for (x, out) in out.chunks_exact_mut(k).enumerate() {

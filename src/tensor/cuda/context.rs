@@ -24,7 +24,7 @@ const LOG: usize = 4096;
 
 /// A card with one stream, on which everything happens in order.
 #[derive(Debug)]
-pub(crate) struct Context {
+pub struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -62,7 +62,7 @@ impl Context {
     ///
     /// # Errors
     /// [`Error::Device`] that says why it cannot be used: no driver, too old a driver, no such card, too old a card.
-    pub(crate) fn open(ordinal: usize) -> Result<Context> {
+    pub fn open(ordinal: usize) -> Result<Context> {
         let refuse = |what: String| Err(Error::Device { what });
         let name = match cuda_status() {
             CudaStatus::Found { version, .. } if version < OLDEST => {

@@ -11,7 +11,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint};
 
 use cudarc::driver::sys;
 
-pub(crate) use context::Context;
+pub use context::Context;
 pub use driver::{Driver, Launch, Memory, Module};
 
 use super::device::CudaStatus;

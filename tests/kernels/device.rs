@@ -1,0 +1,93 @@
+//! A network through the library's own operations, on a card that the interpreter stands in for.
+
+use std::sync::Arc;
+
+use stunet::autograd::Ctx;
+use stunet::models::StuNetConfig;
+use stunet::nn::Module;
+use stunet::tensor::{Dims, Precision, Tensor};
+use stunet::{Device, Result};
+
+use super::random;
+use super::sim::Sim;
+
+fn config() -> StuNetConfig {
+    let strides = [[2, 2, 2], [1, 2, 2], [1; 3], [1; 3], [1; 3]];
+    StuNetConfig { dims: [16, 16, 32, 32, 32, 32], ..StuNetConfig::small(1, 5) }.with_strides(strides)
+}
+
+const PATCH: [usize; 3] = [8, 16, 12];
+
+/// Logits and labels of a window.
+fn run(device: &Device, precision: Precision) -> Result<(Vec<f32>, Vec<u16>)> {
+    let net = config().build_random_with(device, 3, precision)?;
+    let [d, h, w] = PATCH;
+    let mut cx = Ctx::infer(device);
+    let x = Tensor::from_host(&random(d * h * w, 7), Dims::from([1, 1, d, h, w]), device)?;
+    let x = cx.leaf(x);
+    let labels = net.labels(&mut cx, x.clone())?;
+    Ok((net.forward(&mut cx, x)?.into_value().to_host()?, labels))
+}
+
+fn error(got: &[f32], exact: &[f32]) -> f64 {
+    let sum =
+        |f: &dyn Fn(f64, f64) -> f64| got.iter().zip(exact).map(|(g, e)| f(f64::from(*g), f64::from(*e))).sum::<f64>();
+    (sum(&|g, e| (g - e).powi(2)) / sum(&|_, e| e * e)).sqrt()
+}
+
+/// Every stage of a STU-Net, on cards of three generations: as near to f32 as the processor is with the same storage, and
+/// the same bytes in every order of warps.
+#[test]
+fn ptx_stunet_through_the_library() {
+    let cpu = Device::cpu();
+    let (exact, _) = run(&cpu, Precision::F32).unwrap();
+    let own = error(&run(&cpu, Precision::Bf16).unwrap().0, &exact);
+    for (capability, precision, most) in [
+        ([8, 6], Precision::Bf16, 1.5 * own),
+        // Eight times the digits.
+        ([8, 6], Precision::F16, 1.5 * own / 8.0),
+        ([7, 5], Precision::F16, 1.5 * own / 8.0),
+        ([8, 6], Precision::F32, 1e-5),
+    ] {
+        let mut first = None;
+        for seed in [0, 5] {
+            let device = Device::on(Arc::new(Sim::of(seed, capability)), "sim".into());
+            let (logits, labels) = run(&device, precision).unwrap();
+            let e = error(&logits, &exact);
+            assert!(e <= most, "{capability:?} {precision:?}: {e:e}, the processor's {own:e}");
+            let space: usize = PATCH.iter().product();
+            for (v, &label) in labels.iter().enumerate() {
+                let of = |c: usize| logits[c * space + v];
+                let top = (0..5).map(of).fold(f32::NEG_INFINITY, f32::max);
+                // Logits are rounded when they are stored, the decision's are not.
+                assert!(of(usize::from(label)) >= top - 2f32.powi(-7) * top.abs().max(1.0), "voxel {v}: {label}");
+            }
+            let bits: Vec<u32> = logits.iter().map(|v| v.to_bits()).collect();
+            assert!(
+                *first.get_or_insert_with(|| bits.clone()) == bits,
+                "{capability:?}: another schedule, other bytes"
+            );
+        }
+    }
+}
+
+/// What a card's device says of itself, and what it has no kernels for.
+#[test]
+fn ptx_devices_are_honest() {
+    let device = Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+    assert!(!device.is_cpu() && device.name() == "sim" && device.precision() == Precision::Bf16);
+    assert_eq!(Device::on(Arc::new(Sim::of(0, [7, 5])), "old".into()).precision(), Precision::F16);
+    let x = Tensor::from_host(&random(60, 1), Dims::from([1, 1, 3, 4, 5]), &device).unwrap();
+    assert_eq!(x.to_host().unwrap(), random(60, 1));
+    assert_eq!(device.memory().in_use, 256);
+    let mut cx = Ctx::infer(&device);
+    let x = cx.leaf(x);
+    let e = stunet::ops::leaky_relu(&mut cx, x, 0.1).unwrap_err().to_string();
+    assert!(e.contains("leaky_relu on sim"), "{e}");
+    device.set_memory_limit(Some(1 << 20));
+    let e = Tensor::from_host(&vec![0.0; 1 << 19], Dims::from([1 << 19]), &device).unwrap_err().to_string();
+    assert!(e.contains("limit"), "{e}");
+    assert!(Tensor::from_host(&[1.0], Dims::from([1]), &Device::cpu()).is_ok());
+    let cpu = config().build_random_with(&Device::cpu(), 0, Precision::F16).unwrap_err().to_string();
+    assert!(cpu.contains("float16"), "{cpu}");
+}
