@@ -198,7 +198,8 @@ impl StuNetConfig {
             let input = space[s - usize::from(strided)];
             let how = ops::Conv3d { stride, padding: [1; 3] };
             let m = ops::conv3d_memory(device, strict, precision, channels, w, input, how, owned).ok()?;
-            kept = kept.checked_add(m.kept)?;
+            // Memory that is used again may be a quarter larger.
+            kept = kept.checked_add(m.kept + m.kept / 4)?;
             let output = if m.in_place { 0 } else { t(s, s)? };
             peak = peak.max(live.checked_add(output)?.checked_add(m.working)?);
             Some(())

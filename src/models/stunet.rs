@@ -216,7 +216,7 @@ impl StuNet {
     pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
         let mut outs = Vec::new();
         let last = self.run(cx, x, Some(&mut outs))?;
-        outs.push(self.heads[4].forward(cx, last)?);
+        outs.push(self.scores(cx, 4, last)?);
         outs.reverse();
         Ok(outs)
     }
@@ -249,13 +249,18 @@ impl StuNet {
             if u < 4
                 && let Some(outs) = &mut outs
             {
-                // Scores are results, not activations.
-                let before = cx.set_precision(Precision::F32);
-                outs.push(self.heads[u].run(cx, x.clone())?);
-                cx.set_precision(before);
+                outs.push(self.scores(cx, u, x.clone())?);
             }
         }
         Ok(x)
+    }
+
+    /// What head `u` says: results, not activations, so never rounded.
+    fn scores<'m>(&'m self, cx: &mut Ctx<'m>, u: usize, x: Var) -> Result<Var> {
+        let before = cx.set_precision(Precision::F32);
+        let scores = self.heads[u].run(cx, x);
+        cx.set_precision(before);
+        scores
     }
 
     fn check(&self, x: &Var) -> Result<()> {
@@ -275,6 +280,6 @@ impl Module for StuNet {
     /// The full-resolution logits `[N, classes, D, H, W]`.
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         let f = self.features(cx, x)?;
-        self.heads[4].forward(cx, f)
+        self.scores(cx, 4, f)
     }
 }

@@ -130,7 +130,8 @@ pub fn conv3d_residual<'m>(
     let mut y = owned(y)?;
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let wish = Wish { residual: true, strict: cx.is_strict(), ..Wish::default() };
-    let storage = Storage { input: precision(&inputs), output: y.precision(), in_place: false };
+    let part = addend.as_ref().map_or(Precision::F32, |(low, _)| low.value().precision());
+    let storage = Storage { input: precision(&inputs), output: y.precision(), addend: part, in_place: false };
     let choice = choose(cx, &g, &channels, storage, wish)?;
     let inputs = if choice.reads_halves(&g) { inputs } else { all_floats(inputs)? };
     let filter = packed(w);
@@ -189,11 +190,15 @@ pub fn conv3d_memory(
         Ok(Conv3dMemory { working, kept: 0, in_place: false })
     });
     let wish = Wish { strict, ..Wish::default() };
-    let storage = Storage { input: precision, output: precision, in_place: owned };
+    let storage = Storage { input: precision, output: precision, in_place: owned, ..Storage::PLAIN };
     let choice = dispatch!(device, conv3d::choose(&g, channels, storage, wish));
     let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
-    let widened = if precision == Precision::Bf16 && !choice.reads_lazily() { packed_len(w) } else { 0 };
-    let work = choice.workspace(device.threads(), Stored::F32(&[])) + widened;
+    let halves = precision == Precision::Bf16;
+    // The filter as floats, and sources that are read so.
+    let widened = if halves && !choice.reads_lazily() { packed_len(w) } else { 0 };
+    let lanes: usize = channels.iter().map(|c| Layout::BLOCKED.padded(*c)).sum();
+    let sources = if halves && !choice.reads_halves(&g) { lanes * input.iter().product::<usize>() } else { 0 };
+    let work = choice.workspace(device.threads(), Stored::F32(&[])) + widened + sources;
     Ok(Conv3dMemory {
         working: work.saturating_mul(4),
         kept: choice.kept_filter().map_or(0, |k| k.0.saturating_mul(4)),
@@ -246,7 +251,7 @@ fn compute(
 ) -> Result<(Var, Moments)> {
     let channels: Vec<usize> = inputs.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let in_place = inputs.len() == 1 && inputs[0].factor == [1; 3] && inputs[0].value.value().is_unique();
-    let storage = Storage { input: precision(&inputs), output: cx.precision(), in_place };
+    let storage = Storage { input: precision(&inputs), output: cx.precision(), in_place, ..Storage::PLAIN };
     let choice = choose(cx, &g, &channels, storage, wish)?;
     let inputs = if choice.reads_halves(&g) { inputs } else { all_floats(inputs)? };
     let lazy = choice.reads_lazily();

@@ -3,6 +3,8 @@
 //! Activations are `[N][D][H][W][channels padded to 16]`, in the 16 bits (or f32, the plain reference) in which the filters
 //! are stored. Normalisations are applied while they are read, nothing is upsampled or concatenated in memory.
 
+use std::time::Instant;
+
 use super::lazy::{Affine, CardMoments, Moments, Source};
 use super::{Conv3d, InstanceNorm, activation};
 use crate::autograd::{Ctx, Param, Var};
@@ -33,6 +35,30 @@ fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
 
 fn memory(op: &'static str, t: &Tensor) -> Result<Memory> {
     t.cuda().ok_or_else(|| Error::shape(op, format!("a tensor of {} on a card", t.device().name())))
+}
+
+/// Records an operation that began at `clock`, for which its kernels have to be waited for.
+fn note(
+    cx: &mut Ctx<'_>,
+    op: &'static str,
+    clock: Option<Instant>,
+    kernel: &'static str,
+    macs: u64,
+    what: impl FnOnce() -> String,
+) -> Result<()> {
+    if clock.is_some() {
+        card(op, cx.device())?.synchronize()?;
+    }
+    cx.note(op, clock, kernel, macs, what);
+    Ok(())
+}
+
+/// Sizes of a convolution, for people, and its multiply-accumulates.
+fn describe([o, i, kd, kh, kw]: [usize; 5], stride: [usize; 3], out: &Tensor) -> (String, u64) {
+    let [n, _, d, h, w] = out.dims().five();
+    let [sz, sy, sx] = stride;
+    let macs = [n, o, i, kd, kh, kw, d, h, w].iter().fold(1, |n: u64, &v| n.saturating_mul(v as u64));
+    (format!("{i}->{o} {kd}x{kh}x{kw} stride {sz}x{sy}x{sx} at {d}x{h}x{w}"), macs)
 }
 
 /// Voxels with their channels side by side.
@@ -165,6 +191,7 @@ pub(super) fn conv3d(
     if how.padding != kernel.map(|k| k / 2) {
         return unsupported(OP, &format!("padding {:?} of a kernel of {kernel:?}", how.padding));
     }
+    let clock = cx.clock();
     let driver = card(OP, cx.device())?;
     let (precision, first) = (w.precision(), channels <= FIRST && w.precision() != Precision::F32);
     if first && (how.stride != [1; 3] || sources.len() > 1 || !sources[0].is_plain()) {
@@ -180,7 +207,7 @@ pub(super) fn conv3d(
     let partials = |tiles: usize| plain(batch * tiles * 3 * padded(filters), cx.device());
     let storage = storage(precision);
     let mut moments = None;
-    if first {
+    let kernel_name = if first {
         let planes = memory(OP, inputs.sources[0].value.value())?;
         let mut p = kernels::first::Problem {
             storage,
@@ -203,6 +230,7 @@ pub(super) fn conv3d(
             moments = Some((t, tiles));
         }
         kernels::first::run(driver, &p)?;
+        "first"
     } else {
         let read: Vec<_> = inputs.sources.iter().map(|s| read(OP, s)).collect::<Result<_>>()?;
         let mut p = kernels::Problem {
@@ -224,7 +252,10 @@ pub(super) fn conv3d(
             moments = Some((t, tiles));
         }
         kernels::run(driver, &p, None)?;
-    }
+        kernels::chosen(driver, &p)?
+    };
+    let (what, macs) = describe(w.dims().five(), how.stride, &out);
+    note(cx, OP, clock, kernel_name, macs, || what)?;
     let out = cx.leaf(out);
     let moments = match moments {
         Some((partials, tiles)) => CardMoments { partials, tiles, batch, voxels: d * h * width },
@@ -275,6 +306,7 @@ pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps
 /// `leaky_relu(normalised(x) + shortcut + low)`, in place in `x` if it has no other owner.
 fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>, low: Option<&Source>) -> Result<Var> {
     const OP: &str = "instance_norm";
+    let clock = cx.clock();
     let [batch, channels, space @ ..] = activation(OP, x.dims())?;
     let whole = backend::Norm { slope: 1.0, ..norm(OP, n)? };
     let from = backend::Source { norm: Some(whole), ..backend::Source::plain(memory(OP, &x)?, channels, space) };
@@ -288,6 +320,7 @@ fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>,
     let out = if x.is_unique() { x.clone() } else { voxels(OP, *x.dims(), x.precision(), cx.device())? };
     let p = backend::instance_norm::Problem { storage, batch, x: from, shortcut, low, slope, out: memory(OP, &out)? };
     backend::instance_norm::run(card(OP, cx.device())?, &p)?;
+    note(cx, OP, clock, "instance_norm", 0, || format!("{:?}", out.dims()))?;
     Ok(cx.leaf(out))
 }
 
@@ -354,6 +387,7 @@ fn pointwise(
     how: Conv3d,
 ) -> Result<(Var, usize)> {
     const OP: &str = "conv3d";
+    let clock = cx.clock();
     let precision = w.precision();
     let channels = x.value.value().dims().five()[1];
     let inputs = Inputs::new(OP, vec![x], w, false)?;
@@ -376,7 +410,11 @@ fn pointwise(
         out: memory(OP, &out)?,
         partials: None,
     };
-    kernels::run(card(OP, cx.device())?, &p, None)?;
+    let driver = card(OP, cx.device())?;
+    kernels::run(driver, &p, None)?;
+    let name = kernels::chosen(driver, &p)?;
+    let (what, macs) = describe([filters, channels, 1, 1, 1], how.stride, &out);
+    note(cx, OP, clock, name, macs, || what)?;
     Ok((cx.leaf(out), channels))
 }
 
@@ -384,6 +422,7 @@ fn pointwise(
 pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], labels: &mut [u16]) -> Result<()> {
     const OP: &str = "head_labels";
     use backend::head_labels as kernel;
+    let clock = cx.clock();
     let x = x.into_value();
     let [batch, channels, space @ ..] = activation(OP, x.dims())?;
     let precision = x.precision();
@@ -402,7 +441,9 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
         labels: memory(OP, &out)?,
     };
     kernel::run(driver, &p)?;
-    driver.download(memory(OP, &out)?, bytemuck::cast_slice_mut(labels))
+    driver.download(memory(OP, &out)?, bytemuck::cast_slice_mut(labels))?;
+    let macs = [batch, channels, bias.len()].iter().chain(&space).fold(1, |n: u64, &v| n.saturating_mul(v as u64));
+    note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))
 }
 
 /// Adds a window's features `[1, C, D, H, W]`, times `scale` and the window's importance if there is one, to the sums of an

@@ -210,7 +210,8 @@ impl Affine {
             x
         } else {
             p.x = Operand::At(x.stored());
-            let mut out = match residual.take_if(|r| r.is_unique()) {
+            // In the place of one that is stored alike: what is stored is no matter of who else has it.
+            let mut out = match residual.take_if(|r| r.is_unique() && r.precision() == x.precision()) {
                 Some(r) => {
                     p.residual = Some(Operand::Out);
                     r

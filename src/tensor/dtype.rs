@@ -49,9 +49,8 @@ pub enum Precision {
     /// As they are.
     #[default]
     F32,
-    /// Rounded to bf16 (to nearest, ties to even): half the memory. A value moves by 2^-9 of itself at most. The result of
-    /// an operation is, to the bit, that of the same operation on rounded values stored as f32, rounded when it is
-    /// stored.
+    /// Rounded to bf16 (to nearest, ties to even): half the memory. A value moves by 2^-8 of itself at most. What an
+    /// operation stores is, to the bit, what the same operation makes of rounded values stored as f32, rounded.
     Bf16,
     /// Rounded to IEEE half floats, on cards that have no bf16: more digits, but values past 65504 are infinite. Not on the
     /// processor.

@@ -1,5 +1,7 @@
 //! The values of a tensor as they are stored: f32, or bf16 that becomes f32 where it is read.
 
+use std::borrow::Cow;
+
 use super::Precision;
 
 /// Values to read.
@@ -18,7 +20,15 @@ pub(crate) enum StoredMut<'t> {
     Bf16(&'t mut [u16]),
 }
 
-impl Stored<'_> {
+impl<'t> Stored<'t> {
+    /// `len` values from place `at` on as floats.
+    pub(crate) fn floats_of(self, at: usize, len: usize) -> Cow<'t, [f32]> {
+        match self {
+            Stored::F32(v) => Cow::Borrowed(&v[at..at + len]),
+            Stored::Bf16(v) => Cow::Owned(v[at..at + len].iter().map(|h| widened(*h)).collect()),
+        }
+    }
+
     /// Number of values.
     pub(crate) fn len(self) -> usize {
         match self {

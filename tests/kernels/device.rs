@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use stunet::PredictOptions;
 use stunet::autograd::Ctx;
+use stunet::io::Geometry;
 use stunet::models::StuNetConfig;
 use stunet::nn::Module;
 use stunet::tensor::{Dims, Precision, Tensor};
-use stunet::{Device, Result};
+use stunet::{Device, Image, Predictor, Result};
 
 use super::random;
 use super::sim::Sim;
@@ -90,4 +92,47 @@ fn ptx_devices_are_honest() {
     assert!(Tensor::from_host(&[1.0], Dims::from([1]), &Device::cpu()).is_ok());
     let cpu = config().build_random_with(&Device::cpu(), 0, Precision::F16).unwrap_err().to_string();
     assert!(cpu.contains("float16"), "{cpu}");
+}
+
+/// A whole prediction: windows that overlap, mirrored, their features summed on the card, or with the processor when the
+/// card has no room, and labels on the image's own grid.
+#[test]
+fn ptx_prediction_through_the_library() {
+    let config = StuNetConfig { dims: [16, 16, 16, 16, 16, 16], ..StuNetConfig::small(1, 4) }.with_strides([
+        [1, 2, 2],
+        [1; 3],
+        [1; 3],
+        [1; 3],
+        [1; 3],
+    ]);
+    let (patch, shape) = ([4, 8, 8], [6, 7, 12]);
+    let image = Image::new(vec![random(6 * 7 * 12, 11)], Geometry::new(shape, [1.0; 3])).unwrap();
+    let labels = |device: &Device, precision: Precision, mirroring: bool| {
+        let net = config.build_random_with(device, 2, precision).unwrap();
+        let options = PredictOptions::default().mirroring(mirroring);
+        let mut predictor = Predictor::stand_in(net, patch, [1.0; 3], device).unwrap().options(options);
+        let labels = predictor.predict(&image).unwrap().labels;
+        (0..labels.len()).map(|i| labels.get(i)).collect::<Vec<u16>>()
+    };
+    let cpu = Device::cpu();
+    let agreement = |a: &[u16], b: &[u16]| a.iter().zip(b).filter(|(a, b)| a == b).count() as f64 / a.len() as f64;
+    for mirroring in [false, true] {
+        let exact = labels(&cpu, Precision::F32, mirroring);
+        assert!((0..4).filter(|l| exact.contains(l)).count() > 2, "{exact:?}");
+        let card = Device::on(Arc::new(Sim::of(1, [8, 6])), "sim".into());
+        let got = labels(&card, Precision::F32, mirroring);
+        assert!(agreement(&got, &exact) >= 0.998, "f32: {}", agreement(&got, &exact));
+        let halves = labels(&card, Precision::Bf16, mirroring);
+        let own = agreement(&labels(&cpu, Precision::Bf16, mirroring), &exact);
+        let got = agreement(&halves, &exact);
+        assert!(got >= own - 0.05, "bf16: {got}, the processor's {own}");
+        // A card on which only the network has room.
+        let scale = Device::on(Arc::new(Sim::of(1, [8, 6])), "scale".into());
+        let net = config.build_random_with(&scale, 2, Precision::Bf16).unwrap();
+        let needs = scale.memory().in_use + config.activation_bytes(patch, &scale, false, Precision::Bf16);
+        drop(net);
+        let total = (needs + 64) / 9 * 10 + 10;
+        let tight = Device::on(Arc::new(Sim::of(1, [8, 6]).with_total(total)), "tight".into());
+        assert!(labels(&tight, Precision::Bf16, mirroring) == halves, "sums elsewhere, other labels");
+    }
 }

@@ -24,6 +24,7 @@ pub struct Sim {
     machine: Mutex<Machine>,
     options: Options,
     capability: [u32; 2],
+    total: usize,
     /// What every entry did in all its launches.
     pub reports: Mutex<BTreeMap<String, (&'static Parsed, Report)>>,
 }
@@ -39,7 +40,12 @@ impl Sim {
         let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap() - 7] << 10;
         // Tests run side by side on threads of their own.
         let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
-        Sim { machine: Mutex::new(Machine::new()), options, capability, reports: Mutex::default() }
+        Sim { machine: Mutex::new(Machine::new()), options, capability, total: 1 << 32, reports: Mutex::default() }
+    }
+
+    /// The same with so much memory, as it says.
+    pub fn with_total(self, total: usize) -> Sim {
+        Sim { total, ..self }
     }
 
     /// Memory with these contents.
@@ -100,7 +106,7 @@ impl Driver for Sim {
     }
 
     fn total(&self) -> usize {
-        1 << 32
+        self.total
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {

@@ -130,13 +130,16 @@ pub(crate) struct Storage {
     /// Of the sources: bf16 if any of them is.
     pub(crate) input: Precision,
     pub(crate) output: Precision,
+    /// Of a residual block's addend, if there is one.
+    pub(crate) addend: Precision,
     /// The only source may be overwritten.
     pub(crate) in_place: bool,
 }
 
 impl Storage {
     /// All as f32, none to be overwritten.
-    pub(crate) const PLAIN: Self = Self { input: Precision::F32, output: Precision::F32, in_place: false };
+    pub(crate) const PLAIN: Self =
+        Self { input: Precision::F32, output: Precision::F32, addend: Precision::F32, in_place: false };
 }
 
 /// How far down the list to look.
@@ -173,7 +176,8 @@ impl Choice {
             How::Direct(_) => (None, direct_cycles(g)),
             How::Reference => (None, f64::INFINITY),
         };
-        let stage = if matches!(algorithm.how, How::Direct(_)) { direct::stage(g, channels, storage) } else { 0 };
+        let stage =
+            if matches!(algorithm.how, How::Direct(_)) { direct::Stage::new(g, channels, storage).len() } else { 0 };
         Some(Self { algorithm, plan, stage, cycles })
     }
 
@@ -291,7 +295,7 @@ pub(crate) fn forward(
     match (&choice.algorithm.how, &choice.plan) {
         (How::Direct(kernels), _) => {
             let (filter, stage) = work.split_at_mut(p.filter.room());
-            direct::run(kernels, isa, p, p.filter.floats(isa, filter), choice.stage, stage, out, measure)
+            direct::run(kernels, isa, p, p.filter.floats(isa, filter), stage, out, measure)
         }
         (_, Some(plan)) => {
             let sums = winograd::run(plan, p, kept, work, out);

@@ -199,6 +199,15 @@ fn choose(
         .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
 }
 
+/// The variant that would be taken.
+///
+/// # Errors
+/// As [`run`].
+pub fn chosen(driver: &dyn Driver, p: &Problem<'_>) -> Result<&'static str> {
+    let out = output_space(check(p)?, p.kernel, p.stride);
+    Ok(choose(p, out, p.partials.is_some(), driver, None)?.name)
+}
+
 /// Tiles of a sample, each with its own moments: [`Problem::partials`] holds `N * tiles * 3 * padded filters` floats.
 /// None for f32, which is measured by [`super::moments::tiles`] instead.
 ///

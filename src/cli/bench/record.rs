@@ -129,7 +129,9 @@ impl Record {
         }
         self.layers.iter().try_for_each(print_layer)?;
         let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);
-        let rate = format!("{:.1} GFLOP/s, {share:.0} % of {peak:.1}", self.gflops);
+        // A card's is not known.
+        let of_peak = if peak.is_nan() { String::new() } else { format!(", {share:.0} % of {peak:.1}") };
+        let rate = format!("{:.1} GFLOP/s{of_peak}", self.gflops);
         output::line(format!("median {:.4} s, min {:.4} s, {rate}", self.seconds, self.seconds_min))?;
         let process = self.peak_process_bytes.map(|b| format!(", process {}", system::human(b))).unwrap_or_default();
         output::line(format!("peak of tensors {}{process}", system::human(self.peak_bytes as u64)))

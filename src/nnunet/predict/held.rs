@@ -48,15 +48,13 @@ impl Held {
             let source = |i: usize| {
                 let (z, b) = (first + i / (lanes / BLOCK), i % (lanes / BLOCK));
                 let z = if flip[0] { nz - 1 - z } else { z };
-                let mut out = vec![0.0; plane];
-                values.read((b * nz + z) * plane, &mut out);
-                out
+                values.floats_of((b * nz + z) * plane, plane)
             };
             par::chunks_mut(high, plane, |i, out| {
-                out.iter_mut().zip(source(i)).for_each(|(o, v)| *o = (rounded(v) >> 16) as u16);
+                out.iter_mut().zip(source(i).iter()).for_each(|(o, v)| *o = (rounded(*v) >> 16) as u16);
             });
             par::chunks_mut(low, plane, |i, out| {
-                out.iter_mut().zip(source(i)).for_each(|(o, v)| *o = (rounded(v) >> 8) as u8);
+                out.iter_mut().zip(source(i).iter()).for_each(|(o, v)| *o = (rounded(*v) >> 8) as u8);
             });
             pieces.push(Some(piece));
         }

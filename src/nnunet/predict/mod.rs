@@ -211,7 +211,8 @@ impl Predictor {
         self.validate()?;
         self.check_memory(&image.geometry, image.channels.len())?;
         let before = self.device.memory().limit;
-        if self.options.memory_limit.is_some() {
+        // The limit is of the machine's memory; a card's own is checked before.
+        if self.options.memory_limit.is_some() && self.device.is_cpu() {
             self.device.set_memory_limit(self.options.memory_limit);
         }
         self.device.reset_peak();

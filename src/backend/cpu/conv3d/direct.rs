@@ -19,31 +19,58 @@ const FILTER_IN_CACHE: usize = 512 << 10;
 /// Longest piece of a row that is done in one go: a multiple of all tile widths. A pointwise convolution is one row.
 const SEGMENT: usize = 480;
 
-/// Floats that a thread needs where sources or the output are stored as bf16: a segment of every source, of the outputs of
-/// a group, and of the addend of a residual block's end, each where it is stored so or may be.
-pub(super) fn stage(g: &Geometry, channels: &[usize], storage: Storage) -> usize {
-    let blocks: usize = channels.iter().map(|c| c.div_ceil(BLOCK)).sum();
-    let sources = if storage.input == Precision::Bf16 { blocks } else { 0 };
-    let outputs = if storage.output == Precision::Bf16 { 2 } else { 0 };
-    if sources + outputs == 0 { 0 } else { ((sources + outputs) * SEGMENT + 2 * g.output[2]) * BLOCK }
+/// What a thread holds as floats of what is stored as bf16: a segment of every source if any is, of the outputs of a group,
+/// and rows of a residual block's addend for a group. Voxels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stage {
+    sources: usize,
+    outputs: usize,
+    addend: usize,
+}
+
+impl Stage {
+    pub(super) fn new(g: &Geometry, channels: &[usize], storage: Storage) -> Self {
+        let halves = |p: Precision, voxels: usize| if p == Precision::Bf16 { voxels } else { 0 };
+        let blocks: usize = channels.iter().map(|c| c.div_ceil(BLOCK)).sum();
+        Self {
+            sources: halves(storage.input, blocks * SEGMENT),
+            outputs: halves(storage.output, 2 * SEGMENT),
+            addend: halves(storage.addend, 2 * g.output[2]),
+        }
+    }
+
+    /// Of a problem as it is.
+    fn of(p: &Problem<'_>, output: Precision) -> Self {
+        let channels: Vec<usize> = p.sources.iter().map(|s| s.channels).collect();
+        let halves = p.sources.iter().any(|s| s.data.precision() == Precision::Bf16);
+        let input = if halves { Precision::Bf16 } else { Precision::F32 };
+        let addend = p.residual.and_then(|r| r.addend).map_or(Precision::F32, |a| a.0.precision());
+        Self::new(&p.geometry, &channels, Storage { input, output, addend, in_place: false })
+    }
+
+    /// Floats.
+    pub(super) fn len(self) -> usize {
+        (self.sources + self.outputs + self.addend) * BLOCK
+    }
 }
 
 /// Writes the convolution of `p` to `out`; `filter` is the one of `p`. With `measure`, returns the moments of
-/// `[sample][output block]`. `stages` has `stage` floats per thread. Sources stored as bf16 are for pointwise kernels.
+/// `[sample][output block]`. `stages` has [`Stage::len`] floats per thread. Sources stored as bf16 are for pointwise kernels.
 pub(super) fn run(
     kernels: &Kernels,
     isa: Isa,
     p: &Problem<'_>,
     filter: &[f32],
-    stage: usize,
     stages: &mut [f32],
     out: StoredMut<'_>,
     measure: bool,
 ) -> Vec<Moments> {
-    assert!(stages.len() >= stage * rayon::current_num_threads(), "working memory for fewer threads");
-    let halves_in = p.sources.iter().any(|s| s.data.precision() == Precision::Bf16);
+    // From what the problem is, so that no plan of another one can be too small.
+    let stage = Stage::of(p, out.stored().precision());
+    assert!(stages.len() >= stage.len() * rayon::current_num_threads(), "working memory for fewer threads");
+    let halves_in = stage.sources > 0;
     assert!(!halves_in || p.geometry.kernel == [1; 3], "a kernel of several taps reads floats");
-    let plan = Plan::new(kernels, isa, p, filter, halves_in, (Shared::new(stages), stage), out);
+    let plan = Plan::new(kernels, isa, p, filter, (Shared::new(stages), stage), out);
     let parts = par::map(plan.items(), |i| plan.item(i, measure));
     if !measure {
         return Vec::new();
@@ -75,8 +102,8 @@ struct Plan<'a> {
     out: SharedOut,
     /// Sources are gathered as floats, segment by segment.
     halves_in: bool,
-    /// A [`stage`] per thread: sources `[block][SEGMENT][BLOCK]`, outputs `[2][SEGMENT][BLOCK]`, addend `[2][row][BLOCK]`.
-    stages: (Shared, usize),
+    /// One per thread: sources `[block][SEGMENT][BLOCK]`, outputs `[2][SEGMENT][BLOCK]`, addend `[2][row][BLOCK]`.
+    stages: (Shared, Stage),
     /// First output block and number of blocks of each group.
     groups: Vec<(usize, usize)>,
     cover: Cover,
@@ -94,10 +121,10 @@ impl<'a> Plan<'a> {
         isa: Isa,
         p: &'a Problem<'a>,
         filter: &'a [f32],
-        halves_in: bool,
-        stages: (Shared, usize),
+        stages: (Shared, Stage),
         out: StoredMut<'_>,
     ) -> Self {
+        let halves_in = stages.1.sources > 0;
         let mut g = p.geometry;
         let repeated = p.residual.is_some_and(|r| r.addend.is_some());
         if g.kernel == [1; 3] && g.stride == [1; 3] && !repeated {
@@ -155,7 +182,7 @@ impl<'a> Plan<'a> {
     /// Does an item; with `measure`, returns sample, block and moments of what it wrote, which is still in the cache.
     fn item(&self, i: usize, measure: bool) -> Vec<(usize, usize, Moments)> {
         let (n, groups, segments) = self.part(i);
-        let mut parts = Vec::new();
+        let mut parts: Vec<(usize, usize, Moments)> = Vec::new();
         for segment in segments {
             let row = Row::of(self, n, segment);
             let sources = self.sources(&row);
@@ -167,7 +194,11 @@ impl<'a> Plan<'a> {
                     }
                     SharedOut::Bf16(out) => self.staged_tiles(&row, sources, block, blocks, out, |block, x| {
                         if measure {
-                            parts.push((n, block, moments(self.isa, x)));
+                            let m = moments(self.isa, x);
+                            match parts.iter_mut().find(|p| p.1 == block) {
+                                Some(p) => p.2 = p.2.merge(m),
+                                None => parts.push((n, block, m)),
+                            }
                         }
                     }),
                 }
@@ -253,7 +284,7 @@ impl<'a> Plan<'a> {
         out: Shared<u16>,
         mut look: impl FnMut(usize, &[f32]),
     ) {
-        let start = self.stage(self.source_blocks() * SEGMENT);
+        let start = self.stage(self.stages.1.sources);
         // What a block of the group holds in the output and in the stage.
         let each = |b: usize| {
             let to = out.ptr().wrapping_add(self.place(row, block + b));
@@ -282,15 +313,10 @@ impl<'a> Plan<'a> {
         if row.last { &self.cover.last } else { &self.cover.full }
     }
 
-    /// Channel blocks of all sources.
-    fn source_blocks(&self) -> usize {
-        if self.halves_in { self.p.sources.iter().map(|s| s.channels.div_ceil(BLOCK)).sum() } else { 0 }
-    }
-
     /// Voxel `at` of this thread's stage.
     fn stage(&self, at: usize) -> *mut f32 {
         let thread = rayon::current_thread_index().unwrap_or(0);
-        self.stages.0.ptr().wrapping_add(thread * self.stages.1 + at * BLOCK)
+        self.stages.0.ptr().wrapping_add(thread * self.stages.1.len() + at * BLOCK)
     }
 
     /// What becomes of the results of a row.
@@ -306,7 +332,7 @@ impl<'a> Plan<'a> {
                 match values {
                     Stored::F32(values) => (values[start..].as_ptr(), next, f[2]),
                     Stored::Bf16(_) => {
-                        let to = self.stage((self.source_blocks() + 2) * SEGMENT);
+                        let to = self.stage(self.stages.1.sources + self.stages.1.outputs);
                         for b in 0..blocks {
                             // SAFETY: after sources and outputs, the stage has two rows for the addend, and this thread
                             // no other reference to them.

@@ -20,9 +20,8 @@ const SHARED_TILES: usize = 128;
 /// Bytes of transformed inputs that threads share, at most: they should stay in a level-3 cache.
 const SHARED_BYTES: usize = 24 << 20;
 
-/// An output takes its input's place only where its layers of blocks are so many that two of them are little memory, and
-/// have so many blocks that threads seldom wait for the end of a layer.
-const IN_PLACE_LAYERS: usize = 4;
+/// An output takes its input's place only where its layers have so many blocks that threads seldom wait for the end of one,
+/// and the two that wait take half of what is saved at most.
 const IN_PLACE_BLOCKS: usize = 8;
 
 /// Bytes of a group's products that stay in a level-2 cache beside inputs and filters.
@@ -147,8 +146,10 @@ impl Plan {
             let base = plan.clone();
             plan.cut(|b| size(b) <= OWN_TILES && (size(b) <= 8 || 4 * base.own_floats(b) <= OWN_BYTES));
             let fits = channels == [g.out_channels] && g.input == g.output && storage.input == storage.output;
-            let [layers, ny, nx] = plan.blocks;
-            plan.in_place = storage.in_place && fits && layers >= IN_PLACE_LAYERS && ny * nx >= IN_PLACE_BLOCKS;
+            let voxels: usize = g.output.iter().product();
+            let saved = g.batch * plan.out_blocks * BLOCK * voxels * storage.output.size();
+            let worth = plan.blocks[1] * plan.blocks[2] >= IN_PLACE_BLOCKS && 2 * 4 * plan.two_layers() <= saved;
+            plan.in_place = storage.in_place && fits && worth;
         }
         plan
     }
@@ -290,9 +291,14 @@ impl Plan {
         self.out_blocks * self.block[0] * self.outputs[0] * self.output_area().iter().product::<usize>() * BLOCK
     }
 
-    /// Floats of the outputs that wait until their place is no longer read: two layers of blocks.
+    /// Floats of the outputs of two layers of blocks.
+    fn two_layers(&self) -> usize {
+        2 * self.blocks[1] * self.blocks[2] * self.output_floats()
+    }
+
+    /// Floats of the outputs that wait until their place is no longer read.
     pub(super) fn ring(&self) -> usize {
-        if self.in_place { 2 * self.blocks[1] * self.blocks[2] * self.output_floats() } else { 0 }
+        if self.in_place { self.two_layers() } else { 0 }
     }
 
     /// Floats of working memory for `threads` threads.
