@@ -4,6 +4,7 @@ mod export;
 mod held;
 pub(super) mod scores;
 mod stand_in;
+mod sums;
 mod sweep;
 #[cfg(test)]
 mod sweep_tests;
