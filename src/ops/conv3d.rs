@@ -233,7 +233,7 @@ pub(super) fn run(
     let inputs = x.into_vec();
     on_card!(cx.device(), {
         geometry(&concatenated(&inputs)?, w, b, how)?;
-        super::cuda::conv3d(cx, inputs, w, b, how, measure)
+        super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), ..Wish::default() }, measure)

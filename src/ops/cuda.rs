@@ -16,6 +16,7 @@ use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
 /// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
 const FIRST: usize = kernels::first::CHANNELS;
+const FIRST_NAME: &str = "first";
 
 fn unsupported<T>(op: &str, what: &str) -> Result<T> {
     Err(Error::unsupported(format!("{op} on a card: {what}")))
@@ -99,7 +100,7 @@ pub(super) fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
 }
 
 /// `x` as voxels in `precision`; only the network's input arrives as planes.
-fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
+pub(super) fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
     if x.layout() == Layout::PLAIN {
         let [batch, channels, space @ ..] = activation(op, x.dims())?;
         let out = voxels(op, *x.dims(), precision, x.device())?;
@@ -177,13 +178,48 @@ fn planes_of(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor
     Ok(out)
 }
 
-/// See [`super::conv3d`] and [`super::conv3d_measured`].
+/// The variants that can convolve inputs of `channels` each and sizes `[batch, _, D, H, W]` together with `w`, and which of
+/// them is taken.
+pub(super) fn conv3d_variants(
+    device: &Device,
+    [batch, _, space @ ..]: [usize; 5],
+    channels: &[usize],
+    w: &Param,
+    how: Conv3d,
+) -> Result<(Vec<&'static str>, &'static str)> {
+    const OP: &str = "conv3d";
+    let [filters, inputs, kernel @ ..] = w.dims().five();
+    if inputs <= FIRST && w.precision() != Precision::F32 {
+        return Ok((vec![FIRST_NAME], FIRST_NAME));
+    }
+    // Nothing runs, so that there is room everywhere.
+    let anywhere = Memory { address: 0, bytes: usize::MAX };
+    let sources: Vec<_> = channels.iter().map(|c| backend::Source::plain(anywhere, *c, space)).collect();
+    let measured = w.precision() != Precision::F32;
+    let p = kernels::Problem {
+        storage: storage(w.precision()),
+        batch,
+        sources: &sources,
+        weight: anywhere,
+        bias: None,
+        filters,
+        kernel,
+        stride: how.stride,
+        out: anywhere,
+        partials: measured.then_some(anywhere),
+    };
+    let driver = card(OP, device)?;
+    Ok((kernels::variants(driver, &p, measured), kernels::chosen(driver, &p)?))
+}
+
+/// See [`super::conv3d`] and [`super::conv3d_measured`]; by the variant `name` if there is one.
 pub(super) fn conv3d(
     cx: &mut Ctx<'_>,
     sources: Vec<Source>,
     w: &Param,
     b: Option<&Param>,
     how: Conv3d,
+    name: Option<&str>,
     measure: bool,
 ) -> Result<(Var, Moments)> {
     const OP: &str = "conv3d";
@@ -230,7 +266,7 @@ pub(super) fn conv3d(
             moments = Some((t, tiles));
         }
         kernels::first::run(driver, &p)?;
-        "first"
+        FIRST_NAME
     } else {
         let read: Vec<_> = inputs.sources.iter().map(|s| read(OP, s)).collect::<Result<_>>()?;
         let mut p = kernels::Problem {
@@ -246,12 +282,12 @@ pub(super) fn conv3d(
             partials: None,
         };
         if measure && storage != Storage::F32 {
-            let tiles = kernels::tiles(driver, &p, None)?;
+            let tiles = kernels::tiles(driver, &p, name)?;
             let t = partials(tiles)?;
             p.partials = Some(memory(OP, &t)?);
             moments = Some((t, tiles));
         }
-        kernels::run(driver, &p, None)?;
+        kernels::run(driver, &p, name)?;
         kernels::chosen(driver, &p)?
     };
     let (what, macs) = describe(w.dims().five(), how.stride, &out);
@@ -371,7 +407,7 @@ pub(super) fn conv3d_residual(
         let rest = sources.remove(0);
         pointwise(cx, rest, w, start, b, filters, how)?.0
     } else {
-        conv3d(cx, sources, w, b, how, false)?.0
+        conv3d(cx, sources, w, b, how, None, false)?.0
     };
     block_end(cx, y.into_value(), n, Some(shortcut.value()), low.as_ref())
 }

@@ -198,6 +198,18 @@ impl Device {
         }
     }
 
+    /// Waits for all work asked for; the processor's is always done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when some of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => d.driver.synchronize(),
+        }
+    }
+
     /// Bytes of a card's memory; of the processor's only the system knows.
     #[must_use]
     pub fn total_memory(&self) -> Option<usize> {

@@ -7,6 +7,7 @@ use stunet::autograd::Ctx;
 use stunet::io::Geometry;
 use stunet::models::StuNetConfig;
 use stunet::nn::Module;
+use stunet::ops::{self, Conv3d, testing};
 use stunet::tensor::{Dims, Precision, Tensor};
 use stunet::{Device, Image, Predictor, Result};
 
@@ -121,6 +122,9 @@ fn ptx_prediction_through_the_library() {
         assert!((0..4).filter(|l| exact.contains(l)).count() > 2, "{exact:?}");
         let card = Device::on(Arc::new(Sim::of(1, [8, 6])), "sim".into());
         let got = labels(&card, Precision::F32, mirroring);
+        // Passes after the first find all their memory where it was.
+        let memory = card.memory();
+        assert!(memory.planned_hits > 0 && memory.planned_misses == 0, "{memory:?}");
         assert!(agreement(&got, &exact) >= 0.998, "f32: {}", agreement(&got, &exact));
         let halves = labels(&card, Precision::Bf16, mirroring);
         let own = agreement(&labels(&cpu, Precision::Bf16, mirroring), &exact);
@@ -134,5 +138,37 @@ fn ptx_prediction_through_the_library() {
         let total = (needs + 64) / 9 * 10 + 10;
         let tight = Device::on(Arc::new(Sim::of(1, [8, 6]).with_total(total)), "tight".into());
         assert!(labels(&tight, Precision::Bf16, mirroring) == halves, "sums elsewhere, other labels");
+    }
+}
+
+/// What measurements walk: every variant by its name, one of which is taken without.
+#[test]
+fn ptx_variants_through_the_library() {
+    let device = Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+    let (dims, how) = ([1, 48, 3, 9, 10], Conv3d { stride: [1; 3], padding: [1; 3] });
+    let weight = random(40 * 48 * 27, 3);
+    let w = testing::stored_filter(&weight, [40, 48, 3, 3, 3], Precision::Bf16, &device).unwrap();
+    let input = |device: &Device| {
+        let values = Precision::Bf16;
+        let values: Vec<f32> = random(48 * 270, 4).into_iter().map(|v| values.round(v)).collect();
+        Tensor::from_host(&values, Dims::from(dims), device).unwrap()
+    };
+    let cpu = Device::cpu();
+    let rounded: Vec<f32> = weight.iter().map(|v| Precision::Bf16.round(*v)).collect();
+    let own = testing::filter(&rounded, [40, 48, 3, 3, 3], &cpu).unwrap();
+    let mut cx = Ctx::infer(&cpu);
+    let x = cx.leaf(input(&cpu));
+    let exact = ops::conv3d(&mut cx, x, &own, None, how).unwrap().into_value().to_host().unwrap();
+    let variants = testing::conv3d_estimates(&device, dims, &[48], &w, how, false).unwrap();
+    assert!(variants.len() > 3 && variants.iter().filter(|v| v.chosen).count() == 1, "{variants:?}");
+    for v in variants {
+        let mut cx = Ctx::infer(&device).traced();
+        let x = testing::stored(input(&device), Precision::Bf16).unwrap();
+        let x = cx.leaf(x);
+        let (y, _) = testing::conv3d(v.name, &mut cx, x, &w, None, how).unwrap();
+        assert_eq!(cx.steps()[0].macs, 40 * 48 * 27 * 270);
+        for (g, e) in y.into_value().to_host().unwrap().iter().zip(&exact) {
+            assert!((g - e).abs() <= 2f32.powi(-8) * e.abs() + 1e-3, "{}: {g} {e}", v.name);
+        }
     }
 }
