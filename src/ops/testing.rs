@@ -171,6 +171,9 @@ pub fn address(x: &Tensor) -> usize {
 /// multiply-add counted as two: divided by the time, the peak to hold kernels against.
 #[must_use]
 pub fn spin(device: &Device) -> f64 {
+    if !device.is_cpu() {
+        return f64::NAN;
+    }
     let threads = device.threads();
     dispatch!(device, probe::spin(threads))
 }

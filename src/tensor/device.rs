@@ -179,6 +179,17 @@ impl Device {
         }
     }
 
+    /// True for two devices whose tensors may meet: the processor whichever its threads, or one opened card.
+    pub(crate) fn shares_memory(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Device::Cpu(_), Device::Cpu(_)) => true,
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(a), Device::Cuda(b)) => Arc::ptr_eq(a, b),
+            #[cfg(feature = "cuda")]
+            _ => false,
+        }
+    }
+
     /// True for the processor, whose memory can be read and written as slices.
     #[must_use]
     pub fn is_cpu(&self) -> bool {

@@ -192,7 +192,12 @@ impl<'a> Sweep<'a> {
             Gather::Held(_) => Store::Held(Vec::new()),
             Gather::Features | Gather::Scores(_) => {
                 let place = if plan.sums_on_card { device } else { &host };
-                let sum = Sums::new([plan.patch[0], h, w], plan.channels(), importance.as_deref(), place)?;
+                let sums = |place| Sums::new([plan.patch[0], h, w], plan.channels(), importance.as_deref(), place);
+                let sum = match sums(place) {
+                    // Other programs may have taken what the plan counted on.
+                    Err(Error::OutOfMemory { .. }) if plan.sums_on_card => sums(&host)?,
+                    sums => sums?,
+                };
                 let weight = Tensor::empty(Dims::from([plan.patch[0], h, w]), Layout::PLAIN, &host)?;
                 Store::Ring { sum: Box::new(sum), weight, end: 0 }
             }
