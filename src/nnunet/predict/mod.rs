@@ -405,7 +405,8 @@ impl Predictor {
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
-        let mut network = [sums, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
+        let mut network =
+            [sums, travelling, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
         if self.options.probabilities {
             network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
         }
