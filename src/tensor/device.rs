@@ -231,6 +231,16 @@ impl Device {
         }
     }
 
+    /// Compute capability of a card, major and minor.
+    #[must_use]
+    pub fn compute_capability(&self) -> Option<[u32; 2]> {
+        match self {
+            Device::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => Some(d.driver.capability()),
+        }
+    }
+
     fn pool(&self) -> &Arc<Pool> {
         match self {
             Device::Cpu(d) => &d.pool,
@@ -370,7 +380,7 @@ pub enum CudaStatus {
 }
 
 impl CudaStatus {
-    /// One line for a person: why the GPU is not used.
+    /// One line for a person: the cards, or why there is none.
     #[must_use]
     pub fn reason(&self) -> String {
         match self {
@@ -378,10 +388,10 @@ impl CudaStatus {
             CudaStatus::NoDriver => "no NVIDIA driver was found on this machine".into(),
             CudaStatus::Broken(e) => format!("the NVIDIA driver does not work: {e}"),
             CudaStatus::Found { version, devices } => format!(
-                "driver {}.{} with {} found",
+                "driver {}.{} found {}",
                 version / 1000,
                 version % 1000 / 10,
-                if devices.is_empty() { "no device".into() } else { devices.join(", ") }
+                if devices.is_empty() { "no card".into() } else { devices.join(", ") }
             ),
         }
     }

@@ -7,7 +7,7 @@ use super::{cards, random, voxels};
 
 /// Two overlapping windows, the second mirrored, into a ring of planes: to the bit what f32 gives in that order.
 #[test]
-fn ptx_aggregate_adds_windows_in_order() {
+pub(super) fn ptx_aggregate_adds_windows_in_order() {
     let cases = [(Storage::Bf16, true), (Storage::F16, false), (Storage::F32, true)].into_iter();
     for (storage, norm, card) in cases.flat_map(|(s, norm)| cards(s).iter().map(move |c| (s, norm, *c))) {
         let (space, ring, all, first, channels) = ([3, 4, 5], [4, 6, 7], 48, 16, 20);

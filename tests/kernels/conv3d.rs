@@ -202,7 +202,7 @@ pub fn check_values(
 }
 
 #[test]
-fn ptx_conv3d_of_ragged_sizes_and_channels() {
+pub(super) fn ptx_conv3d_of_ragged_sizes_and_channels() {
     for (space, channels, filters) in
         [([5, 9, 11], 16, 16), ([3, 10, 7], 48, 32), ([9, 8, 9], 32, 80), ([4, 5, 17], 20, 40), ([1, 1, 1], 80, 48)]
     {
@@ -211,12 +211,12 @@ fn ptx_conv3d_of_ragged_sizes_and_channels() {
 }
 
 #[test]
-fn ptx_conv3d_of_a_batch_in_f16_with_bias() {
+pub(super) fn ptx_conv3d_of_a_batch_in_f16_with_bias() {
     check(&Case { batch: 2, storage: Storage::F16, bias: true, ..Case::new([5, 6, 9], 32, 24) });
 }
 
 #[test]
-fn ptx_conv3d_strides_and_kernels() {
+pub(super) fn ptx_conv3d_strides_and_kernels() {
     for (kernel, stride) in [
         ([3; 3], [2; 3]),
         ([3; 3], [1, 2, 2]),
@@ -233,14 +233,14 @@ fn ptx_conv3d_strides_and_kernels() {
 }
 
 #[test]
-fn ptx_conv3d_normalises_as_it_reads() {
+pub(super) fn ptx_conv3d_normalises_as_it_reads() {
     let c = Case::new([5, 9, 9], 16, 16);
     check(&Case { batch: 2, sources: vec![(40, [1; 3], true)], ..c.clone() });
     check(&Case { stride: [2; 3], sources: vec![(40, [1; 3], true)], ..c });
 }
 
 #[test]
-fn ptx_conv3d_reads_two_sources_the_first_repeated() {
+pub(super) fn ptx_conv3d_reads_two_sources_the_first_repeated() {
     let c = Case { batch: 2, ..Case::new([6, 8, 10], 0, 32) };
     for (a, b) in [((32, [2; 3], true), (16, [1; 3], false)), ((20, [1, 2, 2], false), (36, [1; 3], true))] {
         check(&Case { sources: vec![a, b], ..c.clone() });
@@ -250,7 +250,7 @@ fn ptx_conv3d_reads_two_sources_the_first_repeated() {
 
 /// Matrix instructions of half the depth, no copies beside the computation, 64 KiB of shared memory.
 #[test]
-fn ptx_conv3d_on_cards_before_ampere() {
+pub(super) fn ptx_conv3d_on_cards_before_ampere() {
     let c = Case { storage: Storage::F16, card: [7, 5], ..Case::new([6, 8, 10], 0, 72) };
     check(&Case { sources: vec![(20, [2, 1, 2], true), (16, [1; 3], false)], ..c.clone() });
     check(&Case { sources: vec![(32, [1; 3], true)], filters: 24, stride: [2; 3], ..c.clone() });
@@ -261,7 +261,7 @@ fn ptx_conv3d_on_cards_before_ampere() {
 
 /// By warp groups, among all others: two sources, ragged sizes, more filters than a block has.
 #[test]
-fn ptx_conv3d_on_hopper() {
+pub(super) fn ptx_conv3d_on_hopper() {
     let c = Case { card: [9, 0], bias: true, ..Case::new([6, 8, 10], 0, 72) };
     check(&Case { sources: vec![(20, [2, 1, 2], true), (16, [1; 3], false)], batch: 2, ..c.clone() });
     check(&Case { sources: vec![(48, [1; 3], true)], storage: Storage::F16, filters: 144, kernel: [1, 3, 3], ..c });
@@ -269,7 +269,7 @@ fn ptx_conv3d_on_hopper() {
 
 /// bf16 is not there before compute capability 8.0, and that is said before anything runs.
 #[test]
-fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {
+pub(super) fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {
     let sim = Sim::of(0, [7, 5]);
     let x = input(&sim, Storage::Bf16, 1, [4; 3], 16, [1; 3], false, 1);
     let memory = room(&sim, 27 * 256, Storage::Bf16);
@@ -291,7 +291,7 @@ fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {
 
 /// What the interpreter counts: rows of matrices lie in banks of their own, and copies and stores fill whole sectors.
 #[test]
-fn ptx_conv3d_wastes_no_bank_and_no_sector() {
+pub(super) fn ptx_conv3d_wastes_no_bank_and_no_sector() {
     let case = Case::new([8, 16, 16], 64, 64);
     for (kernel, stride) in [([3; 3], [1; 3]), ([3; 3], [2; 3]), ([1; 3], [1; 3])] {
         let c = Case { kernel, stride, ..case.clone() };
@@ -331,7 +331,7 @@ fn ptx_conv3d_wastes_no_bank_and_no_sector() {
 }
 
 #[test]
-fn ptx_conv3d_plain_in_f32() {
+pub(super) fn ptx_conv3d_plain_in_f32() {
     let c = Case { storage: Storage::F32, batch: 2, bias: true, card: [7, 5], ..Case::new([5, 6, 8], 0, 20) };
     let sources = vec![(20, [1, 2, 2], true), (16, [1; 3], false)];
     check(&Case { sources: sources.clone(), stride: [1, 2, 1], ..c.clone() });
@@ -339,14 +339,14 @@ fn ptx_conv3d_plain_in_f32() {
 }
 
 #[test]
-fn ptx_conv3d_of_one_voxel() {
+pub(super) fn ptx_conv3d_of_one_voxel() {
     let c = Case { kernel: [1; 3], batch: 2, bias: true, ..Case::new([6, 4, 10], 0, 80) };
     check(&Case { sources: vec![(100, [1; 3], true)], stride: [2; 3], ..c.clone() });
     check(&Case { sources: vec![(16, [2; 3], true), (40, [1; 3], false)], storage: Storage::F16, ..c });
 }
 
 #[test]
-fn ptx_conv3d_refuses_memory_that_is_too_small() {
+pub(super) fn ptx_conv3d_refuses_memory_that_is_too_small() {
     let sim = Sim::new(0);
     let x = input(&sim, Storage::Bf16, 1, [4; 3], 16, [1; 3], false, 1);
     let weight = sim.alloc(27 * 16 * 16 * 2).unwrap();

@@ -87,7 +87,7 @@ fn check_on(
 }
 
 #[test]
-fn ptx_conv3d_first() {
+pub(super) fn ptx_conv3d_first() {
     check(2, 1, [5, 9, 10], 16, [3; 3], Storage::Bf16, true);
     check(1, 1, [6, 7, 17], 32, [3; 3], Storage::F16, false);
     check(1, 3, [4, 8, 8], 48, [1, 3, 3], Storage::Bf16, false);

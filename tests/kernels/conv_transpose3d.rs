@@ -77,7 +77,7 @@ fn check_on(
 }
 
 #[test]
-fn ptx_conv_transpose3d() {
+pub(super) fn ptx_conv_transpose3d() {
     check(Storage::Bf16, 2, [3, 4, 5], 32, 16, [2; 3], false);
     check(Storage::F16, 1, [2, 5, 7], 40, 32, [1, 2, 2], true);
     check(Storage::Bf16, 2, [3, 3, 9], 80, 100, [2, 2, 1], true);

@@ -4,7 +4,7 @@ use stunet::backend_testing::cuda;
 
 /// A struct given by value stands in PTX with its size.
 #[test]
-fn ptx_parameters_have_the_size_of_their_structs() {
+pub(super) fn ptx_parameters_have_the_size_of_their_structs() {
     let entries = cuda::entries();
     assert!(!entries.is_empty());
     for e in &entries {
@@ -18,7 +18,7 @@ fn ptx_parameters_have_the_size_of_their_structs() {
 
 /// An entry that nobody can run is not proved by anything.
 #[test]
-fn ptx_has_no_entry_that_the_host_side_does_not_know() {
+pub(super) fn ptx_has_no_entry_that_the_host_side_does_not_know() {
     let entries = cuda::entries();
     for e in &entries {
         for line in e.module.text.lines().filter(|l| l.contains(".entry ")) {

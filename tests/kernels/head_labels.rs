@@ -77,7 +77,7 @@ fn check_on(
 }
 
 #[test]
-fn ptx_head_labels() {
+pub(super) fn ptx_head_labels() {
     check(Storage::Bf16, 2, [5, 6, 9], 16, 105, false);
     check(Storage::F16, 1, [7, 7, 7], 32, 17, true);
     check(Storage::Bf16, 2, [3, 5, 11], 90, 33, true);
@@ -86,7 +86,7 @@ fn ptx_head_labels() {
 
 /// Of equal scores the first wins, and where no score is above minus infinity, label 0.
 #[test]
-fn ptx_head_labels_of_equal_scores() {
+pub(super) fn ptx_head_labels_of_equal_scores() {
     for storage in [Storage::Bf16, Storage::F32] {
         for (bias, expected) in [
             (vec![0.5f32; 40], 0u16),
@@ -118,7 +118,7 @@ fn ptx_head_labels_of_equal_scores() {
 }
 
 #[test]
-fn ptx_head_labels_of_sums_over_windows() {
+pub(super) fn ptx_head_labels_of_sums_over_windows() {
     let (space, channels, classes) = ([4, 5, 6], 32, 21);
     let sim = Sim::new(2);
     let sums = activation(1, space, channels, Storage::F32, 60);

@@ -84,7 +84,7 @@ fn check_on(
 }
 
 #[test]
-fn ptx_instance_norm_ends_a_block() {
+pub(super) fn ptx_instance_norm_ends_a_block() {
     check(Storage::Bf16, 2, [4, 6, 10], 20, Some(false), Some([2; 3]), 0.01);
     check(Storage::F16, 1, [3, 6, 8], 48, Some(true), None, 0.01);
     check(Storage::F32, 2, [3, 4, 5], 16, Some(false), Some([1, 2, 1]), 0.2);
@@ -94,7 +94,7 @@ fn ptx_instance_norm_ends_a_block() {
 
 /// Every value is read by the thread that writes it.
 #[test]
-fn ptx_instance_norm_in_place() {
+pub(super) fn ptx_instance_norm_in_place() {
     let sim = Sim::new(1);
     let x = input(&sim, Storage::Bf16, 1, [4, 5, 6], 16, [1; 3], true, 20);
     let problem = |out| instance_norm::Problem {

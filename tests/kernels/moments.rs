@@ -81,7 +81,7 @@ fn check_on(card: [u32; 2], storage: Storage, batch: usize, space: [usize; 3], c
 }
 
 #[test]
-fn ptx_moments_of_a_tensor() {
+pub(super) fn ptx_moments_of_a_tensor() {
     check(Storage::F32, 2, [7, 9, 10], 20, 0.0);
     check(Storage::Bf16, 1, [16, 17, 18], 32, 0.25);
     check(Storage::F16, 2, [3, 3, 3], 48, 1.0);
@@ -90,13 +90,13 @@ fn ptx_moments_of_a_tensor() {
 
 /// A mean far away from zero against the deviation: the difference of squares would have lost everything.
 #[test]
-fn ptx_moments_do_not_cancel() {
+pub(super) fn ptx_moments_do_not_cancel() {
     check(Storage::F32, 1, [9, 10, 11], 16, 3000.0);
 }
 
 /// More tiles than a block takes at once, of known moments.
 #[test]
-fn ptx_moments_of_many_tiles() {
+pub(super) fn ptx_moments_of_many_tiles() {
     let (tiles, c, each) = (1000, 16, 512.0f32);
     let means = random(tiles * c, 9);
     let mut partials = vec![each; tiles * 3 * c];

@@ -282,7 +282,7 @@ fn compare(card: [u32; 2], storage: Storage, batch: usize, precision: Precision)
 
 /// Where sums are in f32 and so is storage, what differs is the order of sums.
 #[test]
-fn ptx_network_in_f32_is_the_cpus() {
+pub(super) fn ptx_network_in_f32_is_the_cpus() {
     let (error, same) = compare([7, 5], Storage::F32, 2, Precision::F32);
     // Rounding errors of about 500 products in each of 27 layers in a row, as independent ones.
     println!("error {error:.2e}, {same:.5} of the labels");
@@ -294,7 +294,7 @@ fn ptx_network_in_f32_is_the_cpus() {
 /// Rounding to storage happens at most three times a layer: of its result, of its normalised input, of its weights. A
 /// rounding is off by its unit over the square root of 3 in the root mean square, and independent of others.
 #[test]
-fn ptx_network_in_16_bit_is_near_the_cpus() {
+pub(super) fn ptx_network_in_16_bit_is_near_the_cpus() {
     for (card, storage, digits, precision) in [
         ([8, 6], Storage::Bf16, 8, Precision::Bf16),
         ([9, 0], Storage::F16, 11, Precision::F32),

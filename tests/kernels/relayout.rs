@@ -6,7 +6,7 @@ use super::sim::Sim;
 use super::{cards, random, room, rounded, voxels};
 
 #[test]
-fn ptx_relayout_there_and_back() {
+pub(super) fn ptx_relayout_there_and_back() {
     let storages = [Storage::F32, Storage::Bf16, Storage::F16];
     for (storage, card) in storages.into_iter().flat_map(|s| cards(s).iter().map(move |c| (s, *c))) {
         for (batch, channels, space, flip) in [
@@ -53,7 +53,7 @@ fn mirrored((z, y, x): (usize, usize, usize), [d, h, w]: [usize; 3], flip: [bool
 }
 
 #[test]
-fn ptx_relayout_takes_a_window() {
+pub(super) fn ptx_relayout_takes_a_window() {
     let (channels, image_space, space) = (2, [5, 6, 7], [4, 8, 5]);
     let image = random(channels * 210, 5);
     for (start, flip, card) in [([1, -1, 2], [false; 3], [8, 6]), ([-2, 0, 4], [true, true, false], [7, 5])] {

@@ -1,8 +1,9 @@
-//! The kernels' host side on the PTX interpreter instead of a device.
+//! The kernels' host side on the PTX interpreter instead of a device, or for once on a real one.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
 use stunet::tensor::cuda::{Driver, Launch, Memory, Module};
@@ -19,12 +20,33 @@ fn parsed(module: &Module) -> &'static Parsed {
     })
 }
 
+thread_local! {
+    /// The card that stands in for the interpreter in this thread.
+    static CARD: RefCell<Option<Arc<dyn Driver>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, every [`Sim`] of which is that card.
+pub fn on_card(card: &Arc<dyn Driver>, f: impl FnOnce()) {
+    struct Back;
+    impl Drop for Back {
+        fn drop(&mut self) {
+            CARD.set(None);
+        }
+    }
+    CARD.set(Some(card.clone()));
+    let _back = Back;
+    f();
+}
+
 /// A device whose blocks and warps run in the order of `seed`.
 pub struct Sim {
     machine: Mutex<Machine>,
     options: Options,
     capability: [u32; 2],
     total: usize,
+    card: Option<Arc<dyn Driver>>,
+    /// Memory of the card that is given back at the end.
+    held: Mutex<Vec<Memory>>,
     /// What every entry did in all its launches.
     pub reports: Mutex<BTreeMap<String, (&'static Parsed, Report)>>,
 }
@@ -37,19 +59,33 @@ impl Sim {
 
     /// As a card of that compute capability.
     pub fn of(seed: u64, capability: [u32; 2]) -> Sim {
-        let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap() - 7] << 10;
+        let card = CARD.with_borrow(Clone::clone);
+        // Files for older cards run on newer ones, those for 9.0 on no other.
+        let capability = match card.as_ref().map(|c| c.capability()) {
+            Some(own) if capability > own || capability == [9, 0] => own,
+            _ => capability,
+        };
+        let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap().min(9) - 7] << 10;
         // Tests run side by side on threads of their own.
         let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
-        Sim { machine: Mutex::new(Machine::new()), options, capability, total: 1 << 32, reports: Mutex::default() }
+        let (machine, held, reports) = (Mutex::new(Machine::new()), Mutex::default(), Mutex::default());
+        Sim { machine, options, capability, total: 1 << 32, card, held, reports }
     }
 
     /// The same with so much memory, as it says.
     pub fn with_total(self, total: usize) -> Sim {
-        Sim { total, ..self }
+        let mut new = self;
+        new.total = total;
+        new
     }
 
     /// Memory with these contents.
     pub fn with(&self, bytes: &[u8]) -> Memory {
+        if self.card.is_some() {
+            let memory = self.alloc(bytes.len()).unwrap();
+            self.upload(memory, bytes).unwrap();
+            return memory;
+        }
         let address = lock(&self.machine).upload(bytes);
         Memory { address, bytes: bytes.len() }
     }
@@ -86,6 +122,15 @@ fn device(e: ptxsim::Error) -> Error {
     Error::Device { what: e.to_string() }
 }
 
+impl Drop for Sim {
+    fn drop(&mut self) {
+        let held = std::mem::take(&mut *lock(&self.held));
+        if let Some(card) = &self.card {
+            held.into_iter().for_each(|m| drop(card.free(m)));
+        }
+    }
+}
+
 impl std::fmt::Debug for Sim {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Sim({:?})", self.capability)
@@ -98,7 +143,7 @@ impl Driver for Sim {
     }
 
     fn multiprocessors(&self) -> usize {
-        4
+        self.card.as_ref().map_or(4, |c| c.multiprocessors())
     }
 
     fn name(&self) -> String {
@@ -110,18 +155,35 @@ impl Driver for Sim {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {
+        if let Some(card) = &self.card {
+            let memory = card.alloc(bytes)?;
+            lock(&self.held).push(memory);
+            // What nothing writes is no number in any of the storages.
+            card.memset(memory, 0xff)?;
+            return Ok(memory);
+        }
         Ok(Memory { address: lock(&self.machine).alloc(bytes), bytes })
     }
 
     fn free(&self, memory: Memory) -> Result<()> {
+        if let Some(card) = &self.card {
+            lock(&self.held).retain(|m| m.address != memory.address);
+            return card.free(memory);
+        }
         lock(&self.machine).free(memory.address).map_err(device)
     }
 
     fn upload(&self, to: Memory, bytes: &[u8]) -> Result<()> {
+        if let Some(card) = &self.card {
+            return card.upload(to, bytes);
+        }
         lock(&self.machine).write(to.address, bytes).map_err(device)
     }
 
     fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()> {
+        if let Some(card) = &self.card {
+            return card.download(from, bytes);
+        }
         let machine = lock(&self.machine);
         if let Some(at) = machine.unwritten(from.address).map_err(device)?.filter(|at| *at < bytes.len()) {
             return Err(Error::Device { what: format!("byte {at} was never written") });
@@ -135,6 +197,10 @@ impl Driver for Sim {
     }
 
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+        if let Some(card) = &self.card {
+            // Waited for, so that what goes wrong is said of the entry in which it did.
+            return card.launch(module, entry, launch, params).and_then(|()| card.synchronize());
+        }
         let Launch { grid, block, shared } = launch;
         let module = parsed(module);
         let report = lock(&self.machine).launch(module, entry, grid, block, shared, params, &self.options);

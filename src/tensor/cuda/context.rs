@@ -1,8 +1,7 @@
-//! A card through its driver: [`Driver`] by cudarc's raw bindings.
+//! A card through its driver.
 //!
 //! The safe layer of cudarc is left out: it panics without a driver, makes events for every buffer, returns memory to the
-//! system at every wait and gives no log when PTX does not load. Only calls that every driver since CUDA 11.0 has are made,
-//! because a missing one would be a panic.
+//! system at every wait and gives no log when PTX does not load. Of its bindings only the types are used, see `calls.rs`.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -11,8 +10,9 @@ use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit, CUresult};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit};
 
+use super::calls::{Calls, OUT_OF_MEMORY, check as checked, named};
 use super::{Driver, Launch, Memory, Module};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
@@ -25,6 +25,7 @@ const LOG: usize = 4096;
 /// A card with one stream, on which everything happens in order.
 #[derive(Debug)]
 pub struct Context {
+    calls: Calls,
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -50,11 +51,8 @@ unsafe impl Send for Context {}
 // SAFETY: as above; the driver serialises calls on one stream.
 unsafe impl Sync for Context {}
 
-fn check(what: &str, code: CUresult) -> Result<()> {
-    match code {
-        CUresult::CUDA_SUCCESS => Ok(()),
-        code => Err(Error::Device { what: format!("{what}: {code:?}") }),
-    }
+fn check(what: &str, code: c_int) -> Result<()> {
+    checked(what, code).map_err(|what| Error::Device { what })
 }
 
 impl Context {
@@ -64,20 +62,22 @@ impl Context {
     /// [`Error::Device`] that says why it cannot be used: no driver, too old a driver, no such card, too old a card.
     pub fn open(ordinal: usize) -> Result<Context> {
         let refuse = |what: String| Err(Error::Device { what });
-        let name = match cuda_status() {
+        let status = cuda_status();
+        let name = match status {
             CudaStatus::Found { version, .. } if version < OLDEST => {
                 return refuse(format!(
-                    "the NVIDIA driver is of CUDA {}.{}, expected 11.0",
+                    "the NVIDIA driver is of CUDA {}.{}, expected 11.0 or later",
                     version / 1000,
                     version % 1000 / 10
                 ));
             }
-            CudaStatus::Found { devices, .. } if ordinal >= devices.len() => {
-                return refuse(format!("there is no card {ordinal}, the driver found {}", devices.len()));
-            }
-            CudaStatus::Found { devices, .. } => devices[ordinal].clone(),
+            CudaStatus::Found { ref devices, .. } => match devices.get(ordinal) {
+                Some(name) => name.clone(),
+                None => return refuse(format!("there is no card {ordinal}, {}", status.reason())),
+            },
             status => return refuse(status.reason()),
         };
+        let calls = Calls::find().map_err(|e| Error::Device { what: CudaStatus::Broken(e).reason() })?;
         let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
         let mut numbers = [0; 3];
         let mut total = 0;
@@ -86,22 +86,22 @@ impl Context {
             Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         ];
-        // SAFETY: the library was just found and asked; every pointer is to a live variable of the type that is written.
+        // SAFETY: the driver was initialised to find the card; every pointer is to a live variable of the type that is written.
         unsafe {
-            check("cuInit", sys::cuInit(0))?;
-            check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as c_int))?;
+            check("cuDeviceGet", (calls.cuDeviceGet)(&mut device, ordinal as c_int))?;
             for (n, attribute) in numbers.iter_mut().zip(wanted) {
-                check("cuDeviceGetAttribute", sys::cuDeviceGetAttribute(n, attribute, device))?;
+                check("cuDeviceGetAttribute", (calls.cuDeviceGetAttribute)(n, attribute, device))?;
             }
-            check("cuDeviceTotalMem", sys::cuDeviceTotalMem_v2(&mut total, device))?;
+            check("cuDeviceTotalMem", (calls.cuDeviceTotalMem_v2)(&mut total, device))?;
         }
         let [major, minor, multiprocessors] = numbers;
         if [major, minor] < [7, 5] {
-            return refuse(format!("the card is of compute capability {major}.{minor}, expected 7.5"));
+            return refuse(format!("{name} is of compute capability {major}.{minor}, expected 7.5 or later"));
         }
         // SAFETY: the device is one that the driver named.
-        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
+        check("cuDevicePrimaryCtxRetain", unsafe { (calls.cuDevicePrimaryCtxRetain)(&mut context, device) })?;
         let mut new = Context {
+            calls,
             device,
             context,
             stream,
@@ -116,7 +116,7 @@ impl Context {
         // Ordered by itself: the stream that other libraries call 0 does not wait for it.
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: the context is current, the pointer is to a live variable.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        check("cuStreamCreate", unsafe { (new.calls.cuStreamCreate)(&mut stream, flags) })?;
         new.stream = stream;
         Ok(new)
     }
@@ -124,7 +124,7 @@ impl Context {
     /// Makes the context current in this thread.
     fn enter(&self) -> Result<()> {
         // SAFETY: the context is retained as long as `self` lives.
-        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
+        check("cuCtxSetCurrent", unsafe { (self.calls.cuCtxSetCurrent)(self.context) })
     }
 
     /// The entry, allowed to use `shared` bytes of dynamic shared memory.
@@ -133,14 +133,14 @@ impl Context {
         let loaded = match modules.entry(module.name) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::hash_map::Entry::Vacant(new) => {
-                new.insert(Loaded { module: load(module)?, functions: HashMap::new() })
+                new.insert(Loaded { module: load(&self.calls, module)?, functions: HashMap::new() })
             }
         };
         if !loaded.functions.contains_key(entry) {
             let name = CString::new(entry).map_err(|e| Error::Device { what: format!("{entry}: {e}") })?;
             let mut function = ptr::null_mut();
             // SAFETY: the module is loaded in the current context; the name ends with a NUL and lives over the call.
-            let code = unsafe { sys::cuModuleGetFunction(&mut function, loaded.module, name.as_ptr()) };
+            let code = unsafe { (self.calls.cuModuleGetFunction)(&mut function, loaded.module, name.as_ptr()) };
             check(&format!("{} has no {entry}", module.name), code)?;
             loaded.functions.insert(entry.into(), (function, 0));
         }
@@ -154,7 +154,7 @@ impl Context {
             let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             for (attribute, value) in [(limit, shared as c_int), (carveout, 100)] {
                 // SAFETY: the function was got from the driver above.
-                let code = unsafe { sys::cuFuncSetAttribute(*function, attribute, value) };
+                let code = unsafe { (self.calls.cuFuncSetAttribute)(*function, attribute, value) };
                 check(&format!("{entry}: {shared} bytes of shared memory"), code)?;
             }
             *allowed = shared;
@@ -164,7 +164,7 @@ impl Context {
 }
 
 /// Has the driver assemble a file, and says what it says if it will not.
-fn load(module: &Module) -> Result<sys::CUmodule> {
+fn load(calls: &Calls, module: &Module) -> Result<sys::CUmodule> {
     let text = CString::new(module.text).map_err(|e| Error::Device { what: format!("{}: {e}", module.name) })?;
     let mut log = [0 as c_char; LOG];
     let mut options = [Jit::CU_JIT_ERROR_LOG_BUFFER, Jit::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
@@ -174,12 +174,12 @@ fn load(module: &Module) -> Result<sys::CUmodule> {
     // SAFETY: the text ends with a NUL; options and values are two each, as said, and the log has room for one more byte
     // than its size says.
     let code = unsafe {
-        sys::cuModuleLoadDataEx(&mut loaded, text.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr())
+        (calls.cuModuleLoadDataEx)(&mut loaded, text.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr())
     };
-    if code != CUresult::CUDA_SUCCESS {
+    if code != 0 {
         let log: Vec<u8> = log.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
         let log = String::from_utf8_lossy(&log).trim().replace('\n', "; ");
-        return Err(Error::Device { what: format!("{} does not load: {code:?} {log}", module.name) });
+        return Err(Error::Device { what: format!("{} does not load: {} {log}", module.name, named(code)) });
     }
     Ok(loaded)
 }
@@ -212,8 +212,8 @@ impl Driver for Context {
         self.enter()?;
         let mut address = 0;
         // SAFETY: the context is current, the pointer is to a live variable. A size of zero would be refused.
-        match unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) } {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(Error::OutOfMemory {
+        match unsafe { (self.calls.cuMemAlloc_v2)(&mut address, bytes.max(1)) } {
+            OUT_OF_MEMORY => Err(Error::OutOfMemory {
                 what: "a buffer of the GPU".into(),
                 asked: bytes,
                 in_use: self.in_use.load(Ordering::Relaxed),
@@ -230,7 +230,7 @@ impl Driver for Context {
     fn free(&self, memory: Memory) -> Result<()> {
         self.enter()?;
         // SAFETY: the driver checks that it gave this address out; it waits for work that uses the memory.
-        check("cuMemFree", unsafe { sys::cuMemFree_v2(memory.address) })?;
+        check("cuMemFree", unsafe { (self.calls.cuMemFree_v2)(memory.address) })?;
         self.in_use.fetch_sub(memory.bytes, Ordering::Relaxed);
         Ok(())
     }
@@ -240,7 +240,7 @@ impl Driver for Context {
         self.enter()?;
         // SAFETY: there are as many bytes on both sides; the wait keeps the borrowed ones until they are copied.
         check("upload", unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to.address, bytes.as_ptr().cast(), bytes.len(), self.stream)
+            (self.calls.cuMemcpyHtoDAsync_v2)(to.address, bytes.as_ptr().cast(), bytes.len(), self.stream)
         })?;
         self.synchronize()
     }
@@ -250,7 +250,7 @@ impl Driver for Context {
         self.enter()?;
         // SAFETY: as for the upload.
         check("download", unsafe {
-            sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from.address, bytes.len(), self.stream)
+            (self.calls.cuMemcpyDtoHAsync_v2)(bytes.as_mut_ptr().cast(), from.address, bytes.len(), self.stream)
         })?;
         self.synchronize()
     }
@@ -258,7 +258,7 @@ impl Driver for Context {
     fn memset(&self, memory: Memory, value: u8) -> Result<()> {
         self.enter()?;
         // SAFETY: the memory is as long as is said, by whoever allocated it here.
-        check("memset", unsafe { sys::cuMemsetD8Async(memory.address, value, memory.bytes, self.stream) })
+        check("memset", unsafe { (self.calls.cuMemsetD8Async)(memory.address, value, memory.bytes, self.stream) })
     }
 
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
@@ -270,7 +270,7 @@ impl Driver for Context {
         // them), which the driver copies before it returns. What the struct points to was checked against the sizes of
         // the memory by the operation that filled it in.
         check(entry, unsafe {
-            sys::cuLaunchKernel(
+            (self.calls.cuLaunchKernel)(
                 function,
                 gx,
                 gy,
@@ -289,7 +289,7 @@ impl Driver for Context {
     fn synchronize(&self) -> Result<()> {
         self.enter()?;
         // SAFETY: the stream lives as long as `self`.
-        check("the GPU's work", unsafe { sys::cuStreamSynchronize(self.stream) })
+        check("the GPU's work", unsafe { (self.calls.cuStreamSynchronize)(self.stream) })
     }
 }
 
@@ -302,13 +302,13 @@ impl Drop for Context {
         // SAFETY: all handles are from this context and are used no more. Errors cannot be handed to anyone here.
         unsafe {
             if !self.stream.is_null() {
-                let _ = sys::cuStreamSynchronize(self.stream);
-                let _ = sys::cuStreamDestroy_v2(self.stream);
+                let _ = (self.calls.cuStreamSynchronize)(self.stream);
+                let _ = (self.calls.cuStreamDestroy_v2)(self.stream);
             }
             for loaded in modules.values() {
-                let _ = sys::cuModuleUnload(loaded.module);
+                let _ = (self.calls.cuModuleUnload)(loaded.module);
             }
-            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
+            let _ = (self.calls.cuDevicePrimaryCtxRelease_v2)(self.device);
         }
     }
 }
