@@ -90,7 +90,8 @@ compile() { # file, arch, output
     isa=$(isa_of "$1" "$2")
     # From inside kernels/ and by a relative name: nothing of this machine gets into the output.
     (cd kernels && TMPDIR=$tmp "$nvcc" "${flags[@]}" -arch="compute_$2" "$(basename "$1")" -o "$tmp/new.ptx")
-    sed -E -e '/^\/\/( |$)/d' -e "s/^\.version .*/.version $isa/" "$tmp/new.ptx" > "$tmp/out.ptx"
+    # A hint of newer compilers that older assemblers do not know; the loads it stands before are right without it.
+    sed -E -e '/^\/\/( |$)/d' -e '/^[[:space:]]*\.pragma "used_bytes_mask/d' -e "s/^\.version .*/.version $isa/" "$tmp/new.ptx" > "$tmp/out.ptx"
     "$ptxas" -arch="sm_$2" "$tmp/out.ptx" -o "$tmp/new.cubin"
     case $isa in
     [67].* | 8.0)

@@ -33,6 +33,9 @@ pub mod phantom;
 pub mod preview;
 pub mod tensor;
 
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub use backend::testing as backend_testing;
 pub use base::progress::{Event, Flow, Progress};
 pub use error::{Error, Result};
 pub use io::{Geometry, Image, Segmentation};

@@ -1,6 +1,8 @@
 //! The command line: arguments, help, streams, exit codes.
 
 mod bench;
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod cuda;
 mod demo;
 mod outputs;
 

@@ -85,7 +85,7 @@ impl Problem {
         let y = result(y);
         for (kept, values) in [(kept.0, Some(self.x())), (kept.1, self.residual())] {
             if let (Some(k), Some(v)) = (kept, values) {
-                assert_eq!(bits(&k.value().to_host()), bits(&v), "a clone was changed");
+                assert_eq!(bits(&k.value().to_host().unwrap()), bits(&v), "a clone was changed");
             }
         }
         y

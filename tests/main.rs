@@ -15,6 +15,8 @@ mod golden_preprocess;
 mod golden_v1;
 mod head_labels;
 mod instance_norm;
+#[cfg(feature = "cuda")]
+mod kernels;
 mod leaky_relu;
 mod model_folder;
 mod models;

@@ -82,7 +82,7 @@ fn golden_train_outputs() {
                 for (i, out) in outs.iter().enumerate() {
                     let (_, truth) = &source.tensors[&format!("output/{i}")];
                     let (mut err, mut norm) = (0f64, 0f64);
-                    for (a, b) in out.value().to_host().iter().zip(truth) {
+                    for (a, b) in out.value().to_host().unwrap().iter().zip(truth) {
                         err += (f64::from(*a) - f64::from(*b)).powi(2);
                         norm += f64::from(*b).powi(2);
                     }
@@ -104,7 +104,7 @@ fn run(device: &Device, config: &StuNetConfig, patch: [usize; 3]) -> Vec<u32> {
     let dims = Dims::from([1, config.in_channels, patch[0], patch[1], patch[2]]);
     let x = cx.leaf(Tensor::from_host(&values, dims, device).unwrap());
     let y = device.install(|| net.forward(&mut cx, x)).unwrap();
-    y.value().to_host().iter().map(|v| v.to_bits()).collect()
+    y.value().to_host().unwrap().iter().map(|v| v.to_bits()).collect()
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn bf16_storage_is_the_rounded_network() {
                     let x = Tensor::from_host(&values, Dims::from([1, 2, 64, 96, 64]), device).unwrap();
                     let x = cx.leaf(x);
                     let heads = net.forward_all(&mut cx, x).unwrap();
-                    heads.into_iter().map(|y| y.into_value().to_host()).collect::<Vec<_>>()
+                    heads.into_iter().map(|y| y.into_value().to_host().unwrap()).collect::<Vec<_>>()
                 });
                 for (a, b) in a.iter().zip(&b) {
                     let sum = |f: &dyn Fn(f64, f64) -> f64| {
@@ -215,7 +215,7 @@ fn labels_are_the_largest_logits() {
         let labels = net.labels(&mut cx, x.clone()).unwrap();
         let last = cx.steps().last().unwrap();
         assert_eq!((last.operation, last.macs), ("head_labels", (2 * 20 * 19) << 15));
-        let logits = net.forward(&mut cx, x).unwrap().into_value().to_host();
+        let logits = net.forward(&mut cx, x).unwrap().into_value().to_host().unwrap();
         let (space, mut seen) = (1 << 15, [false; 19]);
         assert_eq!(labels.len(), 2 * space);
         for (i, &label) in labels.iter().enumerate() {
@@ -265,7 +265,7 @@ fn planned_passes_miss_nothing_and_give_the_same() {
         let pass = || {
             let mut cx = Ctx::infer(&device);
             let x = cx.leaf(Tensor::from_host(&values, Dims::from([1, 1, 32, 32, 64]), &device).unwrap());
-            net.features(&mut cx, x).unwrap().into_value().to_host()
+            net.features(&mut cx, x).unwrap().into_value().to_host().unwrap()
         };
         let plain = pass();
         device.trim();

@@ -26,7 +26,7 @@ const FLOORS: &[(&str, &[&str])] = &[
 /// The only files that may hold unsafe code: memory, the driver, the kernels, and the maps of weight files.
 const UNSAFE: &[&str] = &[
     "src/tensor/buffer.rs",
-    "src/tensor/cuda.rs",
+    "src/tensor/cuda/",
     "src/backend/cpu/",
     "src/io/pth.rs",
     "src/io/pth/",
@@ -37,7 +37,7 @@ const UNSAFE: &[&str] = &[
 
 /// A dependency and the only places that may name it.
 const CRATES: &[(&str, &[&str])] = &[
-    ("cudarc", &["src/tensor/cuda.rs", "src/tensor/device.rs", "src/tensor/buffer.rs"]),
+    ("cudarc", &["src/tensor/cuda/"]),
     ("rayon", &["src/base/par.rs", "src/tensor/device.rs", "src/backend/cpu/"]),
     ("clap", &["src/cli/"]),
     ("indicatif", &["src/cli/"]),
@@ -47,6 +47,10 @@ const CRATES: &[(&str, &[&str])] = &[
 /// Operations without a CPU kernel file, test or benchmark of their own, and why.
 const EXEMPT: &[(&str, &str)] = &[
     ("head", "the last 1x1x1 layer fused into the sweep over windows: private, tested in its own file"),
+    (
+        "cuda",
+        "no operation: how those of other files run on a card, tested with the kernels in tests/kernels/device.rs",
+    ),
     ("lazy", "no operation: inputs that operations finish while they read them, tested with conv3d in conv3d_fused.rs"),
     ("testing", "no operation: the door through which tests reach every implementation"),
 ];

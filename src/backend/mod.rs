@@ -4,11 +4,15 @@
 //! first one that the device can run and that supports the problem is taken; tests and benchmarks walk the whole list.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod testing;
 
 use crate::tensor::Isa;
 
 /// Calls `op::function(isa, arguments ..)` of the backend that `$device` belongs to, with the device's own threads as
-/// the current pool. The only match on the kind of device in the crate.
+/// the current pool. Operations on a card have left before, see `ops::cuda`.
 macro_rules! dispatch {
     ($device:expr, $op:ident :: $function:ident ( $($argument:expr),* $(,)? )) => {{
         let device: &$crate::tensor::Device = $device;
@@ -17,6 +21,8 @@ macro_rules! dispatch {
                 let isa = device.isa();
                 device.install(|| $crate::backend::cpu::$op::$function(isa, $($argument),*))
             }
+            #[cfg(feature = "cuda")]
+            $crate::tensor::Device::Cuda(_) => unreachable!("a card's operations begin in ops::cuda"),
         }
     }};
 }

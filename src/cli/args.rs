@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use stunet::nnunet::model::{Folds, ModelOptions};
-use stunet::{Device, Isa, Precision, Result};
+use stunet::{Device, Error, Isa, Precision, Result};
 
 /// Which networks of a model.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -39,7 +39,7 @@ fn fold(s: &str) -> Result<String, String> {
 /// Where to compute.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(super) struct DeviceArgs {
-    /// auto, cpu, cuda or cuda:N; auto takes a GPU if one can be used
+    /// auto, cpu, cuda or cuda:N; auto is the processor in this version
     #[arg(long, default_value = "auto", value_name = "DEVICE", help_heading = "Where to compute")]
     device: DeviceChoice,
     /// CPU threads [default: all]
@@ -52,7 +52,7 @@ pub(super) struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    /// The device asked for; only `auto` falls back.
+    /// The device asked for.
     pub(super) fn open(&self) -> Result<Device> {
         let cpu = || {
             let isa = self.isa.map_or_else(Isa::detect, Into::into);
@@ -60,10 +60,12 @@ impl DeviceArgs {
         };
         match self.device {
             DeviceChoice::Cpu => cpu(),
+            DeviceChoice::Cuda(_) if self.isa.is_some() => {
+                Err(Error::Usage { what: "--isa is for the processor, not for --device cuda".into() })
+            }
             DeviceChoice::Cuda(n) => Device::cuda(n),
-            // Who names a set of the processor means the processor.
-            DeviceChoice::Auto if self.isa.is_some() => cpu(),
-            DeviceChoice::Auto => Device::cuda(0).or_else(|_| cpu()),
+            // No card unasked as long as the kernels have run on an interpreter only.
+            DeviceChoice::Auto => cpu(),
         }
     }
 }
@@ -107,12 +109,13 @@ impl From<IsaChoice> for Isa {
     }
 }
 
-/// How weights are held in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+/// How weights and activations are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum PrecisionChoice {
-    #[default]
     F32,
     Bf16,
+    /// Cards only
+    F16,
 }
 
 impl From<PrecisionChoice> for Precision {
@@ -120,6 +123,7 @@ impl From<PrecisionChoice> for Precision {
         match c {
             PrecisionChoice::F32 => Precision::F32,
             PrecisionChoice::Bf16 => Precision::Bf16,
+            PrecisionChoice::F16 => Precision::F16,
         }
     }
 }

@@ -13,7 +13,7 @@ use stunet::autograd::Ctx;
 use stunet::models::StuNetConfig;
 use stunet::ops::testing;
 use stunet::tensor::{Dims, Tensor};
-use stunet::{Device, Error, Result};
+use stunet::{Device, Error, Precision, Result};
 
 use self::record::Record;
 use super::args::{DeviceArgs, PrecisionChoice};
@@ -69,9 +69,9 @@ struct Options {
     /// Classes, background included
     #[arg(long, value_name = "N", default_value_t = 105, value_parser = clap::value_parser!(u16).range(2..=4096))]
     classes: u16,
-    /// How filters and activations are stored; arithmetic is in f32
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: PrecisionChoice,
+    /// How filters and activations are stored; arithmetic is in f32 [default: f32, on a GPU bf16 or f16]
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionChoice>,
     /// Only kernels as accurate as plain summation
     #[arg(long)]
     strict: bool,
@@ -124,6 +124,10 @@ impl Options {
         Ok(patch)
     }
 
+    fn precision(&self, device: &Device) -> Precision {
+        self.precision.map_or_else(|| device.precision(), Into::into)
+    }
+
     fn runs(&self, default: u16) -> u16 {
         self.runs.unwrap_or(default)
     }
@@ -137,7 +141,7 @@ impl Options {
             patch,
             channels: self.channels,
             classes: self.classes,
-            precision: name(&self.precision),
+            precision: self.precision(device).name().into(),
             strict: self.strict,
             device: device.name(),
             threads: device.threads(),
@@ -185,8 +189,11 @@ fn time(device: &Device, runs: u16, key: &[usize], mut f: impl FnMut() -> Result
     Ok(Seconds::of(seconds))
 }
 
-/// Operations per second with multiply-additions in registers: the best of some milliseconds at a time.
+/// Operations per second with multiply-additions in registers: the best of some milliseconds at a time. Not known of a card.
 fn roofline(device: &Device) -> f64 {
+    if !device.is_cpu() {
+        return f64::NAN;
+    }
     let rate = |_| {
         let begin = Instant::now();
         testing::spin(device) / begin.elapsed().as_secs_f64()

@@ -80,9 +80,10 @@ pub(super) struct Args {
     /// Only kernels as accurate as plain summation; slower
     #[arg(long, help_heading = RESULT)]
     strict: bool,
-    /// Weights and activations in memory: bf16 halves what they take, arithmetic stays f32
-    #[arg(long, value_enum, default_value = "f32", help_heading = RESULT)]
-    precision: PrecisionChoice,
+    /// Weights and activations in memory: bf16 halves what they take, arithmetic stays f32 [default: f32, on a GPU bf16 or
+    /// f16]
+    #[arg(long, value_enum, help_heading = RESULT)]
+    precision: Option<PrecisionChoice>,
     /// Refuse what needs more memory, as in 4GiB [default: what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = RESULT)]
     memory_limit: Option<usize>,
@@ -174,13 +175,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if !args.quiet {
         output::show_library_warnings();
     }
-    let opening = args.opening.options().precision(args.precision.into());
+    let precision = args.precision.map_or_else(|| device.precision(), Into::into);
+    let opening = args.opening.options().precision(precision);
     let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
     predictor.validate()?;
 
     let mut report = if args.report.is_some() || args.json {
         let files = ModelFolder::open(&model, &opening)?.sources;
-        let record = ModelRecord::of(&model, &files, predictor.plan())?.precision(opening.precision);
+        let record = ModelRecord::of(&model, &files, predictor.plan())?.precision(precision);
         let mut report = RunReport::new(record, &device, &options);
         report.ignored = ignored.iter().map(|p| p.display().to_string()).collect();
         Some(report)

@@ -1,6 +1,6 @@
 //! Elementwise sum.
 
-use super::{activation, floats, memory};
+use super::{activation, floats, memory, processor};
 use crate::autograd::{Ctx, Var};
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
@@ -16,6 +16,7 @@ pub fn add(cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, a: Var, b: Var, name: Option<&str>) -> Result<Var> {
+    processor("add", cx.device())?;
     let (a, b) = (a.into_value(), b.into_value());
     activation("add", a.dims())?;
     if a.dims() != b.dims() {

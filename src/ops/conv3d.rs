@@ -1,7 +1,7 @@
 //! 3D convolution.
 
 use super::lazy::{Affine, Moments, Source, Sources};
-use super::{activation, blocked, floats, memory, stored_memory};
+use super::{activation, blocked, floats, memory, on_card, same_device, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Storage, Wish, packed_len};
 use crate::backend::{dispatch, no_implementation};
@@ -99,6 +99,11 @@ pub fn conv3d_residual<'m>(
     how: Conv3d,
 ) -> Result<Var> {
     let mut inputs = x.into().into_vec();
+    same_device(OP, cx.device(), w.value().device())?;
+    same_device(OP, cx.device(), y.value().device())?;
+    for s in &inputs {
+        same_device(OP, cx.device(), s.value.value().device())?;
+    }
     let (mut g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     let [d, h, width] = g.output;
     let expected = Dims::from([g.batch, g.out_channels, d, h, width]);
@@ -107,6 +112,7 @@ pub fn conv3d_residual<'m>(
         return Err(Error::shape(OP, what));
     }
     norm.is_readable(OP, &expected)?;
+    on_card!(cx.device(), super::cuda::conv3d_residual(cx, y, norm, inputs, w, b, how));
     // A repeated first source becomes an addend that is repeated.
     let mut addend: Option<(Var, [usize; 3])> = None;
     let mut bias = b;
@@ -182,6 +188,12 @@ pub fn conv3d_memory(
     let [d, h, width] = input;
     let x = Dims::from([1, channels.iter().sum(), d, h, width]);
     let g = sizes(&x, &w.into(), &how.output_dims(&x, &w.into())?, how);
+    // On a card, all that is needed beside is moments of tiles: three floats for 256 voxels or more.
+    on_card!(device, {
+        let voxels: usize = how.output_dims(&x, &w.into())?.space().iter().product();
+        let working = voxels.div_ceil(128).saturating_mul(12 * w[0].next_multiple_of(16));
+        Ok(Conv3dMemory { working, kept: 0, in_place: false })
+    });
     let wish = Wish { strict, ..Wish::default() };
     let storage = Storage { input: precision, output: precision, in_place: owned, ..Storage::PLAIN };
     let choice = dispatch!(device, conv3d::choose(&g, channels, storage, wish));
@@ -224,6 +236,14 @@ pub(super) fn run(
     measure: bool,
 ) -> Result<(Var, Moments)> {
     let inputs = x.into_vec();
+    same_device(OP, cx.device(), w.value().device())?;
+    for s in &inputs {
+        same_device(OP, cx.device(), s.value.value().device())?;
+    }
+    on_card!(cx.device(), {
+        geometry(&concatenated(&inputs)?, w, b, how)?;
+        super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
+    });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), ..Wish::default() }, measure)
 }
@@ -358,7 +378,7 @@ fn describe(g: &Geometry) -> String {
 }
 
 /// Sizes of the sources side by side.
-fn concatenated(inputs: &[Source]) -> Result<Dims> {
+pub(super) fn concatenated(inputs: &[Source]) -> Result<Dims> {
     let mut all: Option<[usize; 5]> = None;
     for s in inputs {
         let [n, c, d, h, w] = s.dims(OP)?;
@@ -381,11 +401,11 @@ fn concatenated(inputs: &[Source]) -> Result<Dims> {
 pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> Result<(Geometry, Dims)> {
     let out = how.output_dims(x, w.dims())?;
     let [o, ..] = w.dims().five();
-    if packed(w).len() != packed_len(w.dims().five()) {
+    if w.value().device().is_cpu() && packed(w).len() != packed_len(w.dims().five()) {
         return Err(Error::shape(OP, format!("filter {:?} is not packed", w.dims())));
     }
     if let Some(b) = b
-        && (b.dims().as_slice() != [o] || b.value().as_slice().len() != Layout::BLOCKED.padded(o))
+        && (b.dims().as_slice() != [o] || b.value().dims().len() != Layout::BLOCKED.padded(o))
     {
         return Err(Error::shape(OP, format!("bias of size {:?}, expected [{o}]", b.dims())));
     }
@@ -417,6 +437,7 @@ pub fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, devic
     if values.len() != dims.iter().product::<usize>() {
         return Err(Error::shape("pack_filter", format!("{} values for a filter {dims:?}", values.len())));
     }
+    on_card!(device, super::cuda::pack_filter(values, dims, precision, device));
     let mut out = Tensor::empty_in(Dims::from([packed_len(dims)]), Layout::PLAIN, precision, device)?;
     let to = stored_memory("pack_filter", &mut out)?;
     dispatch!(device, conv3d::pack_filter(values, dims, to));
@@ -428,6 +449,7 @@ pub fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, devic
 /// # Errors
 /// [`Error::OutOfMemory`].
 pub fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
+    on_card!(device, super::cuda::pack_vector(values, device));
     let mut out = Tensor::empty(Dims::from([Layout::BLOCKED.padded(values.len())]), Layout::PLAIN, device)?;
     let (real, pad) = memory("pack_vector", &mut out)?.split_at_mut(values.len());
     real.copy_from_slice(values);

@@ -1,6 +1,6 @@
 //! Transposed 3D convolution whose kernel is its stride.
 
-use super::{activation, floats, memory};
+use super::{activation, floats, memory, processor};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv_transpose3d::{Geometry, Problem, packed_len};
 use crate::backend::dispatch;
@@ -21,6 +21,7 @@ pub fn conv_transpose3d<'m>(cx: &mut Ctx<'m>, x: Var, w: &'m Param, b: Option<&'
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, w: &Param, b: Option<&Param>, name: Option<&str>) -> Result<Var> {
+    processor("conv_transpose3d", cx.device())?;
     let geometry = geometry(x.value().dims(), w, b)?;
     let x = floats("conv_transpose3d", x.into_value())?;
     let [d, h, width] = [0, 1, 2].map(|a| geometry.input[a].saturating_mul(geometry.stride[a]));
@@ -63,6 +64,7 @@ pub fn pack_transposed_filter(values: &[f32], dims: [usize; 5], device: &Device)
         let what = format!("{} values for a filter {dims:?}", values.len());
         return Err(Error::shape("pack_transposed_filter", what));
     }
+    processor("pack_transposed_filter", device)?;
     let mut out = Tensor::empty(Dims::from([packed_len(dims)]), Layout::PLAIN, device)?;
     let to = memory("pack_transposed_filter", &mut out)?;
     dispatch!(device, conv_transpose3d::pack_filter(values, dims, to));

@@ -1,6 +1,6 @@
 //! The last 1x1x1 convolution and the decision in one pass.
 
-use super::{activation, blocked};
+use super::{activation, blocked, on_card};
 use crate::autograd::{Ctx, Var};
 use crate::backend::cpu::head_labels::Problem;
 use crate::backend::dispatch;
@@ -27,9 +27,10 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], name: 
         return Err(Error::shape(OP, what));
     }
     let clock = cx.clock();
-    let x = blocked(OP, x.into_value())?;
     let voxels = d * h * w;
     let mut out = labels(n * voxels, cx)?;
+    on_card!(cx.device(), super::cuda::head_labels(cx, x, weight, bias, &mut out).map(|()| out));
+    let x = blocked(OP, x.into_value())?;
     let p = Problem { x: x.stored(), channels, voxels, weight, bias };
     let ran = dispatch!(cx.device(), head_labels::forward(name, &p, &mut out))?;
     let macs = [n, voxels, channels, classes].iter().fold(1, |n: u64, &v| n.saturating_mul(v as u64));

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{activation, blocked, stored_memory};
+use super::{activation, blocked, on_card, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::Norm;
 use crate::backend::cpu::instance_norm::{Operand, Problem};
@@ -16,19 +16,66 @@ use crate::tensor::{BLOCK, Dims, Layout, Tensor};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     channels: usize,
-    /// `[N][blocks]`.
+    /// `[N][blocks]`; none on a card.
     blocks: Vec<BlockMoments>,
+    #[cfg(feature = "cuda")]
+    card: Option<CardMoments>,
+}
+
+/// Moments of the tiles of an activation on a card.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone)]
+pub(super) struct CardMoments {
+    /// f32 `[N][tiles][count, mean, squares][padded channels]`.
+    pub(super) partials: Tensor,
+    pub(super) tiles: usize,
+    pub(super) batch: usize,
+    pub(super) voxels: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl PartialEq for CardMoments {
+    /// The same memory: what is in it is the card's to know.
+    fn eq(&self, other: &Self) -> bool {
+        self.partials.cuda() == other.partials.cuda()
+    }
 }
 
 impl Moments {
     pub(super) fn new(channels: usize, blocks: Vec<BlockMoments>) -> Self {
-        Self { channels, blocks }
+        Self {
+            channels,
+            blocks,
+            #[cfg(feature = "cuda")]
+            card: None,
+        }
     }
 
-    /// Mean and (biased) variance of channel `c` of sample `n`.
+    fn is_with_processor(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.card.is_none();
+        #[cfg(not(feature = "cuda"))]
+        true
+    }
+
+    /// Of an activation on a card.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_card(channels: usize, card: CardMoments) -> Self {
+        Self { channels, blocks: Vec::new(), card: Some(card) }
+    }
+
+    /// Of what was not measured.
+    #[cfg(feature = "cuda")]
+    pub(super) fn nothing(channels: usize) -> Self {
+        Self::new(channels, Vec::new())
+    }
+
+    /// Mean and (biased) variance of channel `c` of sample `n`. On a card they stay there: NaN.
     #[must_use]
     pub fn of(&self, n: usize, c: usize) -> (f64, f64) {
-        let m = &self.blocks[n * self.channels.div_ceil(BLOCK) + c / BLOCK];
+        let Some(m) = self.blocks.get(n * self.channels.div_ceil(BLOCK) + c / BLOCK) else {
+            return (f64::NAN, f64::NAN);
+        };
         (m.mean[c % BLOCK], m.squares[c % BLOCK] / m.count)
     }
 }
@@ -43,9 +90,36 @@ pub struct Affine {
     scale: Vec<f32>,
     shift: Vec<f32>,
     slope: f32,
+    /// f32 `[N][mean, scale, shift][padded channels]` on a card, which the vectors are not.
+    #[cfg(feature = "cuda")]
+    card: Option<Planes>,
+}
+
+/// A tensor that is equal to itself.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone)]
+struct Planes(Tensor);
+
+#[cfg(feature = "cuda")]
+impl PartialEq for Planes {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.cuda() == other.0.cuda()
+    }
 }
 
 impl Affine {
+    /// The tensor on a card, if it is a card's.
+    #[cfg(feature = "cuda")]
+    pub(super) fn card(&self) -> Option<&Tensor> {
+        self.card.as_ref().map(|p| &p.0)
+    }
+
+    /// Of the leaky ReLU; 1 for none.
+    #[cfg(feature = "cuda")]
+    pub(super) fn slope(&self) -> f32 {
+        self.slope
+    }
+
     /// Instance normalisation with weight `w` and bias `b`, both `[C]`, of an activation with these moments.
     ///
     /// # Errors
@@ -55,9 +129,19 @@ impl Affine {
         let c = moments.channels;
         let padded = Layout::BLOCKED.padded(c);
         for (what, p) in [("weight", w), ("bias", b)] {
-            if p.dims().as_slice() != [c] || p.value().as_slice().len() != padded {
+            if p.dims().as_slice() != [c] || p.value().dims().len() != padded {
                 return Err(Error::shape(OP, format!("{what} of size {:?} for {c} channels", p.dims())));
             }
+        }
+        let processor = moments.is_with_processor();
+        if w.value().device().is_cpu() != processor || b.value().device().is_cpu() != processor {
+            return Err(Error::Device { what: format!("{OP}: weights and moments of different devices") });
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(m) = &moments.card {
+            let card = Some(Planes(super::cuda::affine(c, m, w, b, how.eps)?));
+            let [mean, scale, shift] = [(); 3].map(|()| Vec::new());
+            return Ok(Self { channels: c, mean, scale, shift, slope: how.slope.unwrap_or(1.0), card });
         }
         let (w, b) = (w.value().as_slice(), b.value().as_slice());
         let n = moments.blocks.len() / c.div_ceil(BLOCK);
@@ -71,7 +155,15 @@ impl Affine {
                 shift.push(b[first + lane]);
             }
         }
-        Ok(Self { channels: c, mean, scale, shift, slope: how.slope.unwrap_or(1.0) })
+        Ok(Self {
+            channels: c,
+            mean,
+            scale,
+            shift,
+            slope: how.slope.unwrap_or(1.0),
+            #[cfg(feature = "cuda")]
+            card: None,
+        })
     }
 
     pub(super) fn norm(&self) -> Norm<'_> {
@@ -81,7 +173,10 @@ impl Affine {
     /// Checks that it belongs to an activation of sizes `dims`.
     pub(super) fn fits(&self, op: &'static str, dims: &Dims) -> Result<()> {
         let [n, c, ..] = activation(op, dims)?;
-        if c != self.channels || n * Layout::BLOCKED.padded(c) != self.mean.len() {
+        let held = self.mean.len();
+        #[cfg(feature = "cuda")]
+        let held = self.card().map_or(held, |t| t.dims().len() / 3);
+        if c != self.channels || n * Layout::BLOCKED.padded(c) != held {
             return Err(Error::shape(op, format!("a normalisation of {} channels for {dims:?}", self.channels)));
         }
         Ok(())
@@ -113,6 +208,7 @@ impl Affine {
             let (x, r) = (x.value().dims(), r.value().dims());
             return Err(Error::shape(OP, format!("input {x:?} and residual {r:?}, expected equal sizes")));
         }
+        on_card!(cx.device(), super::cuda::apply(cx, x, self, residual));
         let clock = cx.clock();
         let dims = *x.value().dims();
         let mut x = blocked(OP, x.into_value())?;

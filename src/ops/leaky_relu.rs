@@ -1,6 +1,6 @@
 //! Leaky rectified linear unit.
 
-use super::{activation, floats, memory};
+use super::{activation, floats, memory, processor};
 use crate::autograd::{Ctx, Var};
 use crate::backend::dispatch;
 use crate::error::Result;
@@ -17,6 +17,7 @@ pub fn leaky_relu(cx: &mut Ctx<'_>, x: Var, slope: f32) -> Result<Var> {
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, slope: f32, name: Option<&str>) -> Result<Var> {
+    processor("leaky_relu", cx.device())?;
     activation("leaky_relu", x.value().dims())?;
     let mut x = floats("leaky_relu", x.into_value())?;
     if x.is_unique() {

@@ -6,6 +6,8 @@
 mod add;
 mod conv3d;
 mod conv_transpose3d;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod head;
 mod head_labels;
 mod instance_norm;
@@ -31,6 +33,33 @@ use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{Dims, Layout, Precision, StoredMut, Tensor};
 
+/// An error if the device is a card: for what has no kernel there.
+fn processor(op: &'static str, device: &crate::tensor::Device) -> Result<()> {
+    if device.is_cpu() {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!("{op} on {}: there is no kernel for it", device.name())))
+}
+
+/// An error if something of the processor's meets something of a card's, or of another card's.
+fn same_device(op: &'static str, a: &crate::tensor::Device, b: &crate::tensor::Device) -> Result<()> {
+    if a.shares_memory(b) {
+        return Ok(());
+    }
+    Err(Error::Device { what: format!("{op}: a tensor of {} on {}", b.name(), a.name()) })
+}
+
+/// Leaves for the operation's card side with its result, if the device is a card.
+macro_rules! on_card {
+    ($device:expr, $run:expr) => {
+        #[cfg(feature = "cuda")]
+        if !$device.is_cpu() {
+            return $run;
+        }
+    };
+}
+use on_card;
+
 /// The sizes of an activation, none of them zero.
 fn activation(op: &'static str, dims: &Dims) -> Result<[usize; 5]> {
     if dims.as_slice().len() != 5 || dims.is_empty() {
@@ -53,6 +82,7 @@ fn floats(op: &'static str, x: Tensor) -> Result<Tensor> {
 
 /// `x` in the layout that the device computes with; only the network's input arrives in another.
 fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
+    processor(op, x.device())?;
     if x.layout() == Layout::BLOCKED {
         return Ok(x);
     }

@@ -1,6 +1,6 @@
 //! Nearest-neighbour upsampling.
 
-use super::{activation, floats, memory};
+use super::{activation, floats, memory, processor};
 use crate::autograd::{Ctx, Var};
 use crate::backend::cpu::upsample_nearest::Problem;
 use crate::backend::dispatch;
@@ -17,6 +17,7 @@ pub fn upsample_nearest(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3]) -> Result<
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&str>) -> Result<Var> {
+    processor("upsample_nearest", cx.device())?;
     let [n, c, d, h, w] = activation("upsample_nearest", x.value().dims())?;
     if factor.contains(&0) {
         return Err(Error::shape("upsample_nearest", format!("factor {factor:?}, expected at least 1 per axis")));

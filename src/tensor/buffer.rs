@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{MmapMut, MmapRaw};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 
@@ -22,11 +24,44 @@ fn refused(what: String, asked: usize) -> Error {
     Error::OutOfMemory { what, asked, in_use: 0, limit: isize::MAX as usize }
 }
 
-/// Owned memory, zero when fresh.
+/// Where a pool's memory comes from.
+#[derive(Debug, Clone, Default)]
+pub(super) enum Origin {
+    #[default]
+    Host,
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<dyn cuda::Driver>),
+}
+
+/// Owned memory: of the host zero when fresh, of a card whatever was there.
 pub(super) enum Memory {
     Small(Vec<Line>),
     Mapped(MmapMut),
     Range(Range),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaMemory),
+}
+
+/// Memory of a card.
+#[cfg(feature = "cuda")]
+pub(super) struct CudaMemory {
+    memory: cuda::Memory,
+    driver: Arc<dyn cuda::Driver>,
+}
+
+#[cfg(feature = "cuda")]
+impl CudaMemory {
+    fn new(driver: &Arc<dyn cuda::Driver>, bytes: usize) -> Result<Self> {
+        Ok(Self { memory: driver.alloc(bytes)?, driver: driver.clone() })
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        // A card that has failed says so at the next call that can hand the error to someone.
+        let _ = self.driver.free(self.memory);
+    }
 }
 
 /// Fresh zeros from the system.
@@ -39,16 +74,35 @@ fn map(bytes: usize) -> Result<MmapMut> {
 }
 
 impl Memory {
-    pub(super) fn new(bytes: usize) -> Result<Self> {
-        if bytes < MAP_FROM {
-            return Ok(Memory::Small(vec![Line([0.0; 16]); bytes.div_ceil(64)]));
+    pub(super) fn new(origin: &Origin, bytes: usize) -> Result<Self> {
+        match origin {
+            Origin::Host if bytes < MAP_FROM => Ok(Memory::Small(vec![Line([0.0; 16]); bytes.div_ceil(64)])),
+            Origin::Host => map(bytes).map(Memory::Mapped),
+            #[cfg(feature = "cuda")]
+            Origin::Cuda(driver) => CudaMemory::new(driver, bytes).map(Memory::Cuda),
         }
-        map(bytes).map(Memory::Mapped)
     }
 
     /// Where it begins, which no other live memory does.
     pub(super) fn address(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(m) = self.cuda() {
+            return m.address as usize;
+        }
         self.floats().as_ptr().addr()
+    }
+
+    /// As a card's kernels see it, if it is a card's.
+    #[cfg(feature = "cuda")]
+    fn cuda(&self) -> Option<cuda::Memory> {
+        match self {
+            Memory::Cuda(m) => Some(m.memory),
+            Memory::Range(Range { region, start, len }) => match &region.map {
+                Map::Cuda(m) => Some(cuda::Memory { address: m.memory.address + *start as u64, bytes: *len }),
+                Map::Host(_) => None,
+            },
+            Memory::Small(_) | Memory::Mapped(_) => None,
+        }
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -56,6 +110,8 @@ impl Memory {
             Memory::Small(v) => v.len() * 64,
             Memory::Mapped(m) => m.len(),
             Memory::Range(r) => r.len,
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(m) => m.memory.bytes,
         }
     }
 
@@ -64,6 +120,8 @@ impl Memory {
             Memory::Small(v) => bytemuck::cast_slice(v),
             Memory::Mapped(m) => bytemuck::cast_slice(m),
             Memory::Range(r) => r.floats(),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(_) => unreachable!("memory of a card is read through its driver"),
         }
     }
 
@@ -72,25 +130,52 @@ impl Memory {
             Memory::Small(v) => bytemuck::cast_slice_mut(v),
             Memory::Mapped(m) => bytemuck::cast_slice_mut(m),
             Memory::Range(r) => r.floats_mut(),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(_) => unreachable!("memory of a card is written through its driver"),
         }
     }
+}
+
+/// What a region lies in.
+enum Map {
+    Host(MmapRaw),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaMemory),
 }
 
 /// One mapping that is handed out in ranges. Whoever asks, for whatever reason, no two live ranges share a byte: that
 /// is kept here and nowhere else.
 pub(super) struct Region {
-    map: MmapRaw,
+    map: Map,
     /// Live ranges: first byte and the one after the last.
     live: Mutex<BTreeMap<usize, usize>>,
 }
 
 impl Region {
-    pub(super) fn new(bytes: usize) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { map: map(bytes)?.into(), live: Mutex::default() }))
+    pub(super) fn new(origin: &Origin, bytes: usize) -> Result<Arc<Self>> {
+        let map = match origin {
+            Origin::Host => Map::Host(map(bytes)?.into()),
+            #[cfg(feature = "cuda")]
+            Origin::Cuda(driver) => Map::Cuda(CudaMemory::new(driver, bytes)?),
+        };
+        Ok(Arc::new(Self { map, live: Mutex::default() }))
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.map.len()
+        match &self.map {
+            Map::Host(m) => m.len(),
+            #[cfg(feature = "cuda")]
+            Map::Cuda(m) => m.memory.bytes,
+        }
+    }
+
+    /// Its first byte, of the host's memory.
+    fn start(&self) -> *mut u8 {
+        match &self.map {
+            Map::Host(m) => m.as_mut_ptr(),
+            #[cfg(feature = "cuda")]
+            Map::Cuda(_) => unreachable!("memory of a card is used through its driver"),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
@@ -127,12 +212,12 @@ impl Range {
         // SAFETY: `claim` checked that the range lies inside the mapping, which `region` keeps, and begins at a
         // multiple of 64 from its page-aligned start. Anonymous memory is zero when fresh and only ever written as
         // plain numbers, all of whose bits make an f32. While this range lives, `claim` gives none of its bytes away, so who borrows it borrows them.
-        unsafe { std::slice::from_raw_parts(self.region.map.as_ptr().add(self.start).cast(), self.len / 4) }
+        unsafe { std::slice::from_raw_parts(self.region.start().add(self.start).cast(), self.len / 4) }
     }
 
     fn floats_mut(&mut self) -> &mut [f32] {
         // SAFETY: as in `floats`; the borrow of the range is exclusive, therefore that of its bytes is.
-        unsafe { std::slice::from_raw_parts_mut(self.region.map.as_mut_ptr().add(self.start).cast(), self.len / 4) }
+        unsafe { std::slice::from_raw_parts_mut(self.region.start().add(self.start).cast(), self.len / 4) }
     }
 }
 
@@ -163,6 +248,13 @@ impl Buffer {
             e => e,
         })?;
         Ok(Self { memory: Some(memory), len, pool: pool.clone() })
+    }
+
+    /// As a card's kernels see it: only the bytes of the values.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> Option<cuda::Memory> {
+        let m = self.memory.as_ref()?.cuda()?;
+        Some(cuda::Memory { bytes: m.bytes.min(self.len * 4), ..m })
     }
 
     pub(crate) fn as_slice(&self) -> &[f32] {

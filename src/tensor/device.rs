@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
+use super::Precision;
 use super::buffer::Buffer;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 
@@ -30,6 +33,18 @@ pub struct MemoryReport {
 pub enum Device {
     /// The processor.
     Cpu(Arc<CpuDevice>),
+    /// An NVIDIA card.
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<CudaDevice>),
+}
+
+/// An NVIDIA card: its driver and its memory pool.
+#[cfg(feature = "cuda")]
+#[derive(Debug)]
+pub struct CudaDevice {
+    driver: Arc<dyn cuda::Driver>,
+    pool: Arc<Pool>,
+    name: String,
 }
 
 /// The processor: its instruction set, its threads and its memory pool.
@@ -120,44 +135,139 @@ impl Device {
         Ok(Device::Cpu(Arc::new(CpuDevice { isa, threads, pool: Arc::default() })))
     }
 
-    /// CUDA device `ordinal`.
+    /// CUDA device `ordinal`: its kernels' code is assembled by the driver when they are first used on a machine.
     ///
     /// # Errors
-    /// Always [`Error::Device`] in this version, which has no GPU kernels yet; it says what the driver probe found.
-    /// Never a panic, with or without a driver.
+    /// [`Error::Device`] that says why it cannot be used: no driver, too old a driver, no such card, too old a card, or
+    /// built without the `cuda` feature. Never a panic.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        Err(Error::Device { what: format!("cuda:{ordinal} cannot be used: {}", cuda_status().reason()) })
+        let named = |e: Error| match e {
+            Error::Device { what } => Error::Device { what: format!("cuda:{ordinal} cannot be used: {what}") },
+            e => e,
+        };
+        #[cfg(feature = "cuda")]
+        {
+            let context = cuda::Context::open(ordinal).map_err(named)?;
+            Ok(Self::on(Arc::new(context), format!("cuda:{ordinal}")))
+        }
+        #[cfg(not(feature = "cuda"))]
+        Err(named(Error::Device { what: cuda_status().reason() }))
     }
 
-    /// The fastest device that works here.
+    /// Whatever runs PTX, under a name.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn on(driver: Arc<dyn cuda::Driver>, name: String) -> Self {
+        let pool = Arc::new(Pool::of(driver.clone()));
+        Device::Cuda(Arc::new(CudaDevice { driver, pool, name }))
+    }
+
+    /// The device to take if nothing else is asked for: the processor. No card is taken unasked as long as the kernels
+    /// have run on an interpreter only.
     #[must_use]
     pub fn best() -> Self {
-        Self::cuda(0).unwrap_or_else(|_| Self::cpu())
+        Self::cpu()
+    }
+
+    /// What runs its kernels, if it is a card.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn driver(&self) -> Option<&dyn cuda::Driver> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(d) => Some(&*d.driver),
+        }
+    }
+
+    /// True for two devices whose tensors may meet: the processor whichever its threads, or one opened card.
+    pub(crate) fn shares_memory(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Device::Cpu(_), Device::Cpu(_)) => true,
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(a), Device::Cuda(b)) => Arc::ptr_eq(a, b),
+            #[cfg(feature = "cuda")]
+            _ => false,
+        }
+    }
+
+    /// True for the processor, whose memory can be read and written as slices.
+    #[must_use]
+    pub fn is_cpu(&self) -> bool {
+        matches!(self, Device::Cpu(_))
+    }
+
+    /// How networks are stored if nothing else is asked for: f32 on the processor, on a card the 16 bits that its matrix
+    /// units take.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        match self {
+            Device::Cpu(_) => Precision::F32,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) if d.driver.capability()[0] < 8 => Precision::F16,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Precision::Bf16,
+        }
+    }
+
+    /// Waits for all work asked for; the processor's is always done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when some of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => d.driver.synchronize(),
+        }
+    }
+
+    /// Bytes of a card's memory; of the processor's only the system knows.
+    #[must_use]
+    pub fn total_memory(&self) -> Option<usize> {
+        match self {
+            Device::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => Some(d.driver.total()),
+        }
+    }
+
+    /// Compute capability of a card, major and minor.
+    #[must_use]
+    pub fn compute_capability(&self) -> Option<[u32; 2]> {
+        match self {
+            Device::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => Some(d.driver.capability()),
+        }
+    }
+
+    fn pool(&self) -> &Arc<Pool> {
+        match self {
+            Device::Cpu(d) => &d.pool,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => &d.pool,
+        }
     }
 
     /// Memory of this device's tensors.
     #[must_use]
     pub fn memory(&self) -> MemoryReport {
-        let Device::Cpu(d) = self;
-        d.pool.report()
+        self.pool().report()
     }
 
     /// Refuses tensors past `bytes` in total, or lifts the limit.
     pub fn set_memory_limit(&self, bytes: Option<usize>) {
-        let Device::Cpu(d) = self;
-        d.pool.set_limit(bytes);
+        self.pool().set_limit(bytes);
     }
 
     /// Starts [`MemoryReport::peak`] over from what is in use now.
     pub fn reset_peak(&self) {
-        let Device::Cpu(d) = self;
-        d.pool.reset_peak();
+        self.pool().reset_peak();
     }
 
     /// Gives memory that is kept for later tensors back to the system.
     pub fn trim(&self) {
-        let Device::Cpu(d) = self;
-        d.pool.trim();
+        self.pool().trim();
     }
 
     /// Runs `f`, a computation that repeats: a pass through a network, with a `key` that says which.
@@ -171,53 +281,65 @@ impl Device {
     /// region leaves everything as without a plan. A run inside another one, or beside one of another thread, is just
     /// run.
     pub fn planned<R>(&self, key: &[usize], f: impl FnOnce() -> R) -> R {
-        let Device::Cpu(d) = self;
-        let _scope = d.pool.enter(key);
+        let _scope = self.pool().enter(key);
         f()
     }
 
     /// Runs `f`, whose tensors are no part of a [`Device::planned`] run that this thread is in: they come only once, or
     /// outlive it.
     pub(crate) fn unplanned<R>(&self, f: impl FnOnce() -> R) -> R {
-        let Device::Cpu(d) = self;
-        let before = d.pool.pause(true);
+        let before = self.pool().pause(true);
         let result = f();
-        d.pool.pause(before);
+        self.pool().pause(before);
         result
     }
 
     /// Runs `f` with this device's threads as the current rayon pool.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        let Device::Cpu(d) = self;
-        match &d.threads {
-            Some(t) => t.install(f),
-            None => f(),
+        match self {
+            Device::Cpu(d) => match &d.threads {
+                Some(t) => t.install(f),
+                None => f(),
+            },
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => f(),
         }
     }
 
     /// Threads that operations use.
     #[must_use]
     pub fn threads(&self) -> usize {
-        let Device::Cpu(d) = self;
-        d.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
+        match self {
+            Device::Cpu(d) => {
+                d.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => rayon::current_num_threads(),
+        }
     }
 
-    /// Instruction set of the CPU kernels.
+    /// Instruction set of the CPU kernels; beside a card, of what the processor does for it.
     #[must_use]
     pub fn isa(&self) -> Isa {
-        let Device::Cpu(d) = self;
-        d.isa
+        match self {
+            Device::Cpu(d) => d.isa,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Isa::detect(),
+        }
     }
 
-    /// "cpu".
+    /// "cpu" or "cuda:0".
     #[must_use]
     pub fn name(&self) -> String {
-        "cpu".into()
+        match self {
+            Device::Cpu(_) => "cpu".into(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => d.name.clone(),
+        }
     }
 
     pub(super) fn alloc(&self, floats: usize) -> Result<Buffer> {
-        let Device::Cpu(d) = self;
-        Buffer::new(floats, &d.pool)
+        Buffer::new(floats, self.pool())
     }
 }
 
@@ -258,7 +380,7 @@ pub enum CudaStatus {
 }
 
 impl CudaStatus {
-    /// One line for a person: why the GPU is not used.
+    /// One line for a person: the cards, or why there is none.
     #[must_use]
     pub fn reason(&self) -> String {
         match self {
@@ -266,10 +388,10 @@ impl CudaStatus {
             CudaStatus::NoDriver => "no NVIDIA driver was found on this machine".into(),
             CudaStatus::Broken(e) => format!("the NVIDIA driver does not work: {e}"),
             CudaStatus::Found { version, devices } => format!(
-                "driver {}.{} with {} found, but this version has no GPU kernels yet",
+                "driver {}.{} found {}",
                 version / 1000,
                 version % 1000 / 10,
-                if devices.is_empty() { "no device".into() } else { devices.join(", ") }
+                if devices.is_empty() { "no card".into() } else { devices.join(", ") }
             ),
         }
     }

@@ -41,8 +41,8 @@ impl DType {
     }
 }
 
-/// How the filters of convolutions and the activations between operations are stored. Arithmetic is in f32 either way, and
-/// so are all other parameters.
+/// How the filters of convolutions and the activations between operations are stored. All other parameters are f32. The
+/// processor computes in f32 whatever is stored; a card multiplies in 16 bits what is stored so, and adds in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Precision {
@@ -52,15 +52,19 @@ pub enum Precision {
     /// Rounded to bf16 (to nearest, ties to even): half the memory. A value moves by 2^-8 of itself at most. What an
     /// operation stores is, to the bit, what the same operation makes of rounded values stored as f32, rounded.
     Bf16,
+    /// Rounded to IEEE half floats, on cards that have no bf16: more digits, but values past 65504 are infinite. Not on the
+    /// processor.
+    F16,
 }
 
 impl Precision {
-    /// "f32" or "bf16".
+    /// "f32", "bf16" or "f16".
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
         }
     }
 
@@ -69,7 +73,7 @@ impl Precision {
     pub const fn size(self) -> usize {
         match self {
             Precision::F32 => 4,
-            Precision::Bf16 => 2,
+            Precision::Bf16 | Precision::F16 => 2,
         }
     }
 
@@ -79,6 +83,7 @@ impl Precision {
         match self {
             Precision::F32 => value,
             Precision::Bf16 => widened(narrowed(value)),
+            Precision::F16 => half::f16::from_f32(value).to_f32(),
         }
     }
 }

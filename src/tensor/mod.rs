@@ -5,7 +5,8 @@
 mod arena;
 pub(crate) mod buffer;
 #[cfg(feature = "cuda")]
-mod cuda;
+#[doc(hidden)]
+pub mod cuda;
 mod device;
 mod dims;
 mod dtype;
@@ -24,7 +25,7 @@ pub(crate) use stored::{Stored, StoredMut, narrowed, widened};
 use crate::error::{Error, Result};
 use buffer::Buffer;
 
-/// An array of numbers on a device, computed with in f32 and stored as f32 or bf16. Cloning shares the memory; an operation that is given the last owner may write in
+/// An array of numbers on a device, stored as f32, bf16 or f16. Cloning shares the memory; an operation that is given the last owner may write in
 /// place.
 ///
 /// Invariant: pad lanes (channels past C inside a block) are zero before and after every operation.
@@ -52,9 +53,18 @@ impl Tensor {
     /// # Errors
     /// As [`Tensor::empty`].
     pub(crate) fn empty_in(dims: Dims, layout: Layout, precision: Precision, device: &Device) -> Result<Self> {
+        if precision == Precision::F16 && device.is_cpu() {
+            return Err(Error::unsupported("float16 on the processor, expected float32 or bfloat16"));
+        }
+        #[cfg(feature = "cuda")]
+        if precision == Precision::Bf16 && device.driver().is_some_and(|d| d.capability()[0] < 8) {
+            let what =
+                format!("bfloat16 on {}, whose compute capability is below 8.0: expected float16", device.name());
+            return Err(Error::unsupported(what));
+        }
         let floats = match precision {
             Precision::F32 => layout.len(&dims),
-            Precision::Bf16 => layout.len(&dims).div_ceil(2),
+            Precision::Bf16 | Precision::F16 => layout.len(&dims).div_ceil(2),
         };
         let buf = Arc::new(device.alloc(floats)?);
         Ok(Self { buf, dims, layout, precision, device: device.clone() })
@@ -69,14 +79,40 @@ impl Tensor {
             return Err(Error::shape("from_host", format!("{} values for {dims:?}", values.len())));
         }
         let mut t = Self::empty(dims, Layout::PLAIN, device)?;
+        #[cfg(feature = "cuda")]
+        if let (Some(driver), Some(memory)) = (device.driver(), t.cuda()) {
+            driver.upload(memory, bytemuck::cast_slice(values))?;
+            return Ok(t);
+        }
         t.as_mut_slice().ok_or_else(|| Error::shape("from_host", "fresh memory is shared"))?.copy_from_slice(values);
         Ok(t)
     }
 
     /// The values in `[N, C, D, H, W]` order.
-    #[must_use]
-    pub fn to_host(&self) -> Vec<f32> {
-        let (d, x) = (self.dims.five(), self.stored());
+    ///
+    /// # Errors
+    /// [`Error::Device`] when a card does not hand them out; never of the processor's.
+    pub fn to_host(&self) -> Result<Vec<f32>> {
+        #[cfg(feature = "cuda")]
+        if let (Some(driver), Some(memory)) = (self.device.driver(), self.cuda()) {
+            let mut bytes = vec![0u8; self.layout.len(&self.dims) * self.precision.size()];
+            driver.download(memory, &mut bytes)?;
+            let halves = || bytemuck::pod_collect_to_vec::<u8, u16>(&bytes);
+            return Ok(match self.precision {
+                Precision::F32 => self.in_order(Stored::F32(&bytemuck::pod_collect_to_vec::<u8, f32>(&bytes))),
+                Precision::Bf16 => self.in_order(Stored::Bf16(&halves())),
+                Precision::F16 => {
+                    let floats: Vec<f32> = halves().into_iter().map(|h| half::f16::from_bits(h).to_f32()).collect();
+                    self.in_order(Stored::F32(&floats))
+                }
+            });
+        }
+        Ok(self.in_order(self.stored()))
+    }
+
+    /// Values in physical order as `[N, C, D, H, W]`.
+    fn in_order(&self, x: Stored<'_>) -> Vec<f32> {
+        let d = self.dims.five();
         if self.layout == Layout::PLAIN {
             let mut out = vec![0.0; x.len()];
             x.read(0, &mut out);
@@ -109,6 +145,12 @@ impl Tensor {
         self.layout
     }
 
+    /// As a card's kernels see it, if it is a card's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> Option<cuda::Memory> {
+        self.buf.cuda()
+    }
+
     /// How the values are stored.
     #[must_use]
     pub fn precision(&self) -> Precision {
@@ -131,7 +173,9 @@ impl Tensor {
     pub(crate) fn stored(&self) -> Stored<'_> {
         match self.precision {
             Precision::F32 => Stored::F32(self.buf.as_slice()),
-            Precision::Bf16 => Stored::Bf16(&bytemuck::cast_slice(self.buf.as_slice())[..self.layout.len(&self.dims)]),
+            Precision::Bf16 | Precision::F16 => {
+                Stored::Bf16(&bytemuck::cast_slice(self.buf.as_slice())[..self.layout.len(&self.dims)])
+            }
         }
     }
 
@@ -141,7 +185,7 @@ impl Tensor {
         let memory = Arc::get_mut(&mut self.buf)?.as_mut_slice();
         Some(match self.precision {
             Precision::F32 => StoredMut::F32(memory),
-            Precision::Bf16 => StoredMut::Bf16(&mut bytemuck::cast_slice_mut(memory)[..len]),
+            Precision::Bf16 | Precision::F16 => StoredMut::Bf16(&mut bytemuck::cast_slice_mut(memory)[..len]),
         })
     }
 
@@ -160,7 +204,7 @@ mod tests {
         let dev = Device::cpu();
         let v: Vec<f32> = (0..24).map(|i| i as f32).collect();
         let t = Tensor::from_host(&v, Dims::from([1, 2, 3, 2, 2]), &dev).unwrap();
-        assert_eq!(t.to_host(), v);
+        assert_eq!(t.to_host().unwrap(), v);
         assert!(Tensor::from_host(&v, Dims::from([1, 2, 3, 2, 3]), &dev).is_err());
     }
 
@@ -181,6 +225,6 @@ mod tests {
                 }
             }
         }
-        assert!(t.to_host().iter().enumerate().all(|(i, &v)| v == i as f32));
+        assert!(t.to_host().unwrap().iter().enumerate().all(|(i, &v)| v == i as f32));
     }
 }

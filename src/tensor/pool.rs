@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use super::arena::Arena;
-use super::buffer::{Memory, Region};
+use super::buffer::{Memory, Origin, Region};
 use super::device::MemoryReport;
 use crate::error::{Error, Result};
 
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 #[derive(Default)]
 pub(super) struct Pool {
     state: Mutex<State>,
+    origin: Origin,
 }
 
 #[derive(Default)]
@@ -80,6 +81,12 @@ impl State {
 }
 
 impl Pool {
+    /// Of a card.
+    #[cfg(feature = "cuda")]
+    pub(super) fn of(driver: std::sync::Arc<dyn super::cuda::Driver>) -> Self {
+        Self { origin: Origin::Cuda(driver), ..Self::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // The state is plain numbers and memory: a panic elsewhere leaves nothing half done in it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -87,7 +94,8 @@ impl Pool {
 
     /// Memory of at least `bytes` bytes, initialised but with unspecified values.
     pub(super) fn take(&self, bytes: usize) -> Result<Memory> {
-        let size = bytes.max(1).next_multiple_of(64);
+        // Kernels want 256 bytes, as cards align.
+        let size = bytes.max(1).next_multiple_of(if matches!(self.origin, Origin::Host) { 64 } else { 256 });
         let me = thread::current().id();
         let mut s = self.lock();
         if let Some(limit) = s.limit
@@ -108,7 +116,7 @@ impl Pool {
                     s.arena.drop_region();
                 }
                 s.make_room(size);
-                Memory::new(size)?
+                Memory::new(&self.origin, size)?
             }
         };
         s.in_use += m.bytes();
@@ -139,7 +147,7 @@ impl Pool {
             if s.limit.is_none_or(|limit| s.in_use + bytes <= limit) {
                 s.make_room(bytes);
                 // Where the system refuses, the pool goes on piece by piece.
-                if let Ok(region) = Region::new(bytes) {
+                if let Ok(region) = Region::new(&self.origin, bytes) {
                     s.arena.set_region(region);
                     s.high = s.high.max(s.held());
                 }

@@ -76,7 +76,7 @@ impl Args {
         device: &Device,
     ) -> Result<(Layer, Seconds)> {
         let options = &self.options;
-        let precision = options.precision.into();
+        let precision = options.precision(device);
         let (w, xs) = (shape.filter(precision, device)?, shape.inputs(precision, device)?);
         let how = Conv3d { stride: shape.stride, padding: [1; 3] };
         let estimates = testing::conv3d_estimates(device, shape.dims(), &shape.inputs, &w, how, options.strict)?;
@@ -93,7 +93,8 @@ impl Args {
             let seconds = if e.chosen || self.all {
                 let run = || {
                     let mut cx = options.ctx(device).storing(precision);
-                    testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how).map(drop)
+                    testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how)?;
+                    device.synchronize()
                 };
                 Some(time(device, runs, &[number, i], run)?)
             } else {

@@ -129,7 +129,9 @@ impl Record {
         }
         self.layers.iter().try_for_each(print_layer)?;
         let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);
-        let rate = format!("{:.1} GFLOP/s, {share:.0} % of {peak:.1}", self.gflops);
+        // A card's is not known.
+        let of_peak = if peak.is_nan() { String::new() } else { format!(", {share:.0} % of {peak:.1}") };
+        let rate = format!("{:.1} GFLOP/s{of_peak}", self.gflops);
         output::line(format!("median {:.4} s, min {:.4} s, {rate}", self.seconds, self.seconds_min))?;
         let process = self.peak_process_bytes.map(|b| format!(", process {}", system::human(b))).unwrap_or_default();
         output::line(format!("peak of tensors {}{process}", system::human(self.peak_bytes as u64)))
@@ -143,7 +145,12 @@ fn print_layer(l: &Layer) -> Result<()> {
     l.implementations.iter().try_for_each(|c| {
         let mark = if c.chosen { '*' } else { ' ' };
         let measured = c.seconds.map_or_else(|| "-".into(), |s| format!("{:.3} ms", s * 1e3));
-        let estimated = format!("estimated {:>9.3} ms", c.estimated_seconds * 1e3);
-        output::line(format!("    {mark} {:<22} {estimated}, measured {measured:>12}", c.implementation))
+        // A card's rule compares without saying seconds.
+        let estimated = if c.estimated_seconds.is_nan() {
+            String::new()
+        } else {
+            format!("estimated {:>9.3} ms, ", c.estimated_seconds * 1e3)
+        };
+        output::line(format!("    {mark} {:<22} {estimated}measured {measured:>12}", c.implementation))
     })
 }

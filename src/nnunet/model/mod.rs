@@ -54,7 +54,8 @@ pub struct ModelOptions {
     /// has no choice of checkpoints.
     pub checkpoint: Option<String>,
     /// How the networks' filters and activations are stored. No matter to who only looks at the model.
-    pub precision: Precision,
+    /// `None`: as the device does best, see [`crate::Device::precision`].
+    pub precision: Option<Precision>,
 }
 
 impl ModelOptions {
@@ -81,7 +82,7 @@ impl ModelOptions {
     /// With filters and activations stored in this precision.
     #[must_use]
     pub fn precision(mut self, precision: Precision) -> Self {
-        self.precision = precision;
+        self.precision = Some(precision);
         self
     }
 }

@@ -4,6 +4,7 @@ mod export;
 mod held;
 pub(super) mod scores;
 mod stand_in;
+mod sums;
 mod sweep;
 #[cfg(test)]
 mod sweep_tests;
@@ -168,7 +169,9 @@ impl Predictor {
     pub fn open_with(model: impl AsRef<Path>, device: &Device, options: &ModelOptions) -> Result<Self> {
         let folder = ModelFolder::open(model.as_ref(), options)?;
         let config = folder.architecture.config(folder.plan.strides);
-        let build = |f: &FoldWeights| config.build_with(&f.weights, device, options.precision);
+        let build = |f: &FoldWeights| {
+            config.build_with(&f.weights, device, options.precision.unwrap_or_else(|| device.precision()))
+        };
         let nets = device.install(|| folder.folds.iter().map(build).collect::<Result<Vec<_>>>())?;
         Ok(Self { plan: folder.plan, nets, device: device.clone(), options: PredictOptions::default() })
     }
@@ -209,7 +212,8 @@ impl Predictor {
         self.validate()?;
         self.check_memory(&image.geometry, image.channels.len())?;
         let before = self.device.memory().limit;
-        if self.options.memory_limit.is_some() {
+        // The limit is of the machine's memory; a card's own is checked before.
+        if self.options.memory_limit.is_some() && self.device.is_cpu() {
             self.device.set_memory_limit(self.options.memory_limit);
         }
         self.device.reset_peak();
@@ -334,6 +338,9 @@ impl Predictor {
         // v1 counts a lone window's voxels alike (`_internal_predict_3D_3Dconv_tiled`); v2 always weights.
         plan.gaussian = p.rules == Rules::NnunetV2 || plan.windows() > 1;
         plan.strict = o.strict;
+        // On a card if there is room beside the networks; else every window's features travel.
+        plan.sums_on_card = plan.gather == Gather::Features
+            && self.card_room().is_some_and(|room| self.activations().saturating_add(plan.bytes()) <= room);
         Ok(plan)
     }
 
@@ -357,6 +364,23 @@ impl Predictor {
         LinearHead::new(&weight, &bias).map(Some)
     }
 
+    /// Bytes of a card that are neither the models' nor too many: drivers and other programs take some.
+    fn card_room(&self) -> Option<usize> {
+        let total = self.device.total_memory()? / 10 * 9;
+        let most = total.min(self.device.memory().limit.unwrap_or(usize::MAX));
+        Some(most.saturating_sub(self.device.memory().in_use))
+    }
+
+    /// Bytes that the largest network's tensors take, and the filters that all of them keep.
+    fn activations(&self) -> usize {
+        let (patch, strict) = (self.plan.patch, self.options.strict);
+        let needs = |n: &StuNet| n.config().activation_bytes(patch, &self.device, strict, n.precision());
+        let kept = |n: &StuNet| n.config().kept_bytes(patch, &self.device, strict, n.precision());
+        // All folds keep filters, one runs at a time.
+        let others = self.nets.iter().skip(1).map(kept).fold(0, usize::saturating_add);
+        self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others)
+    }
+
     /// Bytes that predicting an image of `channels` channels on this grid takes at most: the model, the network's
     /// tensors, the aggregation, the image and the result. Known from sizes alone, so before the image is read.
     ///
@@ -372,22 +396,23 @@ impl Predictor {
         let images = channels.saturating_mul(product(from).saturating_add(product(to)));
         // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
         let preprocessing = product(both).saturating_mul(2);
-        let strict = self.options.strict;
-        let needs = |n: &StuNet| n.config().activation_bytes(self.plan.patch, &self.device, strict, n.precision());
-        let kept = |n: &StuNet| n.config().kept_bytes(self.plan.patch, &self.device, strict, n.precision());
-        // All folds keep filters, one runs at a time.
-        let others = self.nets.iter().skip(1).map(kept).fold(0, usize::saturating_add);
-        let activations = self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others);
+        // What a card holds is not the machine's memory.
+        let activations = if self.device.is_cpu() { self.activations() } else { 0 };
+        let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
+        // Features that travel are there as the card sends them, as floats, in order and in blocks.
+        let features = self.nets.iter().map(|n| n.config().dims[0].next_multiple_of(16)).max().unwrap_or(0);
+        let travels = !self.device.is_cpu() && !sweep.sums_on_card;
+        let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
         let mut network =
-            [sweep.bytes(), patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
+            [sums, travelling, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
         if self.options.probabilities {
             network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
         }
         // Filters that are kept already are in use and in the plan.
         let kept: usize = self.nets.iter().map(StuNet::kept_bytes).sum();
-        let held = self.device.memory().in_use.saturating_sub(kept);
+        let held = if self.device.is_cpu() { self.device.memory().in_use.saturating_sub(kept) } else { 0 };
         Ok(held.saturating_add(images).saturating_add(network.max(preprocessing)))
     }
 
@@ -396,6 +421,13 @@ impl Predictor {
     /// # Errors
     /// [`Error::OutOfMemory`], and as [`Predictor::memory_needed`].
     pub fn check_memory(&self, geometry: &Geometry, channels: usize) -> Result<()> {
+        if let Some(room) = self.card_room() {
+            let (asked, in_use) = (self.activations(), self.device.memory().in_use);
+            if asked > room {
+                let what = format!("this prediction on {}", self.device.name());
+                return Err(Error::OutOfMemory { what, asked, in_use, limit: room + in_use });
+            }
+        }
         let Some(limit) = self.options.memory_limit else { return Ok(()) };
         let needed = self.memory_needed(geometry, channels)?;
         if needed > limit {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::export::Planes;
 use super::held::{Held, PLANES};
+use super::sums::{Sums, with_processor};
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
 use crate::base::par;
@@ -46,6 +47,8 @@ pub(crate) struct SweepPlan {
     pub(crate) gaussian: bool,
     /// Only the most accurate kernels.
     pub(crate) strict: bool,
+    /// Sums are kept where the networks run, not with the processor.
+    pub(crate) sums_on_card: bool,
     folds: usize,
     features: usize,
     classes: usize,
@@ -73,6 +76,7 @@ impl SweepPlan {
             gather: Gather::Features,
             gaussian: true,
             strict: false,
+            sums_on_card: false,
             folds: nets.len(),
             features: config.dims[0].next_multiple_of(BLOCK),
             classes: config.classes,
@@ -145,7 +149,7 @@ impl SweepPlan {
 enum Store {
     /// The planes `[first, first + patch)` of weighted sums; plane p lies in slot `p % patch`.
     Ring {
-        sum: Tensor,
+        sum: Box<Sums>,
         weight: Tensor,
         end: usize,
     },
@@ -157,7 +161,9 @@ pub(crate) struct Sweep<'a> {
     plan: SweepPlan,
     nets: &'a [StuNet],
     heads: Vec<PackedHead>,
+    /// Where networks run, and the processor, which does the rest.
     device: &'a Device,
+    host: Device,
     data: &'a [f32],
     channels: usize,
     importance: Option<Vec<f32>>,
@@ -180,11 +186,20 @@ impl<'a> Sweep<'a> {
     ) -> Result<Self> {
         let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
         let [_, h, w] = plan.padded();
+        let host = if device.is_cpu() { device.clone() } else { Device::cpu() };
+        let importance = plan.gaussian.then(|| gaussian(plan.patch));
         let store = match plan.gather {
             Gather::Held(_) => Store::Held(Vec::new()),
             Gather::Features | Gather::Scores(_) => {
-                let ring = |k: usize| Tensor::empty(Dims::from([plan.patch[0], h, w, k]), Layout::PLAIN, device);
-                Store::Ring { sum: ring(plan.channels())?, weight: ring(1)?, end: 0 }
+                let place = if plan.sums_on_card { device } else { &host };
+                let sums = |place| Sums::new([plan.patch[0], h, w], plan.channels(), importance.as_deref(), place);
+                let sum = match sums(place) {
+                    // Other programs may have taken what the plan counted on.
+                    Err(Error::OutOfMemory { .. }) if plan.sums_on_card => sums(&host)?,
+                    sums => sums?,
+                };
+                let weight = Tensor::empty(Dims::from([plan.patch[0], h, w]), Layout::PLAIN, &host)?;
+                Store::Ring { sum: Box::new(sum), weight, end: 0 }
             }
         };
         let heads = nets.iter().map(|n| {
@@ -192,12 +207,12 @@ impl<'a> Sweep<'a> {
             PackedHead::new(&head.weight, &head.bias, head.features, plan.features)
         });
         let heads = heads.collect();
-        let importance = plan.gaussian.then(|| gaussian(plan.patch));
         Ok(Self {
             plan,
             nets,
             heads,
             device,
+            host,
             data,
             channels,
             importance,
@@ -220,15 +235,11 @@ impl<'a> Sweep<'a> {
         let z = self.plan.starts[0][row];
         if let Store::Ring { sum, weight, end } = &mut self.store {
             let (patch, upto) = (self.plan.patch[0], z + self.plan.patch[0]);
-            for t in [sum, weight] {
-                let n = t.as_slice().len() / patch;
-                let (from, to) = (*end, upto);
-                par::chunks_mut(unshared(t)?, n, |slot, plane| {
-                    // The plane that this slot will hold, if it is one of the new ones.
-                    if (from..to).any(|p| p % patch == slot) {
-                        plane.fill(0.0);
-                    }
-                });
+            let n = weight.dims().len() / patch;
+            for slot in (*end..upto).map(|p| p % patch) {
+                // What the slot held before is of a plane that is out.
+                sum.clear(slot)?;
+                unshared(weight)?[slot * n..][..n].fill(0.0);
             }
             *end = upto;
         }
@@ -285,18 +296,24 @@ impl<'a> Sweep<'a> {
     }
 
     fn add(&mut self, start: [usize; 3], flip: [bool; 3], fold: usize, features: &Tensor) -> Result<()> {
-        let (plan, device) = (&self.plan, self.device);
+        let (plan, host) = (&self.plan, &self.host);
         let ([pz, py, px], [_, h, w]) = (plan.patch, plan.padded());
         let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
         let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
+        if let Store::Ring { sum, .. } = &mut self.store
+            && sum.add_on_card(features, fold * lanes, start, flip, scale)?
+        {
+            return Ok(());
+        }
+        let features = &*with_processor(features, host)?;
         let view = FeatureView { values: features.stored(), size: plan.patch, lanes };
         match &mut self.store {
             Store::Held(windows) => {
-                windows.push(Held::new(start, flip, fold, features, device)?);
+                windows.push(Held::new(start, flip, fold, features, host)?);
             }
             Store::Ring { sum, .. } => {
                 let (gather, packed) = (plan.gather, &self.heads[fold]);
-                par::chunks_mut(unshared(sum)?, h * w * channels, |slot, plane| {
+                par::chunks_mut(sum.host()?, h * w * channels, |slot, plane| {
                     let z = (slot + pz - start[0] % pz) % pz;
                     let mut row = vec![0f32; px * lanes];
                     let mut g = vec![scale; px];
@@ -308,7 +325,7 @@ impl<'a> Sweep<'a> {
                         }
                         let out = &mut plane[((start[1] + y) * w + start[2]) * channels..][..px * channels];
                         match gather {
-                            Gather::Scores(how) => head::accumulate(device, packed, how, &row, &g, out),
+                            Gather::Scores(how) => head::accumulate(host, packed, how, &row, &g, out),
                             Gather::Features | Gather::Held(_) => {
                                 for ((out, f), g) in out.chunks_exact_mut(channels).zip(row.chunks_exact(lanes)).zip(&g)
                                 {
@@ -343,7 +360,7 @@ impl<'a> Sweep<'a> {
 
     /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
     fn held_plane(&self, windows: &[Held], how: Activation, p: usize, out: &mut [f32]) {
-        let (device, heads, importance) = (self.device, &self.heads, self.importance.as_deref());
+        let (host, heads, importance) = (&self.host, &self.heads, self.importance.as_deref());
         let ([pz, py, px], [_, ny, nx]) = (self.plan.patch, self.plan.shape);
         let (pad, classes, lanes) = (self.plan.pad(), self.plan.classes, self.plan.features);
         let scale = 1.0 / (self.plan.flips.len() * self.plan.folds) as f32;
@@ -365,7 +382,7 @@ impl<'a> Sweep<'a> {
                     g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
                 }
                 let into = &mut sum[sx * classes..][..px * classes];
-                head::accumulate(device, &heads[window.fold], how, &row, &g, into);
+                head::accumulate(host, &heads[window.fold], how, &row, &g, into);
                 weight[sx..sx + px].iter_mut().zip(&g).for_each(|(w, g)| *w += g);
             }
             for (x, out) in out.chunks_exact_mut(classes).enumerate() {
@@ -429,7 +446,8 @@ impl Sweep<'_> {
         };
         let ([_, h, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
         let (pad, k, slot) = (self.plan.pad(), self.plan.channels(), p % self.plan.patch[0]);
-        let (sum, weight) = (&sum.as_slice()[slot * h * w * k..], &weight.as_slice()[slot * h * w..]);
+        let sum = sum.plane(slot)?;
+        let weight = &weight.as_slice()[slot * h * w..];
         par::chunks_mut(out, nx * k, |y, out| {
             let at = (y + pad[1]) * w + pad[2];
             for (x, out) in out.chunks_exact_mut(k).enumerate() {

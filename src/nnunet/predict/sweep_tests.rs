@@ -76,7 +76,7 @@ fn dense(nets: &[StuNet], device: &Device, plan: &SweepPlan, how: Activation) ->
                         let mut cx = Ctx::infer(device);
                         let dims = Dims::from([1, CHANNELS, PATCH[0], PATCH[1], PATCH[2]]);
                         let input = cx.leaf(Tensor::from_host(&values, dims, device).unwrap());
-                        let logits = net.forward(&mut cx, input).unwrap().value().to_host();
+                        let logits = net.forward(&mut cx, input).unwrap().value().to_host().unwrap();
                         for i in 0..patch_len {
                             let p = flipped(i);
                             let at = inside([z + p[0], y + p[1], x + p[2]], padded);

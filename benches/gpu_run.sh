@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# Checks and measures everything that needs a GPU, in one visit to a machine that has one. Nothing is built there: it needs
+# no cargo, no network and no CUDA toolkit, only the driver; PyTorch, compute-sanitizer and ncu are used where they are.
+#
+#   benches/gpu_run.sh prepare      where the sources are: builds, and packs all that travels into .gpu/ (which git ignores)
+#   bash .gpu/gpu_run.sh check      on the machine with the GPU: every kernel and whole networks on the card; sanitizers
+#   bash .gpu/gpu_run.sh bench      ours, PyTorch, ours again; a table
+#   bash .gpu/gpu_run.sh prof       what ncu says of the kernels of one forward pass
+#
+# Logs and tables go to $OUT [gpu-results]. MODELS="small base" names the networks [small base large huge], PATCH their
+# window [128], LIMIT the seconds that a whole check or bench may take [540]. Each step has a time limit of its own and the
+# next one follows after a failure, so that one bad kernel does not cost the visit. Clocks, power and the card's modes stay
+# as they are.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+models=${MODELS:-small base large huge}
+patch=${PATCH:-128}
+limit=${LIMIT:-540}
+results=${OUT:-gpu-results}
+
+prepare() {
+    cd "$here/.."
+    # Stale PTX is not worth measuring.
+    kernels/build.sh --check-hashes
+    rm -rf .gpu
+    mkdir -p .gpu/bin
+    cargo build --release --locked --bin stunet
+    cargo test --release --locked --test all --no-run --message-format=json | python3 -c '
+import json, sys
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("executable") and m["target"]["name"] == "all" and m["profile"]["test"]:
+        print(m["executable"])' > .gpu/tests
+    cp "${CARGO_TARGET_DIR:-target}/release/stunet" .gpu/bin/stunet
+    cp "$(cat .gpu/tests)" .gpu/bin/tests
+    rm .gpu/tests
+    strip .gpu/bin/stunet .gpu/bin/tests
+    cp benches/gpu_run.sh benches/bench_torch.py .gpu/
+    {
+        git rev-parse HEAD
+        git diff HEAD | sha256sum
+    } > .gpu/commit
+    local binary
+    for binary in .gpu/bin/*; do
+        # The driver is looked for at run time: a program that links it would not start without.
+        if ldd "$binary" | grep -E 'libcuda|libnv|not found'; then
+            echo "$binary needs a library that may not be there" >&2
+            return 1
+        fi
+        echo "$binary needs $(objdump -T "$binary" | grep -oE 'GLIBC_[0-9.]+' | sort -uV | tail -n 1)"
+    done
+    du -sh .gpu
+}
+
+left() { echo $((limit - SECONDS)); }
+
+# Runs a command under a limit; what it says goes to a log, and how it ended to the summary.
+step() { # seconds, name, command...
+    local seconds=$1 name=$2 begin=$SECONDS rc=0
+    shift 2
+    if [ "$(left)" -lt 10 ]; then
+        echo "$name: no time left" | tee -a "$results/summary.txt"
+        return 0
+    fi
+    [ "$seconds" -le "$(left)" ] || seconds=$(left)
+    timeout -k 5 "$seconds" "$@" > "$results/$name.log" 2>&1 || rc=$?
+    printf '%-28s rc %-3s %4s s of %s\n' "$name" "$rc" $((SECONDS - begin)) "$seconds" | tee -a "$results/summary.txt"
+    [ "$rc" = 0 ] || { failed=1 && tail -n 15 "$results/$name.log" | cut -c1-300; }
+}
+
+begin() {
+    mkdir -p "$results"
+    results=$(cd "$results" && pwd)
+    : > "$results/summary.txt"
+    failed=0
+    # The driver's own, so that a second start does not assemble again; here, so that nothing is left elsewhere.
+    export CUDA_CACHE_PATH=$results/cache
+    chmod +x "$here"/bin/*
+    {
+        cat "$here/commit"
+        nvidia-smi
+        nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv
+        "$here/bin/stunet" info
+        ldd --version | head -n 1
+        uname -r
+        python3 -c 'import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())'
+    } > "$results/facts.txt" 2>&1 || true
+    grep -E '^cuda' "$results/facts.txt" || true
+}
+
+end() {
+    rm -rf "$results/cache"
+    echo "results in $results after $SECONDS s"
+    return "$failed"
+}
+
+check() {
+    begin
+    # The test asks for a card, so that a machine on which none is found does not look like one on which all is well.
+    export STUNET_GPU=require
+    local run=("$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card)
+    step 240 kernels "${run[@]}"
+    step 60 forward "$here/bin/stunet" bench forward --device cuda --model small --patch 32 --runs 1
+    if command -v compute-sanitizer > /dev/null; then
+        # Tens of times slower: of each family the smallest.
+        export STUNET_GPU_TESTS="batch_in_f16 repeated one_voxel first transpose3d tensor in_place equal_scores window adds_windows"
+        local tool
+        for tool in memcheck racecheck initcheck synccheck; do
+            step 120 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "${run[@]}"
+        done
+    else
+        echo "no compute-sanitizer" | tee -a "$results/summary.txt"
+    fi
+    end
+}
+
+bench() {
+    begin
+    export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$results/cache/inductor
+    local model ours torch
+    torch=$(python3 -c 'import torch; print(int(torch.cuda.is_available()))' 2> /dev/null || echo 0)
+    [ "$torch" = 1 ] || echo "no PyTorch with CUDA: only ours" | tee -a "$results/summary.txt"
+    for model in $models; do
+        ours=("$here/bin/stunet" bench forward --device cuda --model "$model" --patch "$patch" --runs 20 --json)
+        step 60 "ours_1_$model" "${ours[@]}"
+        if [ "$torch" = 1 ]; then
+            step 120 "torch_net_$model" python3 "$here/bench_torch.py" net --model "$model" --patch "$patch" --limit 110
+            step 60 "torch_layers_$model" python3 "$here/bench_torch.py" layers --model "$model" --patch "$patch" --limit 50
+        fi
+        step 60 "ours_2_$model" "${ours[@]}"
+    done
+    python3 "$here/bench_torch.py" table --results "$results" | tee "$results/table.md"
+    end
+}
+
+prof() {
+    begin
+    # A page of text for each kernel. The first passes are not of interest.
+    step 300 ncu ncu --clock-control none --target-processes all --launch-skip "${SKIP:-0}" --launch-count "${COUNT:-60}" \
+        --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis --section WarpStateStats \
+        --section SchedulerStats --section LaunchStats \
+        "$here/bin/stunet" bench forward --device cuda --model "${models%% *}" --patch "$patch" --runs 1
+    grep -E '^  [a-zA-Z_0-9]+ .*Context|Duration|Throughput|Registers Per|Achieved Occ|Stall|Bank' "$results/ncu.log" | cut -c1-110 || true
+    end
+}
+
+case ${1:-} in
+prepare) prepare ;;
+check) check ;;
+bench) bench ;;
+prof) prof ;;
+*) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac

@@ -1,0 +1,349 @@
+// Convolution from a halo brick, for tensor cores with 16-bit storage (mma.sync, sm_80 and later).
+//
+// A block computes bricks of 8 x 8 voxels in TZ planes and N filters. 16 channels of the input brick with its halo are
+// loaded once into shared memory, where zero fill is the padding, and all taps read it: a tap is a shift of the rows that
+// ldmatrix is given. Filters stream beside it, one plane of taps at a time. The input may be two tensors one after the
+// other in channels, the first of them repeated along axes, each normalised as it is loaded: neither a concatenation, nor
+// an upsampled nor a normalised tensor is ever in memory. Sums for the next normalisation are taken from the f32 results.
+#pragma once
+#include "common.cuh"
+
+struct Conv3dParams {
+    Source a, b;
+    u64 weight;     // [slab of 16 channels][tap][filter][16]
+    u64 bias;       // f32 [filters], or 0
+    u64 out;
+    u64 partials;   // f32 [N][tile][count, mean, squares][filters], or 0
+    int filters;    // padded
+    int d, h, w;    // input, as it is read
+    int out_d, out_h, out_w;
+    int kernel_z, kernel_y, kernel_x;
+    int stride_z, stride_y, stride_x;
+    int tiles_z, tiles_y, tiles_x;
+    int bricks;     // buffers for the brick: 2 load the next while one is computed with
+    int batch;
+};
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int ROW = 32;                 // bytes of a voxel's or a filter's 16 channels
+constexpr int PITCH_1 = 12;             // voxels from row to row of the brick: a multiple of 4, so that a fragment
+constexpr int PITCH_2 = 20;             // two rows further has the same swizzle; twice as wide for stride 2
+constexpr int ODD = 10;                 // at stride 2, where the odd columns start: neighbours stay neighbours
+
+// Where a block is and what of it is inside of the output.
+struct Tile {
+    int n, index, z0, y0, x0, first;    // sample, tile of the sample, first output voxel, first filter
+    __device__ __forceinline__ Tile(const Conv3dParams& p, int planes, int filters) {
+        const int groups = (p.filters + filters - 1) / filters;
+        int i = blockIdx.x;
+        first = i % groups * filters, i /= groups;      // fastest: blocks that share a brick run side by side
+        const int tiles = p.tiles_z * p.tiles_y * p.tiles_x;
+        n = i / tiles, index = i % tiles;
+        x0 = index % p.tiles_x * 8, y0 = index / p.tiles_x % p.tiles_y * 8, z0 = index / (p.tiles_x * p.tiles_y) * planes;
+    }
+};
+
+// Fragment `f` is two rows of 8 voxels: four to a plane.
+__device__ __forceinline__ bool voxel_of(const Conv3dParams& p, const Tile& t, int f, int row, int& z, int& y, int& x) {
+    z = t.z0 + (f >> 2), y = t.y0 + (f & 3) * 2 + (row >> 3), x = t.x0 + (row & 7);
+    return z < p.out_d && y < p.out_h && x < p.out_w;
+}
+
+// Adds the bias, takes the sums, and writes the results through shared memory: 16 bytes a thread, neighbours beside
+// neighbours. `shared` is free and at least WM * MI * 16 * N * 2 bytes. OWNER tells entries apart that would otherwise
+// share one static array, which PTX would have to declare outside of both.
+// The warp's i-th fragment is number `fragment` + i * STEP of the block.
+template <class T, int OWNER, int WM, int WN, int MI, int NI, int STEP = 1>
+__device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, float (&acc)[MI][NI][4], int fragment,
+                                       unsigned char* shared) {
+    constexpr int N = WN * NI * 8;
+    __shared__ float sums[3][WM][N];
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, wm = warp / WN, wn = warp % WN;
+    const int column = wn * NI * 8 + (lane & 3) * 2;
+    bool inside[MI][2];
+    #pragma unroll
+    for (int i = 0; i < MI; ++i)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int z, y, x;
+            inside[i][h] = voxel_of(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x);
+        }
+    if (p.bias) {
+        const float* bias = (const float*)p.bias + t.first;
+        #pragma unroll
+        for (int j = 0; j < NI; ++j)
+            #pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int c = column + j * 8 + e;
+                const float v = t.first + c < p.filters ? bias[c] : 0.f;
+                #pragma unroll
+                for (int i = 0; i < MI; ++i) acc[i][j][e] += v, acc[i][j][2 + e] += v;
+            }
+    }
+    // From here on no warp reads the bricks.
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < MI; ++i)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h)
+            #pragma unroll
+            for (int j = 0; j < NI; ++j) {
+                const int row = (fragment + i * STEP) * 16 + h * 8 + (lane >> 2);
+                const u32 at = swizzle<N * 2>(row * N * 2 + (column + j * 8) * 2);
+                *(u32*)(shared + at) = T::pack(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
+            }
+    if (p.partials) {
+        // Corrected two-pass: squares of deviations from the tile's own mean, whose rounding error is then removed. Every
+        // addition has its place, so that the same input always gives the same bytes.
+        const int ez = min(WM * MI / 4, p.out_d - t.z0), ey = min(8, p.out_h - t.y0), ex = min(8, p.out_w - t.x0);
+        const float count = (float)(ez * ey * ex), inverse = __frcp_rn(count);
+        float mean[NI][2];
+        #pragma unroll
+        for (int j = 0; j < NI; ++j)
+            #pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float s = 0.f;
+                #pragma unroll
+                for (int i = 0; i < MI; ++i)
+                    #pragma unroll
+                    for (int h = 0; h < 2; ++h) s += inside[i][h] ? acc[i][j][2 * h + e] : 0.f;
+                #pragma unroll
+                for (int far = 4; far < 32; far *= 2) s += __shfl_xor_sync(~0u, s, far);
+                if (lane < 4) sums[0][wm][column + j * 8 + e] = s;
+            }
+        __syncthreads();
+        #pragma unroll
+        for (int j = 0; j < NI; ++j)
+            #pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float s = 0.f;
+                #pragma unroll
+                for (int k = 0; k < WM; ++k) s += sums[0][k][column + j * 8 + e];
+                mean[j][e] = s * inverse;
+                float first = 0.f, second = 0.f;
+                #pragma unroll
+                for (int i = 0; i < MI; ++i)
+                    #pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float d = inside[i][h] ? acc[i][j][2 * h + e] - mean[j][e] : 0.f;
+                        first += d, second = __fmaf_rn(d, d, second);
+                    }
+                #pragma unroll
+                for (int far = 4; far < 32; far *= 2)
+                    first += __shfl_xor_sync(~0u, first, far), second += __shfl_xor_sync(~0u, second, far);
+                if (lane < 4) sums[1][wm][column + j * 8 + e] = first, sums[2][wm][column + j * 8 + e] = second;
+            }
+        __syncthreads();
+        if (tid < N && t.first + tid < p.filters) {
+            float s = 0.f, first = 0.f, second = 0.f;
+            #pragma unroll
+            for (int k = 0; k < WM; ++k) s += sums[0][k][tid], first += sums[1][k][tid], second += sums[2][k][tid];
+            const float off = first * inverse;
+            const u64 tile = (u64)t.n * p.tiles_z * p.tiles_y * p.tiles_x + t.index;
+            float* to = (float*)p.partials + tile * 3 * p.filters + t.first + tid;
+            to[0] = count;
+            to[p.filters] = s * inverse + off;
+            to[2 * p.filters] = fmaxf(__fmaf_rn(-off, first, second), 0.f);
+        }
+    } else {
+        __syncthreads();
+    }
+    #pragma unroll 2
+    for (int i = tid; i < WM * MI * 16 * (N / 8); i += THREADS) {
+        const int row = i / (N / 8), c = i % (N / 8) * 8;
+        int z, y, x;
+        if (voxel_of(p, t, row >> 4, row & 15, z, y, x) && t.first + c < p.filters) {
+            const uint4 v = *(const uint4*)(shared + swizzle<N * 2>(row * N * 2 + c * 2));
+            const u64 voxel = (((u64)t.n * p.out_d + z) * p.out_h + y) * p.out_w + x;
+            *(uint4*)((u16*)p.out + voxel * p.filters + t.first + c) = v;
+        }
+    }
+}
+
+// PLANE: stride 1 and 3 x 3 taps in the plane, known to the compiler; WM x WN warps have MI fragments of 16 voxels and NI of 8
+// filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis. GROUP: as PLANE, by warp groups of compute
+// capability 9.0, whose matrix instructions read both operands from shared memory: MI planes of 64 voxels by all filters.
+enum Way { PLANE, EVERY, GROUP };
+
+template <class T, Way WAY, int WM, int WN, int MI, int NI>
+struct Brick {
+    static constexpr bool ANY = WAY == EVERY;
+    static constexpr int TZ = WM * MI / 4, N = WN * NI * 8;
+    static_assert(WM * WN == WARPS && 4 % MI == 0, "warps");
+    static_assert(NI % 2 == 0, "filters are loaded by 16");
+
+    const Conv3dParams& p;
+    const Tile t;
+    int sz, sy, sx, ky, kx, pitch, rows, columns, depth;
+    u32 by_columns, by_rows;    // n * by >> 16 = n / columns for all n of a brick
+
+    __device__ __forceinline__ Brick(const Conv3dParams& p) : p(p), t(p, TZ, N) {
+        sz = ANY ? p.stride_z : 1, sy = ANY ? p.stride_y : 1, sx = ANY ? p.stride_x : 1;
+        ky = ANY ? p.kernel_y : 3, kx = ANY ? p.kernel_x : 3;
+        pitch = sx == 2 ? PITCH_2 : PITCH_1;
+        rows = 7 * sy + ky, columns = 7 * sx + kx, depth = (TZ - 1) * sz + p.kernel_z;
+        by_columns = 65536 / columns + 1, by_rows = 65536 / rows + 1;
+    }
+    __device__ __forceinline__ int bytes() const { return depth * rows * pitch * ROW; }
+    __device__ __forceinline__ int slabs() const { return (p.a.channels + p.b.channels) / BLOCK; }
+
+    // The `i`-th voxel to load, and its place in the brick.
+    __device__ __forceinline__ u32 place(int i, int& z, int& y, int& x) const {
+        const int row = ANY ? (int)(i * by_columns >> 16) : i / 10;
+        x = i - row * columns;
+        z = ANY ? (int)(row * by_rows >> 16) : row / 10;
+        y = row - z * rows;
+        const int at = ANY && sx == 2 ? (x & 1) * ODD + (x >> 1) : x;
+        return swizzle<ROW>((row * pitch + at) * ROW + (threadIdx.x & 1) * 16);
+    }
+
+    // Starts to load 16 channels; returns a bit for each of the thread's chunks that is no padding.
+    __device__ __forceinline__ u32 load(int slab, u32 to) const {
+        const bool second = slab * BLOCK >= p.a.channels;
+        const int channels = second ? p.b.channels : p.a.channels;
+        const int h = second ? p.b.h : p.a.h, w = second ? p.b.w : p.a.w, d = second ? p.b.d : p.a.d;
+        const int shift_z = second ? p.b.shift_z : p.a.shift_z, shift_y = second ? p.b.shift_y : p.a.shift_y,
+                  shift_x = second ? p.b.shift_x : p.a.shift_x;
+        const int c = slab * BLOCK - (second ? p.a.channels : 0) + (threadIdx.x & 1) * 8;
+        const u16* from = (const u16*)(second ? p.b.data : p.a.data) + (u64)t.n * d * h * w * channels + c;
+        const int z0 = t.z0 * sz - p.kernel_z / 2, y0 = t.y0 * sy - ky / 2, x0 = t.x0 * sx - kx / 2;
+        const int voxels = depth * rows * columns;
+        u32 real = 0, bit = 1;
+        #pragma unroll 2
+        for (int i = threadIdx.x >> 1; i < voxels; i += THREADS / 2, bit += bit) {
+            int z, y, x;
+            const u32 at = place(i, z, y, x);
+            z += z0, y += y0, x += x0;
+            const bool ok = (u32)z < (u32)p.d && (u32)y < (u32)p.h && (u32)x < (u32)p.w;
+            const int voxel = ((z >> shift_z) * h + (y >> shift_y)) * w + (x >> shift_x);
+            copy16(to + at, ok ? from + (u64)(u32)voxel * channels : from, ok ? 16 : 0);
+            real |= ok ? bit : 0;
+        }
+        return real;
+    }
+
+    // Normalises the chunks that this thread loaded itself: they need no barrier. Padding stays zero.
+    __device__ __forceinline__ void normalise(int slab, unsigned char* brick, u32 real) const {
+        const bool second = slab * BLOCK >= p.a.channels;
+        const u64 norm = second ? p.b.norm : p.a.norm;
+        if (!norm) return;
+        const int channels = second ? p.b.channels : p.a.channels;
+        const int c = slab * BLOCK - (second ? p.a.channels : 0) + (threadIdx.x & 1) * 8;
+        const float slope = second ? p.b.slope : p.a.slope;
+        Norm8 n;
+        n.load((const float*)norm + (u64)t.n * 3 * channels, channels, c);
+        #pragma unroll 1
+        for (int i = threadIdx.x >> 1; real; i += THREADS / 2, real >>= 1) {
+            if (!(real & 1)) continue;
+            int z, y, x;
+            uint4* v = (uint4*)(brick + place(i, z, y, x));
+            *v = n.template apply<T>(*v, slope);
+        }
+    }
+
+    // Starts to load the filters of one plane of taps.
+    __device__ __forceinline__ void load_weights(int slab, int tz, u32 to) const {
+        const int taps = ky * kx;
+        const u16* from = (const u16*)p.weight + ((u64)(slab * p.kernel_z + tz) * taps * p.filters + t.first) * BLOCK;
+        #pragma unroll 2
+        for (int i = threadIdx.x; i < taps * N * 2; i += THREADS) {
+            const int tap = i / (N * 2), rest = i % (N * 2);
+            const bool ok = t.first + (rest >> 1) < p.filters;
+            copy16(to + swizzle<ROW>(i * 16), ok ? from + (u64)tap * p.filters * BLOCK + rest * 8 : from, ok ? 16 : 0);
+        }
+    }
+
+    // One plane of taps. `row` is the brick's voxel that the lane's first row starts at.
+    __device__ __forceinline__ void multiply(float (&acc)[MI][NI][4], u32 brick, u32 weight, int row) const {
+        const int lane = threadIdx.x & 31;
+        const u32 chunk = (lane >> 4) * 16;
+        const int far = 2 * sy * pitch * ROW;
+        for (int ty = 0; ty < ky; ++ty)
+            #pragma unroll(ANY ? 1 : 3)
+            for (int tx = 0; tx < kx; ++tx) {
+                const int at = row + ty * pitch + (ANY && sx == 2 ? (tx & 1) * ODD + (tx >> 1) : tx);
+                const u32 from = brick + swizzle<ROW>(at * ROW + chunk);
+                u32 a[MI][4], b[NI / 2][4];
+                #pragma unroll
+                for (int j = 0; j < NI / 2; ++j) load_matrices(b[j], weight + (ty * kx + tx) * N * ROW + j * 16 * ROW);
+                #pragma unroll
+                for (int i = 0; i < MI; ++i) load_matrices(a[i], from + i * far);
+                #pragma unroll
+                for (int i = 0; i < MI; ++i)
+                    #pragma unroll
+                    for (int j = 0; j < NI; ++j) T::mma(acc[i][j], a[i], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
+            }
+    }
+
+    // The same by warp groups. Rows of 8 voxels are 256 bytes, which is how far their swizzle of 32 bytes reaches, and groups
+    // of them are a row of the brick apart. A tap starts at any voxel: the swizzle is that of the address.
+    __device__ __forceinline__ void multiply_group(float (&acc)[MI][NI][4], u32 brick, u32 weight, int row) const {
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        #pragma unroll
+        for (int tap = 0; tap < 9; ++tap)
+            #pragma unroll
+            for (int i = 0; i < MI; ++i) {
+                const u32 a = brick + (row + (i * 10 + tap / 3) * PITCH_1 + tap % 3) * ROW;
+                T::multiply_group(acc[i], group_operand(a, PITCH_1 * ROW), group_operand(weight + tap * N * ROW, 8 * ROW));
+            }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    }
+    // K-major rows of 32 bytes, swizzled; `far` bytes from 8 rows to the next 8.
+    static __device__ __forceinline__ u64 group_operand(u32 address, u32 far) {
+        return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | (u64)(far >> 4) << 32 | 3ull << 62;
+    }
+
+    __device__ __forceinline__ void run(unsigned char* shared) const {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp / WN, wn = warp % WN;
+        const u32 start = shared_address(shared);
+        const int brick_bytes = bytes(), weight_bytes = ky * kx * N * ROW, weights = p.bricks * brick_bytes;
+        const int f = WAY == GROUP ? (warp >> 2) * MI * 4 + (warp & 3) : wm * MI, r = lane & 15;
+        const int plane = (warp >> 2) * MI * rows * pitch;
+        const int row = ((f >> 2) * sz * rows + ((f & 3) * 2 + (r >> 3)) * sy) * pitch + (r & 7);
+        const u32 filter = swizzle<ROW>((wn * NI * 8 + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16);
+        float acc[MI][NI][4] = {};
+        const int count = slabs();
+        u32 real = load(0, start), next = 0;
+        load_weights(0, 0, start + weights);
+        copy_commit();
+        int stage = 0;
+        for (int slab = 0; slab < count; ++slab) {
+            const int buffer = p.bricks == 2 ? slab & 1 : 0;
+            if (slab > 0 && p.bricks == 1) {
+                __syncthreads();                            // the only buffer is read no more
+                next = load(slab, start);
+                copy_commit();
+            }
+            if (slab > 0) real = next;
+            for (int tz = 0; tz < p.kernel_z; ++tz, ++stage) {
+                // The second plane of taps needs its filters but not yet the next brick, which was asked for after them.
+                if (tz == 1 && p.bricks == 2 && slab + 1 < count) copy_wait<1>();
+                else copy_wait<0>();
+                if (tz == 0) normalise(slab, shared + buffer * brick_bytes, real);
+                if (WAY == GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncthreads();                            // loaded by all, and the stage before is done by all
+                const bool last = tz + 1 == p.kernel_z;
+                if (!last || slab + 1 < count) {
+                    load_weights(last ? slab + 1 : slab, last ? 0 : tz + 1, start + weights + (~stage & 1) * weight_bytes);
+                    copy_commit();
+                }
+                if (tz == 0 && p.bricks == 2 && slab + 1 < count) {
+                    next = load(slab + 1, start + (buffer ^ 1) * brick_bytes);
+                    copy_commit();
+                }
+                const u32 brick = start + buffer * brick_bytes, weight = start + weights + (stage & 1) * weight_bytes;
+                if constexpr (WAY == GROUP) multiply_group(acc, brick, weight, plane + tz * rows * pitch);
+                else multiply(acc, brick, weight + filter, row + tz * rows * pitch);
+            }
+        }
+        finish<T, WAY, WM, WN, MI, NI, WAY == GROUP ? 4 : 1>(p, t, acc, f, shared);
+    }
+};
+
+#define CONV3D(NAME, STORAGE, WAY, WM, WN, MI, NI, BLOCKS)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, AMPERE ? BLOCKS : 1) NAME(const Conv3dParams p) {              \
+        extern __shared__ __align__(WAY == GROUP ? 1024 : 128) unsigned char shared[];                                     \
+        Brick<STORAGE, WAY, WM, WN, MI, NI>(p).run(shared);                                                              \
+    }

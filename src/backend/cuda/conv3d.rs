@@ -1,0 +1,338 @@
+//! Convolution: from halo bricks in shared memory (`kernels/conv3d.cuh`), of single voxels (`kernels/gemm.cuh`), and the
+//! plain reference in f32.
+
+pub mod first;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::launch::{Driver, Files, Launch, Memory, files, module, shared_limit};
+use super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
+use crate::error::{Error, Result};
+
+const OP: &str = "conv3d";
+const THREADS: u32 = 256;
+
+static BF16: Files = files!("conv3d_bf16", bf16);
+static F16: Files = files!("conv3d_f16");
+static F32: Files = files!("conv3d_f32");
+static POINTWISE: Files = files!("conv3d_pointwise");
+/// For compute capability 9.0 alone.
+static GROUP: Files = Files::new(None, module!("conv3d_group.sm90a.ptx"));
+
+/// A convolution with padding of half the kernel.
+#[derive(Debug, Clone, Copy)]
+pub struct Problem<'a> {
+    /// Of everything but bias and moments.
+    pub storage: Storage,
+    /// Samples.
+    pub batch: usize,
+    /// One or two, one after the other in channels.
+    pub sources: &'a [Source],
+    /// From [`pack_weight`].
+    pub weight: Memory,
+    /// f32 `[padded filters]`.
+    pub bias: Option<Memory>,
+    /// Output channels without padding.
+    pub filters: usize,
+    /// 1 or 3 per axis.
+    pub kernel: [usize; 3],
+    /// 1 or 2 per axis.
+    pub stride: [usize; 3],
+    /// `[N][D][H][W][padded filters]`, D, H, W from [`output_space`].
+    pub out: Memory,
+    /// f32 `[N][tiles][count, mean, squares][padded filters]`: moments of the tiles, from f32 results.
+    pub partials: Option<Memory>,
+}
+
+/// `Conv3dParams` of `kernels/conv3d.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+struct Params {
+    sources: [SourceParams; 2],
+    weight: u64,
+    bias: u64,
+    out: u64,
+    partials: u64,
+    filters: i32,
+    space: [i32; 3],
+    out_space: [i32; 3],
+    kernel: [i32; 3],
+    stride: [i32; 3],
+    tiles: [i32; 3],
+    bricks: i32,
+    batch: i32,
+}
+
+/// How a variant cuts the problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Planes of 8 x 8 voxels from a halo brick; 3 x 3 taps in the plane at stride 1.
+    Brick(usize),
+    /// The same for any kernel and stride.
+    AnyBrick(usize),
+    /// As [`Kind::Brick`] by warp groups of compute capability 9.0. Not yet run on a card: by name only.
+    GroupBrick(usize),
+    /// Rows of voxels; kernel of one voxel, no moments.
+    Pointwise,
+    /// A thread a value in f32, no moments.
+    Plain,
+}
+
+struct Variant {
+    name: &'static str,
+    /// Filters of a block.
+    filters: usize,
+    kind: Kind,
+    /// Warps along the voxels, each with sums of its own.
+    warps: usize,
+    /// Estimate of how much of the matrix units it keeps busy, from what it reads of shared memory for a product.
+    efficiency: f64,
+}
+
+const VARIANTS: [Variant; 12] = [
+    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.0 },
+    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.0 },
+    Variant { name: "n64", filters: 64, kind: Kind::Brick(4), warps: 4, efficiency: 1.0 },
+    Variant { name: "n32", filters: 32, kind: Kind::Brick(8), warps: 8, efficiency: 1.0 },
+    Variant { name: "n16", filters: 16, kind: Kind::Brick(8), warps: 8, efficiency: 0.8 },
+    Variant { name: "pointwise_n64", filters: 64, kind: Kind::Pointwise, warps: 0, efficiency: 1.0 },
+    Variant { name: "pointwise_n32", filters: 32, kind: Kind::Pointwise, warps: 0, efficiency: 0.9 },
+    Variant { name: "pointwise_n16", filters: 16, kind: Kind::Pointwise, warps: 0, efficiency: 0.8 },
+    Variant { name: "any_n64", filters: 64, kind: Kind::AnyBrick(2), warps: 4, efficiency: 0.7 },
+    Variant { name: "any_n32", filters: 32, kind: Kind::AnyBrick(2), warps: 4, efficiency: 0.5 },
+    Variant { name: "any_n16", filters: 16, kind: Kind::AnyBrick(2), warps: 8, efficiency: 0.35 },
+    Variant { name: "plain", filters: BLOCK, kind: Kind::Plain, warps: 0, efficiency: 1.0 },
+];
+
+impl Variant {
+    /// Whether the card can solve the problem so.
+    fn supports(&self, p: &Problem<'_>, measured: bool, driver: &dyn Driver) -> bool {
+        let half = p.storage != Storage::F32;
+        let limit = shared_limit(driver);
+        if self.shared(p, 1, limit).0 + self.sums() > limit {
+            return false;
+        }
+        match self.kind {
+            Kind::Brick(_) => half && p.stride == [1; 3] && p.kernel[1..] == [3; 2],
+            Kind::GroupBrick(_) => {
+                half && p.stride == [1; 3] && p.kernel[1..] == [3; 2] && driver.capability() == [9, 0]
+            }
+            Kind::AnyBrick(_) => half,
+            Kind::Pointwise => half && p.kernel == [1; 3] && !measured,
+            Kind::Plain => !half && !measured,
+        }
+    }
+
+    /// Tiles of a sample along each axis.
+    fn tiles(&self, out: [usize; 3]) -> [usize; 3] {
+        match self.kind {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => {
+                [out[0].div_ceil(planes), out[1].div_ceil(8), out[2].div_ceil(8)]
+            }
+            Kind::Pointwise | Kind::Plain => [1; 3],
+        }
+    }
+
+    /// Blocks, and voxels of each.
+    fn blocks(&self, p: &Problem<'_>, out: [usize; 3]) -> (usize, usize) {
+        let groups = padded(p.filters).div_ceil(self.filters);
+        let voxels = p.batch * out.iter().product::<usize>();
+        match self.kind {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => {
+                (p.batch * self.tiles(out).iter().product::<usize>() * groups, planes * 64)
+            }
+            Kind::Pointwise => (voxels.div_ceil(gemm::ROWS) * groups, gemm::ROWS),
+            Kind::Plain => (voxels * padded(p.filters), 1),
+        }
+    }
+
+    /// Static shared memory: three sums a filter and warp.
+    fn sums(&self) -> usize {
+        3 * self.warps * self.filters * 4
+    }
+
+    /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
+    /// there is more than one and room.
+    fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
+        let (Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes)) = self.kind else {
+            return (0, 1);
+        };
+        let row = BLOCK * 2;
+        let pitch = if p.stride[2] == 2 { 20 } else { 12 };
+        let depth = (planes - 1) * p.stride[0] + p.kernel[0];
+        let brick = depth * (7 * p.stride[1] + p.kernel[1]) * pitch * row;
+        let weights = 2 * p.kernel[1] * p.kernel[2] * self.filters * row;
+        let results = planes * 64 * self.filters * 2;
+        let bricks = if slabs > 1 && 2 * brick + weights + self.sums() <= limit { 2 } else { 1 };
+        ((bricks * brick + weights).max(results), bricks)
+    }
+}
+
+/// D, H, W of the result.
+#[must_use]
+pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -> [usize; 3] {
+    [0, 1, 2].map(|a| (input[a] + kernel[a] / 2 * 2 - kernel[a]) / stride[a] + 1)
+}
+
+/// Names of the variants that can solve the problem, with moments or without.
+#[must_use]
+pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'static str> {
+    VARIANTS.iter().filter(|v| v.supports(p, measured, driver)).map(|v| v.name).collect()
+}
+
+/// The variant of that name, or the one expected to be done first: waves of blocks times the work of a block.
+fn choose(
+    p: &Problem<'_>,
+    out: [usize; 3],
+    measured: bool,
+    driver: &dyn Driver,
+    name: Option<&str>,
+) -> Result<&'static Variant> {
+    let multiprocessors = driver.multiprocessors().max(1);
+    let cost = |v: &Variant| {
+        let (blocks, voxels) = v.blocks(p, out);
+        (blocks.div_ceil(multiprocessors) * v.filters * voxels) as f64 / v.efficiency
+    };
+    let asked = |v: &Variant| name.map_or(!matches!(v.kind, Kind::GroupBrick(_)), |n| n == v.name);
+    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, driver) && asked(v));
+    fit.min_by(|a, b| cost(a).total_cmp(&cost(b)))
+        .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
+}
+
+/// The variant that [`run`] takes.
+///
+/// # Errors
+/// As [`run`].
+pub fn chosen(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<&'static str> {
+    let out = output_space(check(p)?, p.kernel, p.stride);
+    Ok(choose(p, out, p.partials.is_some(), driver, name)?.name)
+}
+
+/// Tiles of a sample, each with its own moments: [`Problem::partials`] holds `N * tiles * 3 * padded filters` floats.
+/// None for f32, which is measured by [`super::moments::tiles`] instead.
+///
+/// # Errors
+/// As [`run`].
+pub fn tiles(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<usize> {
+    let out = output_space(check(p)?, p.kernel, p.stride);
+    Ok(choose(p, out, true, driver, name)?.tiles(out).iter().product())
+}
+
+/// Filters `[O, I, kD, kH, kW]` as the kernel reads them, `[slab of 16 channels][tap][padded filter][16]`; `channels` are
+/// those of each source, which are padded each.
+///
+/// # Errors
+/// [`Error::Shape`] when the sizes do not fit.
+pub fn pack_weight(values: &[f32], dims: [usize; 5], channels: &[usize], storage: Storage) -> Result<Vec<u8>> {
+    let [o, i, kernel @ ..] = dims;
+    let taps: usize = kernel.iter().product();
+    if values.len() != o * i * taps || channels.iter().sum::<usize>() != i {
+        return Err(Error::shape(OP, format!("{} filter values of {dims:?} for {channels:?} channels", values.len())));
+    }
+    let filters = padded(o);
+    let slabs: usize = channels.iter().map(|c| padded(*c) / BLOCK).sum();
+    let mut packed = vec![0.0; slabs * taps * filters * BLOCK];
+    let (mut first, mut start) = (0, 0);
+    for &count in channels {
+        for f in 0..o {
+            for c in 0..count {
+                let slab = start + c / BLOCK;
+                for t in 0..taps {
+                    let at = ((slab * taps + t) * filters + f) * BLOCK + c % BLOCK;
+                    packed[at] = values[(f * i + first + c) * taps + t];
+                }
+            }
+        }
+        first += count;
+        start += padded(count) / BLOCK;
+    }
+    Ok(storage.store(&packed))
+}
+
+/// Checks what does not depend on the variant; the input's size.
+fn check(p: &Problem<'_>) -> Result<[usize; 3]> {
+    let ok = p.kernel.iter().all(|k| matches!(k, 1 | 3)) && p.stride.iter().all(|s| matches!(s, 1 | 2));
+    if !ok || p.filters == 0 {
+        let what = format!("{} filters of {:?} at stride {:?} in {:?}", p.filters, p.kernel, p.stride, p.storage);
+        return Err(Error::shape(OP, what));
+    }
+    sources(OP, p.storage, p.batch, p.sources)?;
+    Ok(p.sources[0].read_space())
+}
+
+/// Runs the convolution by the variant of that name, or by the one expected to be fastest.
+///
+/// # Errors
+/// [`Error::Shape`] for sizes, kernels and strides that are not supported or do not fit the memory; [`Error::Device`].
+pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<()> {
+    let space = check(p)?;
+    let out = output_space(space, p.kernel, p.stride);
+    let v = choose(p, out, p.partials.is_some(), driver, name)?;
+    if v.kind == Kind::Pointwise {
+        return pointwise(driver, p, v, out);
+    }
+    let filters = padded(p.filters);
+    let channels: Vec<usize> = p.sources.iter().map(|s| padded(s.channels)).collect();
+    let slabs = channels.iter().sum::<usize>() / BLOCK;
+    let taps: usize = p.kernel.iter().product();
+    let (shared, bricks) = v.shared(p, slabs, shared_limit(driver));
+    let tiles = v.tiles(out);
+    let size = p.storage.bytes();
+    let ints = |n| ints(OP, n);
+    let count = p.batch * tiles.iter().product::<usize>();
+    let params = Params {
+        sources: sources(OP, p.storage, p.batch, p.sources)?,
+        weight: p.weight.at_least(slabs * taps * filters * BLOCK * size, OP, "the filter")?,
+        bias: p.bias.map_or(Ok(0), |b| b.at_least(filters * 4, OP, "the bias"))?,
+        out: p.out.at_least(voxels(OP, p.batch, out)? * filters * size, OP, "the result")?,
+        partials: p.partials.map_or(Ok(0), |m| m.at_least(count * 3 * filters * 4, OP, "the moments"))?,
+        filters: int(OP, filters)?,
+        space: ints(space)?,
+        out_space: ints(out)?,
+        kernel: ints(p.kernel)?,
+        stride: ints(p.stride)?,
+        tiles: ints(tiles)?,
+        bricks: int(OP, bricks)?,
+        batch: int(OP, p.batch)?,
+    };
+    let (blocks, _) = v.blocks(p, out);
+    let blocks = if v.kind == Kind::Plain { blocks.div_ceil(THREADS as usize) } else { blocks };
+    let launch = Launch::line(blocks, THREADS, shared)?;
+    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
+}
+
+fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3]) -> Result<()> {
+    let mut params = gemm::params(OP, p.storage, p.batch, p.sources, p.weight, p.bias, p.filters)?;
+    params.space = ints(OP, out)?;
+    params.stride = ints(OP, p.stride)?;
+    let rows = voxels(OP, p.batch, out)?;
+    int(OP, rows)?;
+    let values = rows * padded(p.filters);
+    params.out = p.out.at_least(values * p.storage.bytes(), OP, "the result")?;
+    let launch = Launch::line(v.blocks(p, out).0, THREADS, 0)?;
+    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
+}
+
+fn files(v: &Variant, storage: Storage) -> &'static Files {
+    match (v.kind, storage) {
+        (Kind::Plain, _) => &F32,
+        (Kind::Pointwise, _) => &POINTWISE,
+        (Kind::GroupBrick(_), _) => &GROUP,
+        (_, Storage::F16) => &F16,
+        _ => &BF16,
+    }
+}
+
+fn entry(v: &Variant, storage: Storage) -> String {
+    if v.kind == Kind::Plain { "conv3d_f32".into() } else { format!("conv3d_{}_{}", v.name, storage.name()) }
+}
+
+pub(super) fn entries() -> Vec<Entry> {
+    let mut all = first::entries();
+    for v in &VARIANTS {
+        let params = if v.kind == Kind::Pointwise { size_of::<gemm::Params>() } else { size_of::<Params>() };
+        let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };
+        all.extend(storages.iter().flat_map(|s| Entry::of(files(v, *s), entry(v, *s), params)));
+    }
+    all
+}

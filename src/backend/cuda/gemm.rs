@@ -1,0 +1,56 @@
+//! What convolutions of single voxels and transposed convolutions share, `kernels/gemm.cuh`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{BLOCK, Source, SourceParams, Storage, int, padded, sources};
+use crate::error::Result;
+use crate::tensor::cuda::Memory;
+
+/// Voxels of a block.
+pub(super) const ROWS: usize = 128;
+
+/// `GemmParams` of `kernels/gemm.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Params {
+    pub(super) sources: [SourceParams; 2],
+    pub(super) weight: u64,
+    pub(super) bias: u64,
+    pub(super) out: u64,
+    pub(super) filters: i32,
+    pub(super) batch: i32,
+    /// Voxels that are computed.
+    pub(super) space: [i32; 3],
+    /// Of the input that is read.
+    pub(super) stride: [i32; 3],
+    /// Taps that are scattered.
+    pub(super) kernel: [i32; 3],
+    pub(super) unused: i32,
+}
+
+/// Without `space`, `stride`, `kernel` and `out`; the filter of one tap.
+pub(super) fn params(
+    op: &'static str,
+    storage: Storage,
+    batch: usize,
+    from: &[Source],
+    weight: Memory,
+    bias: Option<Memory>,
+    filters: usize,
+) -> Result<Params> {
+    let channels: usize = from.iter().map(|s| padded(s.channels)).sum();
+    debug_assert_eq!(channels % BLOCK, 0);
+    let filters = padded(filters);
+    Ok(Params {
+        sources: sources(op, storage, batch, from)?,
+        weight: weight.at_least(channels * filters * storage.bytes(), op, "the filter")?,
+        bias: bias.map_or(Ok(0), |b| b.at_least(filters * 4, op, "the bias"))?,
+        out: 0,
+        filters: int(op, filters)?,
+        batch: int(op, batch)?,
+        space: [0; 3],
+        stride: [1; 3],
+        kernel: [1; 3],
+        unused: 0,
+    })
+}

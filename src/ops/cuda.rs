@@ -1,0 +1,589 @@
+//! Operations on a card: what they check, which kernels they are made of, and where their results go.
+//!
+//! Activations are `[N][D][H][W][channels padded to 16]`, in the 16 bits (or f32, the plain reference) in which the filters
+//! are stored. Normalisations are applied while they are read, nothing is upsampled or concatenated in memory.
+
+use std::time::Instant;
+
+use super::lazy::{Affine, CardMoments, Moments, Source};
+use super::{Conv3d, InstanceNorm, activation, same_device};
+use crate::autograd::{Ctx, Param, Var};
+use crate::backend::cuda as backend;
+use crate::backend::cuda::{Storage, conv3d as kernels, padded};
+use crate::error::{Error, Result};
+use crate::tensor::cuda::{Driver, Memory};
+use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
+
+/// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
+const FIRST: usize = kernels::first::CHANNELS;
+const FIRST_NAME: &str = "first";
+
+fn unsupported<T>(op: &str, what: &str) -> Result<T> {
+    Err(Error::unsupported(format!("{op} on a card: {what}")))
+}
+
+fn storage(precision: Precision) -> Storage {
+    match precision {
+        Precision::F32 => Storage::F32,
+        Precision::Bf16 => Storage::Bf16,
+        Precision::F16 => Storage::F16,
+    }
+}
+
+fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
+    device.driver().ok_or_else(|| Error::Device { what: format!("{op}: {} is no card", device.name()) })
+}
+
+/// Where a tensor of `device` is.
+fn memory(op: &'static str, device: &Device, t: &Tensor) -> Result<Memory> {
+    same_device(op, device, t.device())?;
+    t.cuda().ok_or_else(|| Error::shape(op, format!("a tensor of {} on a card", t.device().name())))
+}
+
+/// Records an operation that began at `clock`, for which its kernels have to be waited for.
+fn note(
+    cx: &mut Ctx<'_>,
+    op: &'static str,
+    clock: Option<Instant>,
+    kernel: &'static str,
+    macs: u64,
+    what: impl FnOnce() -> String,
+) -> Result<()> {
+    if clock.is_some() {
+        card(op, cx.device())?.synchronize()?;
+    }
+    cx.note(op, clock, kernel, macs, what);
+    Ok(())
+}
+
+/// Sizes of a convolution, for people, and its multiply-accumulates.
+fn describe([o, i, kd, kh, kw]: [usize; 5], stride: [usize; 3], out: &Tensor) -> (String, u64) {
+    let [n, _, d, h, w] = out.dims().five();
+    let [sz, sy, sx] = stride;
+    let macs = [n, o, i, kd, kh, kw, d, h, w].iter().fold(1, |n: u64, &v| n.saturating_mul(v as u64));
+    (format!("{i}->{o} {kd}x{kh}x{kw} stride {sz}x{sy}x{sx} at {d}x{h}x{w}"), macs)
+}
+
+/// Voxels with their channels side by side.
+fn voxels(op: &'static str, dims: Dims, precision: Precision, device: &Device) -> Result<Tensor> {
+    let [_, c, ..] = activation(op, &dims)?;
+    Tensor::empty_in(dims, Layout { block: padded(c) }, precision, device)
+}
+
+/// f32 in no order but its own.
+fn plain(floats: usize, device: &Device) -> Result<Tensor> {
+    Tensor::empty(Dims::from([floats]), Layout::PLAIN, device)
+}
+
+/// `bytes` on the device, as values of `precision`.
+fn upload(op: &'static str, bytes: &[u8], precision: Precision, device: &Device) -> Result<Tensor> {
+    let dims = Dims::from([bytes.len() / precision.size()]);
+    let t = Tensor::empty_in(dims, Layout::PLAIN, precision, device)?;
+    card(op, device)?.upload(memory(op, device, &t)?, bytes)?;
+    Ok(t)
+}
+
+/// See [`super::pack_filter`].
+pub(super) fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
+    let (storage, i) = (storage(precision), dims[1]);
+    let mut bytes = kernels::pack_weight(values, dims, &[i], storage)?;
+    if Form::Halves.exists(dims, precision) {
+        bytes.extend(kernels::pack_weight(values, dims, &[i / 2; 2], storage)?);
+    }
+    if Form::First.exists(dims, precision) {
+        bytes.extend(kernels::first::pack_weight(values, dims, storage)?);
+    }
+    upload("pack_filter", &bytes, precision, device)
+}
+
+/// The orders in which a filter lies one after the other, as far as it may be asked for in them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// For one source, and for two of which the first fills whole blocks of channels.
+    Whole,
+    /// For two sources of equal channels that do not.
+    Halves,
+    /// For few channels that arrive as planes.
+    First,
+}
+
+impl Form {
+    fn exists(self, [_, i, ..]: [usize; 5], precision: Precision) -> bool {
+        match self {
+            Form::Whole => true,
+            Form::Halves => i.is_multiple_of(2) && !(i / 2).is_multiple_of(backend::BLOCK),
+            Form::First => i <= FIRST && precision != Precision::F32,
+        }
+    }
+
+    /// Input channels with their padding, all taps together.
+    fn terms(self, [_, i, kernel @ ..]: [usize; 5]) -> usize {
+        let taps: usize = kernel.iter().product();
+        match self {
+            Form::Whole => padded(i) * taps,
+            Form::Halves => 2 * padded(i / 2) * taps,
+            Form::First => padded(i * taps),
+        }
+    }
+
+    /// The form of sources with these channels.
+    fn of(op: &str, channels: &[usize]) -> Result<Form> {
+        match *channels {
+            [_] => Ok(Form::Whole),
+            [a, _] if a.is_multiple_of(backend::BLOCK) => Ok(Form::Whole),
+            [a, b] if a == b => Ok(Form::Halves),
+            _ => {
+                unsupported(op, &format!("sources of {channels:?} channels, the first neither whole blocks nor a half"))
+            }
+        }
+    }
+
+    /// Where it is.
+    fn memory(self, op: &'static str, device: &Device, w: &Param) -> Result<Memory> {
+        let (dims, precision) = (w.dims().five(), w.precision());
+        let all = memory(op, device, w.value())?;
+        let bytes =
+            |f: Form| if f.exists(dims, precision) { f.terms(dims) * padded(dims[0]) * precision.size() } else { 0 };
+        let before: usize =
+            [Form::Whole, Form::Halves, Form::First].into_iter().take_while(|f| *f != self).map(bytes).sum();
+        let part = Memory { address: all.address + before as u64, bytes: bytes(self) };
+        if part.bytes == 0 || before + part.bytes > all.bytes {
+            return Err(Error::shape(op, format!("filter {:?} is not packed for a card", w.dims())));
+        }
+        Ok(part)
+    }
+}
+
+/// See [`super::pack_vector`].
+pub(super) fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
+    let mut all = values.to_vec();
+    all.resize(padded(values.len()), 0.0);
+    upload("pack_vector", bytemuck::cast_slice(&all), Precision::F32, device)
+}
+
+/// `x` as voxels in `precision`; only the network's input arrives as planes.
+pub(super) fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
+    if x.layout() == Layout::PLAIN {
+        let [batch, channels, space @ ..] = activation(op, x.dims())?;
+        let out = voxels(op, *x.dims(), precision, x.device())?;
+        let (planes, values) = (memory(op, x.device(), &x)?, memory(op, x.device(), &out)?);
+        let storage = storage(precision);
+        let p = backend::relayout::Problem { storage, batch, channels, space, planes, values, flip: [false; 3] };
+        backend::relayout::to_voxels(card(op, x.device())?, &p)?;
+        return Ok(out);
+    }
+    if x.precision() != precision || x.layout().block != padded(x.dims().five()[1]) {
+        let (x, beside) = (x.precision().name(), precision.name());
+        return unsupported(op, &format!("values in {x} beside {beside}, or in another layout"));
+    }
+    Ok(x)
+}
+
+/// A source as kernels read it. Keeps nothing alive: whoever calls does.
+fn read(op: &'static str, device: &Device, s: &Source) -> Result<backend::Source> {
+    let [_, channels, space @ ..] = s.value.value().dims().five();
+    Ok(backend::Source {
+        data: memory(op, device, s.value.value())?,
+        channels,
+        space,
+        repeat: s.factor,
+        norm: s.norm.as_deref().map(|n| norm(op, device, n)).transpose()?,
+    })
+}
+
+/// A normalisation with its leaky ReLU.
+fn norm(op: &'static str, device: &Device, n: &Affine) -> Result<backend::Norm> {
+    let Some(planes) = n.card() else {
+        return Err(Error::shape(op, "a normalisation of the processor's on a card"));
+    };
+    Ok(backend::Norm { planes: memory(op, device, planes)?, slope: n.slope() })
+}
+
+/// What a convolution works on, as tensors that live until its kernels are launched: work on one card is done in order, so
+/// their memory may then be given to what comes after.
+struct Inputs {
+    sources: Vec<Source>,
+    dims: [usize; 5],
+}
+
+impl Inputs {
+    fn new(op: &'static str, sources: Vec<Source>, w: &Param, planes: bool) -> Result<Self> {
+        let precision = w.precision();
+        let dims = super::conv3d::concatenated(&sources)?.five();
+        let each = |s: Source| {
+            let x = s.value.into_value();
+            let value = if planes { x } else { as_voxels(op, x, precision)? };
+            Ok(Source { value: Var { value }, ..s })
+        };
+        Ok(Self { sources: sources.into_iter().map(each).collect::<Result<_>>()?, dims })
+    }
+}
+
+/// The variants that can convolve inputs of `channels` each and sizes `[batch, _, D, H, W]` together with `w`, and which of
+/// them is taken.
+pub(super) fn conv3d_variants(
+    device: &Device,
+    [batch, _, space @ ..]: [usize; 5],
+    channels: &[usize],
+    w: &Param,
+    how: Conv3d,
+) -> Result<(Vec<&'static str>, &'static str)> {
+    const OP: &str = "conv3d";
+    let [filters, _, kernel @ ..] = w.dims().five();
+    if Form::First.exists(w.dims().five(), w.precision()) && how.stride == [1; 3] && channels.len() == 1 {
+        return Ok((vec![FIRST_NAME], FIRST_NAME));
+    }
+    // Nothing runs, so that there is room everywhere.
+    let anywhere = Memory { address: 0, bytes: usize::MAX };
+    let sources: Vec<_> = channels.iter().map(|c| backend::Source::plain(anywhere, *c, space)).collect();
+    let measured = w.precision() != Precision::F32;
+    let p = kernels::Problem {
+        storage: storage(w.precision()),
+        batch,
+        sources: &sources,
+        weight: anywhere,
+        bias: None,
+        filters,
+        kernel,
+        stride: how.stride,
+        out: anywhere,
+        partials: measured.then_some(anywhere),
+    };
+    let driver = card(OP, device)?;
+    Ok((kernels::variants(driver, &p, measured), kernels::chosen(driver, &p, None)?))
+}
+
+/// See [`super::conv3d`] and [`super::conv3d_measured`]; by the variant `name` if there is one.
+pub(super) fn conv3d(
+    cx: &mut Ctx<'_>,
+    sources: Vec<Source>,
+    w: &Param,
+    b: Option<&Param>,
+    how: Conv3d,
+    name: Option<&str>,
+    measure: bool,
+) -> Result<(Var, Moments)> {
+    const OP: &str = "conv3d";
+    let [filters, channels, kernel @ ..] = w.dims().five();
+    if how.padding != kernel.map(|k| k / 2) {
+        return unsupported(OP, &format!("padding {:?} of a kernel of {kernel:?}", how.padding));
+    }
+    let clock = cx.clock();
+    let driver = card(OP, cx.device())?;
+    let precision = w.precision();
+    if cx.is_strict() && precision != Precision::F32 {
+        return unsupported(OP, &format!("strictly, stored as {}; expected f32", precision.name()));
+    }
+    // The image as it arrives; inner layers of so few channels have voxels.
+    let first = Form::First.exists(w.dims().five(), precision)
+        && how.stride == [1; 3]
+        && sources.iter().all(|s| s.is_plain() && s.value.value().layout() == Layout::PLAIN);
+    let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
+    let form = if first { Form::First } else { Form::of(OP, &each)? };
+    let inputs = Inputs::new(OP, sources, w, first)?;
+    let [batch, _, space @ ..] = inputs.dims;
+    let [d, h, width] = kernels::output_space(space, kernel, how.stride);
+    let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
+    let device = cx.device();
+    let weight = form.memory(OP, device, w)?;
+    let bias = b.map(|b| memory(OP, device, b.value())).transpose()?;
+    let to = memory(OP, device, &out)?;
+    let partials = |tiles: usize| plain(batch * tiles * 3 * padded(filters), cx.device());
+    let storage = storage(precision);
+    let mut moments = None;
+    let kernel_name = if first {
+        let planes = memory(OP, device, inputs.sources[0].value.value())?;
+        let mut p = kernels::first::Problem {
+            storage,
+            batch,
+            channels,
+            planes,
+            wide: true,
+            space,
+            weight,
+            bias,
+            filters,
+            kernel,
+            out: to,
+            partials: None,
+        };
+        if measure {
+            let tiles = kernels::first::tiles(space);
+            let t = partials(tiles)?;
+            p.partials = Some(memory(OP, device, &t)?);
+            moments = Some((t, tiles));
+        }
+        kernels::first::run(driver, &p)?;
+        FIRST_NAME
+    } else {
+        let read: Vec<_> = inputs.sources.iter().map(|s| read(OP, device, s)).collect::<Result<_>>()?;
+        let mut p = kernels::Problem {
+            storage,
+            batch,
+            sources: &read,
+            weight,
+            bias,
+            filters,
+            kernel,
+            stride: how.stride,
+            out: to,
+            partials: None,
+        };
+        if measure && storage != Storage::F32 {
+            let tiles = kernels::tiles(driver, &p, name)?;
+            let t = partials(tiles)?;
+            p.partials = Some(memory(OP, device, &t)?);
+            moments = Some((t, tiles));
+        }
+        kernels::run(driver, &p, name)?;
+        kernels::chosen(driver, &p, name)?
+    };
+    let (what, macs) = describe(w.dims().five(), how.stride, &out);
+    note(cx, OP, clock, kernel_name, macs, || what)?;
+    let out = cx.leaf(out);
+    let moments = match moments {
+        Some((partials, tiles)) => CardMoments { partials, tiles, batch, voxels: d * h * width },
+        None if measure => measured(out.value())?,
+        None => return Ok((out, Moments::nothing(filters))),
+    };
+    Ok((out, Moments::on_card(filters, moments)))
+}
+
+/// Moments of a tensor that is in memory.
+fn measured(x: &Tensor) -> Result<CardMoments> {
+    const OP: &str = "instance_norm";
+    let [batch, channels, space @ ..] = activation(OP, x.dims())?;
+    let tiles = backend::moments::count(space);
+    let partials = plain(batch * tiles * 3 * padded(channels), x.device())?;
+    let p = backend::moments::Tiles {
+        storage: storage(x.precision()),
+        batch,
+        channels,
+        space,
+        data: memory(OP, x.device(), x)?,
+        partials: memory(OP, x.device(), &partials)?,
+    };
+    backend::moments::tiles(card(OP, x.device())?, &p)?;
+    Ok(CardMoments { partials, tiles, batch, voxels: space.iter().product() })
+}
+
+/// f32 `[N][mean, scale, shift][padded channels]` for a layer's weight and bias.
+pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps: f32) -> Result<Tensor> {
+    const OP: &str = "instance_norm";
+    let device = m.partials.device();
+    let planes = plain(m.batch * 3 * padded(channels), device)?;
+    let p = backend::moments::Merge {
+        batch: m.batch,
+        channels,
+        voxels: m.voxels,
+        tiles: m.tiles,
+        partials: memory(OP, device, &m.partials)?,
+        weight: memory(OP, device, w.value())?,
+        bias: memory(OP, device, b.value())?,
+        eps,
+        norm: memory(OP, device, &planes)?,
+    };
+    backend::moments::merge(card(OP, device)?, &p)?;
+    Ok(planes)
+}
+
+/// `leaky_relu(normalised(x) + shortcut + low)`, in place in `x` if it has no other owner.
+fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>, low: Option<&Source>) -> Result<Var> {
+    const OP: &str = "instance_norm";
+    let clock = cx.clock();
+    let [batch, channels, space @ ..] = activation(OP, x.dims())?;
+    let device = cx.device();
+    let whole = backend::Norm { slope: 1.0, ..norm(OP, device, n)? };
+    let from =
+        backend::Source { norm: Some(whole), ..backend::Source::plain(memory(OP, device, &x)?, channels, space) };
+    let plain = |t: &Tensor| {
+        let [_, channels, space @ ..] = t.dims().five();
+        Ok(backend::Source::plain(memory(OP, device, t)?, channels, space))
+    };
+    let (storage, slope) = (storage(x.precision()), n.slope());
+    let (shortcut, low) = (shortcut.map(plain).transpose()?, low.map(|l| read(OP, device, l)).transpose()?);
+    // Kernels run in order, so that `x` is read before its memory is given to anyone else.
+    let out = if x.is_unique() { x.clone() } else { voxels(OP, *x.dims(), x.precision(), cx.device())? };
+    let p = backend::instance_norm::Problem {
+        storage,
+        batch,
+        x: from,
+        shortcut,
+        low,
+        slope,
+        out: memory(OP, device, &out)?,
+    };
+    backend::instance_norm::run(card(OP, cx.device())?, &p)?;
+    note(cx, OP, clock, "instance_norm", 0, || format!("{:?}", out.dims()))?;
+    Ok(cx.leaf(out))
+}
+
+/// See [`Affine::apply`].
+pub(super) fn apply(cx: &mut Ctx<'_>, x: Var, n: &Affine, residual: Option<Var>) -> Result<Var> {
+    const OP: &str = "instance_norm";
+    let precision = x.value().precision();
+    let x = as_voxels(OP, x.into_value(), precision)?;
+    let residual = residual.map(|r| as_voxels(OP, r.into_value(), precision)).transpose()?;
+    block_end(cx, x, n, residual.as_ref(), None)
+}
+
+/// See [`super::instance_norm`].
+pub(super) fn instance_norm(
+    cx: &mut Ctx<'_>,
+    x: Var,
+    w: &Param,
+    b: &Param,
+    residual: Option<Var>,
+    how: InstanceNorm,
+) -> Result<Var> {
+    let channels = activation("instance_norm", x.value().dims())?[1];
+    let precision = x.value().precision();
+    let x = as_voxels("instance_norm", x.into_value(), precision)?;
+    let moments = Moments::on_card(channels, measured(&x)?);
+    let n = Affine::new(&moments, w, b, how)?;
+    let x = cx.leaf(x);
+    apply(cx, x, &n, residual)
+}
+
+/// See [`super::conv3d_residual`].
+pub(super) fn conv3d_residual(
+    cx: &mut Ctx<'_>,
+    y: Var,
+    n: &Affine,
+    mut sources: Vec<Source>,
+    w: &Param,
+    b: Option<&Param>,
+    how: Conv3d,
+) -> Result<Var> {
+    const OP: &str = "conv3d";
+    let kernel = w.dims().space();
+    let y = as_voxels(OP, y.into_value(), w.precision())?;
+    let mut low = None;
+    let repeated = sources.len() == 2 && sources[0].norm.is_none() && sources[0].factor != [1; 3];
+    let shortcut = if repeated && kernel == [1; 3] && how.stride == [1; 3] {
+        // The filter lies by slabs of input channels, so those of the first source are its beginning.
+        let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
+        let weight = Form::of(OP, &each)?.memory(OP, cx.device(), w)?;
+        let first = sources.remove(0);
+        let factor = first.factor;
+        let x = pointwise(cx, Source::from(first.value), w, weight, 0, None)?;
+        low = Some(Source::repeated(x, factor));
+        pointwise(cx, sources.remove(0), w, weight, padded(each[0]), b)?
+    } else {
+        conv3d(cx, sources, w, b, how, None, false)?.0
+    };
+    block_end(cx, y, n, Some(shortcut.value()), low.as_ref())
+}
+
+/// A convolution of single voxels with the part of the filter at `weight` that begins at its input channel `start`.
+fn pointwise(cx: &mut Ctx<'_>, x: Source, w: &Param, weight: Memory, start: usize, b: Option<&Param>) -> Result<Var> {
+    const OP: &str = "conv3d";
+    let clock = cx.clock();
+    let (precision, filters) = (w.precision(), w.dims().five()[0]);
+    let inputs = Inputs::new(OP, vec![x], w, false)?;
+    let [batch, channels, d, h, width] = inputs.dims;
+    let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
+    let [skip, len] = [start, padded(channels)].map(|c| c * padded(filters) * precision.size());
+    let device = cx.device();
+    let bytes = len.min(weight.bytes.saturating_sub(skip));
+    let p = kernels::Problem {
+        storage: storage(precision),
+        batch,
+        sources: &[read(OP, device, &inputs.sources[0])?],
+        weight: Memory { address: weight.address + skip as u64, bytes },
+        bias: b.map(|b| memory(OP, device, b.value())).transpose()?,
+        filters,
+        kernel: [1; 3],
+        stride: [1; 3],
+        out: memory(OP, device, &out)?,
+        partials: None,
+    };
+    let driver = card(OP, device)?;
+    kernels::run(driver, &p, None)?;
+    let name = kernels::chosen(driver, &p, None)?;
+    let (what, macs) = describe([filters, channels, 1, 1, 1], [1; 3], &out);
+    note(cx, OP, clock, name, macs, || what)?;
+    Ok(cx.leaf(out))
+}
+
+/// See [`super::head_labels`].
+pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], labels: &mut [u16]) -> Result<()> {
+    const OP: &str = "head_labels";
+    use backend::head_labels as kernel;
+    let clock = cx.clock();
+    let precision = x.value().precision();
+    let x = as_voxels(OP, x.into_value(), precision)?;
+    let [batch, channels, space @ ..] = activation(OP, x.dims())?;
+    let (driver, device) = (card(OP, cx.device())?, cx.device());
+    let w = upload(OP, &kernel::pack_weight(weight, [bias.len(), channels], storage(precision))?, precision, device)?;
+    let b = upload(OP, bytemuck::cast_slice(&kernel::pack_bias(bias)), Precision::F32, device)?;
+    let out = plain(labels.len().div_ceil(2), device)?;
+    let p = kernel::Problem {
+        storage: storage(precision),
+        batch,
+        features: backend::Source::plain(memory(OP, device, &x)?, channels, space),
+        weight: memory(OP, device, &w)?,
+        bias: memory(OP, device, &b)?,
+        classes: bias.len(),
+        divisor: None,
+        labels: memory(OP, device, &out)?,
+    };
+    kernel::run(driver, &p)?;
+    driver.download(memory(OP, device, &out)?, bytemuck::cast_slice_mut(labels))?;
+    let macs = [batch, channels, bias.len()].iter().chain(&space).fold(1, |n: u64, &v| n.saturating_mul(v as u64));
+    note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))
+}
+
+/// Adds a window's features `[1, C, D, H, W]`, times `scale` and the window's importance if there is one, to the sums of an
+/// image: `[ring][H][W][channels]` of size `ring`, of whose channels the features' begin at `first`.
+pub(crate) fn aggregate(
+    features: &Tensor,
+    importance: Option<&Tensor>,
+    sum: &Tensor,
+    ring: [usize; 3],
+    [channels, first]: [usize; 2],
+    start: [usize; 3],
+    flip: [bool; 3],
+    scale: f32,
+) -> Result<()> {
+    const OP: &str = "aggregate";
+    let [_, c, space @ ..] = activation(OP, features.dims())?;
+    let device = features.device();
+    let p = backend::aggregate::Problem {
+        storage: storage(features.precision()),
+        features: backend::Source::plain(memory(OP, device, features)?, c, space),
+        importance: importance.map(|t| memory(OP, device, t)).transpose()?,
+        sum: memory(OP, device, sum)?,
+        weight: None,
+        ring,
+        channels: [channels, first],
+        start,
+        flip,
+        scale,
+    };
+    backend::aggregate::run(card(OP, features.device())?, &p)
+}
+
+/// Some of the floats of a tensor, from place `at` on.
+fn part(t: &Tensor, at: usize, floats: usize) -> Result<Memory> {
+    let all = memory("part", t.device(), t)?;
+    if (at + floats) * 4 > all.bytes {
+        return Err(Error::shape("part", format!("{floats} floats from {at} of {} bytes", all.bytes)));
+    }
+    Ok(Memory { address: all.address + 4 * at as u64, bytes: 4 * floats })
+}
+
+/// Sets them to zero.
+pub(crate) fn clear(t: &Tensor, at: usize, floats: usize) -> Result<()> {
+    card("clear", t.device())?.memset(part(t, at, floats)?, 0)
+}
+
+/// Reads them.
+pub(crate) fn download(t: &Tensor, at: usize, to: &mut [f32]) -> Result<()> {
+    card("download", t.device())?.download(part(t, at, to.len())?, bytemuck::cast_slice_mut(to))
+}
+
+/// An activation as the processor has them.
+pub(crate) fn to_processor(x: &Tensor, host: &Device) -> Result<Tensor> {
+    super::blocked("to_processor", Tensor::from_host(&x.to_host()?, *x.dims(), host)?)
+}

@@ -1,0 +1,115 @@
+//! What the kernels' host side asks of a device: memory, and to run an entry of a PTX file.
+
+use crate::error::{Error, Result};
+
+/// Memory of a device. Only a name for it: who allocated it frees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Where it starts, as kernels see it.
+    pub address: u64,
+    /// How much there is of it.
+    pub bytes: usize,
+}
+
+impl Memory {
+    /// Checks that `bytes` fit, so that no kernel is told of memory that is not there.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] that names the operation and the operand.
+    pub(crate) fn at_least(self, bytes: usize, op: &'static str, what: &str) -> Result<u64> {
+        if self.bytes < bytes {
+            return Err(Error::shape(op, format!("{what} has {} bytes, expected {bytes}", self.bytes)));
+        }
+        Ok(self.address)
+    }
+}
+
+/// A PTX file in the program.
+#[derive(Debug, Clone, Copy)]
+pub struct Module {
+    /// Its file name.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+/// How an entry is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared: usize,
+}
+
+impl Launch {
+    /// `blocks` blocks of `threads` threads in one dimension.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for more blocks than a grid may have.
+    pub(crate) fn line(blocks: usize, threads: u32, shared: usize) -> Result<Launch> {
+        let n = u32::try_from(blocks).ok().filter(|n| i32::try_from(*n).is_ok());
+        let n = n.ok_or_else(|| Error::unsupported(format!("a grid of {blocks} blocks")))?;
+        Ok(Launch { grid: [n, 1, 1], block: [threads, 1, 1], shared })
+    }
+}
+
+/// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::download`] and
+/// [`Driver::synchronize`] wait for it.
+pub trait Driver: std::fmt::Debug + Send + Sync {
+    /// Compute capability of the card, major and minor.
+    fn capability(&self) -> [u32; 2];
+
+    /// Multiprocessors: how many blocks run side by side at least.
+    fn multiprocessors(&self) -> usize;
+
+    /// Memory of `bytes` bytes with unspecified contents, aligned to 256.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Device`].
+    fn alloc(&self, bytes: usize) -> Result<Memory>;
+
+    /// Gives memory back.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn free(&self, memory: Memory) -> Result<()>;
+
+    /// Copies `bytes` to the start of `to`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when they do not fit, [`Error::Device`].
+    fn upload(&self, to: Memory, bytes: &[u8]) -> Result<()>;
+
+    /// Copies the start of `from` to `bytes`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are not as many, [`Error::Device`].
+    fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()>;
+
+    /// Sets all bytes of `memory` to `value`.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn memset(&self, memory: Memory, value: u8) -> Result<()>;
+
+    /// Runs `entry` of `module` with one parameter, a struct of these bytes.
+    ///
+    /// # Errors
+    /// [`Error::Device`] that names the entry.
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()>;
+
+    /// What it calls itself, for people.
+    fn name(&self) -> String;
+
+    /// Bytes of memory, all of it.
+    fn total(&self) -> usize;
+
+    /// Waits for all work asked for.
+    ///
+    /// # Errors
+    /// [`Error::Device`], also of work asked for earlier.
+    fn synchronize(&self) -> Result<()>;
+}

@@ -1,0 +1,140 @@
+//! Machines with no driver, a broken one, an old one: the program starts, says why there is no GPU, and never falls over.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::image;
+use crate::common::binary::{Ran, stunet_with, tree};
+
+const STUB: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cli/stub_driver.c");
+
+/// `folder` with a driver in it: the stub with these settings.
+fn driver(folder: &Path, settings: &[&str]) {
+    let library = folder.join("libcuda.so.1");
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-o"]).arg(&library).arg(STUB);
+    cc.args(settings.iter().map(|s| format!("-D{s}")));
+    let out = cc.output().unwrap();
+    assert!(out.status.success(), "{settings:?}: {}", String::from_utf8_lossy(&out.stderr));
+    // Also under the name that is looked for first, so that no driver of this machine is found before it.
+    std::fs::copy(&library, folder.join("libcuda.so")).unwrap();
+}
+
+/// Whether this machine can compile the stub.
+fn has_compiler() -> bool {
+    let found = Command::new("cc").arg("--version").output().is_ok_and(|o| o.status.success());
+    if !found {
+        eprintln!("skipped: no cc");
+    }
+    found
+}
+
+fn run(folder: &Path, args: &[&str]) -> Ran {
+    let ran = stunet_with(folder, args, &[("LD_LIBRARY_PATH", folder)]);
+    assert!(ran.code >= 0, "{args:?} ended by a signal: {}", ran.err);
+    assert!(!ran.err.contains("panicked"), "{args:?}: {}", ran.err);
+    ran
+}
+
+/// `info` works and gives the reason, and what needs a card ends with code 5 and one line that gives it.
+fn check(folder: &Path, reason: &str) {
+    let info = run(folder, &["info"]);
+    let text = info.ok();
+    assert!(text.lines().any(|l| l.starts_with("cuda") && l.contains(reason)), "expected {reason:?}: {text}");
+    assert!(info.err.is_empty(), "{}", info.err);
+    let json: Value = serde_json::from_str(run(folder, &["info", "--json"]).ok()).unwrap();
+    assert_eq!(json["cuda"]["usable"], false, "{json}");
+    image(&folder.join("a.nii"));
+    for args in [
+        &["predict", "-m", "m", "-i", "a.nii", "-o", "o.nii", "--device", "cuda"][..],
+        &["bench", "forward", "--device", "cuda", "--model", "small", "--patch", "32"],
+    ] {
+        let ran = run(folder, args);
+        let e = ran.error(5);
+        assert!(e.contains("cuda:0 cannot be used: ") && e.contains(reason), "expected {reason:?}: {e}");
+        assert!(ran.out.is_empty(), "{}", ran.out);
+    }
+    assert!(!tree(folder).contains(&folder.join("o.nii")));
+}
+
+#[test]
+fn a_driver_that_finds_no_card_is_no_reason_to_fail() {
+    if !has_compiler() {
+        return;
+    }
+    for (settings, reason) in [
+        (&["INIT=100"][..], ""),
+        (&["CARDS=0"], ""),
+        (&["INIT=803"], "cuInit: CUDA_ERROR_OF_STUB (803)"),
+        // A code that no binding knows, of which the driver gives no name either.
+        (&["INIT=98765"], "cuInit: error 98765"),
+        (&["HAS=1", "INIT=803"], "cuInit: error 803"),
+        (&["VERSION=10020"], "is of CUDA 10.2, expected 11.0"),
+        (&["MAJOR=7"], "Stub Card is of compute capability 7.0, expected 7.5"),
+        (&["HAS=0"], "its library has no cuInit"),
+        (&["HAS=1"], "its library has no cuDeviceGetAttribute"),
+        (&["RETAIN=999"], "cuDevicePrimaryCtxRetain: error 999"),
+        (&["STREAM=2"], "cuStreamCreate: error 2"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        driver(dir.path(), settings);
+        check(dir.path(), if reason.is_empty() { "driver 12.4 found no card" } else { reason });
+    }
+}
+
+#[test]
+fn a_driver_that_is_no_library_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        std::fs::write(dir.path().join(name), [0x5a; 4096]).unwrap();
+    }
+    let info = run(dir.path(), &["info"]);
+    // A machine's own driver may still be found under another name.
+    if info.ok().contains("no NVIDIA driver") {
+        check(dir.path(), "no NVIDIA driver was found on this machine");
+    }
+}
+
+/// A card that can be opened is listed, and what then goes wrong is said in one line.
+#[test]
+fn a_card_that_fails_later_is_code_5() {
+    if !has_compiler() {
+        return;
+    }
+    for (settings, reason) in [
+        (&["LOAD=222"][..], "does not load: error 222 stub: this PTX; is too new"),
+        (&["ALLOC=2"], "memory"),
+        (&["ALLOC=700"], "cuMemAlloc: error 700"),
+        (&["MAJOR=9"], "has no "),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        driver(dir.path(), settings);
+        let ran = run(dir.path(), &["bench", "forward", "--device", "cuda", "--model", "small", "--patch", "32"]);
+        let e = ran.error(5);
+        assert!(e.contains(reason), "{settings:?}: {e}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    driver(dir.path(), &["CARDS=2", "VERSION=11000"]);
+    let info = run(dir.path(), &["info"]);
+    let expected = [
+        "cuda            driver 11.0 found Stub Card, Stub Card",
+        "cuda:0          Stub Card, compute capability 8.0, 8.0 GiB, networks in bf16",
+        "cuda:1          Stub Card, compute capability 8.0, 8.0 GiB, networks in bf16",
+    ];
+    for line in expected {
+        assert!(info.ok().lines().any(|l| l == line), "{line}: {}", info.out);
+    }
+    let json: Value = serde_json::from_str(run(dir.path(), &["info", "--json"]).ok()).unwrap();
+    assert_eq!((&json["cuda"]["usable"], &json["device"]), (&true.into(), &"cpu".into()));
+    let card = &json["cuda"]["cards"][1];
+    assert_eq!(
+        (&card["device"], &card["name"], &card["usable"]),
+        (&"cuda:1".into(), &"Stub Card".into(), &true.into())
+    );
+    assert_eq!((&card["precision"], &card["memory_bytes"]), (&"bf16".into(), &(8u64 << 30).into()));
+    // There is no third.
+    let ran = run(dir.path(), &["bench", "forward", "--device", "cuda:2"]);
+    assert!(ran.error(5).contains("cuda:2 cannot be used: there is no card 2, driver 11.0 found"), "{}", ran.err);
+}

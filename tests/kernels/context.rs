@@ -1,0 +1,146 @@
+//! The driver's side. On a machine with a card every test of a kernel runs once more, on the card; without one that is
+//! said and passes, unless the environment variable STUNET_GPU is `require`. STUNET_GPU_TESTS names a part of them: words of
+//! which a test's name has to hold one.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+
+use stunet::models::StuNetConfig;
+use stunet::tensor::cuda::{Context, Driver};
+use stunet::{Device, Error, Precision};
+
+use super::sim::{Sim, on_card};
+use super::{
+    aggregate, conv_transpose3d, conv3d, conv3d_first, device, head_labels, instance_norm, moments, network, relayout,
+};
+
+/// Tests that only the interpreter can run, and why.
+const INTERPRETED: &[(&str, &str)] = &[
+    ("ptx_on_a_card", "runs the others"),
+    ("ptx_on_what_stands_in_for_a_card", "runs some of the others"),
+    ("ptx_parameters_have_the_size_of_their_structs", "runs nothing"),
+    ("ptx_has_no_entry_that_the_host_side_does_not_know", "runs nothing"),
+    ("ptx_conv3d_wastes_no_bank_and_no_sector", "counts what a card does not count"),
+    ("ptx_faults_in_conv3d_are_found", "finds what a card does not find"),
+    ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
+    ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
+    ("ptx_operands_are_what_they_are_taken_for", "has several cards of two generations"),
+];
+
+macro_rules! tests {
+    ($($file:ident::$test:ident,)*) => { &[$((stringify!($test), $file::$test)),*] };
+}
+
+/// All others.
+const ON_A_CARD: &[(&str, fn())] = tests![
+    relayout::ptx_relayout_there_and_back,
+    relayout::ptx_relayout_takes_a_window,
+    conv3d::ptx_conv3d_plain_in_f32,
+    conv3d::ptx_conv3d_of_ragged_sizes_and_channels,
+    conv3d::ptx_conv3d_of_a_batch_in_f16_with_bias,
+    conv3d::ptx_conv3d_strides_and_kernels,
+    conv3d::ptx_conv3d_normalises_as_it_reads,
+    conv3d::ptx_conv3d_reads_two_sources_the_first_repeated,
+    conv3d::ptx_conv3d_on_cards_before_ampere,
+    conv3d::ptx_conv3d_of_one_voxel,
+    conv3d_first::ptx_conv3d_first,
+    conv_transpose3d::ptx_conv_transpose3d,
+    moments::ptx_moments_of_a_tensor,
+    moments::ptx_moments_do_not_cancel,
+    moments::ptx_moments_of_many_tiles,
+    instance_norm::ptx_instance_norm_ends_a_block,
+    instance_norm::ptx_instance_norm_in_place,
+    head_labels::ptx_head_labels,
+    head_labels::ptx_head_labels_of_equal_scores,
+    head_labels::ptx_head_labels_of_sums_over_windows,
+    aggregate::ptx_aggregate_adds_windows_in_order,
+    network::ptx_network_in_f32_is_the_cpus,
+    network::ptx_network_in_16_bit_is_near_the_cpus,
+    device::ptx_stunet_through_the_library,
+    device::ptx_devices_are_honest,
+    device::ptx_prediction_through_the_library,
+    device::ptx_variants_through_the_library,
+    // Last: a kernel that waits for what never comes would keep the others from running.
+    conv3d::ptx_conv3d_on_hopper,
+];
+
+/// The first card.
+fn card() -> Option<Arc<dyn Driver>> {
+    match Context::open(0) {
+        Ok(card) => Some(Arc::new(card)),
+        Err(Error::Device { what }) => {
+            assert!(std::env::var_os("STUNET_GPU").is_none_or(|v| v != "require"), "a card is required: {what}");
+            eprintln!("skipped: {what}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn ptx_on_a_card() {
+    let Some(card) = card() else { return };
+    assert!(Context::open(1000).is_err());
+    let [major, minor] = card.capability();
+    println!("{}, compute capability {major}.{minor}", card.name());
+    let words = std::env::var("STUNET_GPU_TESTS").unwrap_or_default();
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let (mut failed, mut ran) = (Vec::new(), 0);
+    let mut step = |name: &str, f: &dyn Fn()| {
+        if !words.is_empty() && !words.iter().any(|w| name.contains(w)) {
+            return;
+        }
+        ran += 1;
+        let begin = std::time::Instant::now();
+        let passed = catch_unwind(AssertUnwindSafe(f)).is_ok();
+        println!("{name}: {} after {:.1?}", if passed { "ok" } else { "FAILED" }, begin.elapsed());
+        if !passed {
+            failed.push(name.to_owned());
+        }
+    };
+    // Older cards know a part of the storages, and of the tests only the networks tell them apart.
+    let known = if major < 8 { &[][..] } else { ON_A_CARD };
+    for (name, test) in known {
+        step(name, &|| on_card(&card, test));
+    }
+    // As a program takes it, in two contexts, and at sizes that the interpreter has no time for.
+    let small = StuNetConfig::small(1, 105);
+    let precisions = [Precision::F32, Precision::F16, Precision::Bf16];
+    for precision in precisions.into_iter().take(if major < 8 { 2 } else { 3 }) {
+        step(&format!("STU-Net-S at 64^3 in {}", precision.name()), &|| {
+            let cards = (0..2).map(|_| Device::cuda(0).unwrap());
+            device::network_is_near(&small, [64; 3], precision, cards);
+        });
+    }
+    assert!(failed.is_empty() && ran > 0, "of {ran} failed {failed:?}");
+}
+
+/// What stands between the tests and a card, with an interpreter at its end.
+#[test]
+fn ptx_on_what_stands_in_for_a_card() {
+    let card: Arc<dyn Driver> = Arc::new(Sim::of(7, [8, 6]));
+    on_card(&card, || {
+        assert_eq!(Sim::of(0, [9, 0]).capability(), [8, 6]);
+        relayout::ptx_relayout_takes_a_window();
+        instance_norm::ptx_instance_norm_in_place();
+        aggregate::ptx_aggregate_adds_windows_in_order();
+        device::ptx_devices_are_honest();
+    });
+    assert_eq!(Sim::of(0, [9, 0]).capability(), [9, 0]);
+}
+
+/// A test that nobody names here would silently not run on a card.
+#[test]
+fn every_test_of_a_kernel_runs_on_a_card() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels");
+    for file in std::fs::read_dir(folder).unwrap() {
+        let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
+        for line in text.lines().filter(|l| l.trim_end().ends_with("() {")) {
+            let Some(name) = line.split("fn ").nth(1).and_then(|l| l.split('(').next()) else { continue };
+            let known = ON_A_CARD.iter().any(|t| t.0 == name)
+                || INTERPRETED.iter().any(|(n, why)| *n == name && !why.is_empty());
+            assert!(known || !name.starts_with("ptx_"), "{name} is neither in ON_A_CARD nor in INTERPRETED");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! The first convolution, of few channels given as planes.
+
+use stunet::backend_testing::cuda::Storage;
+use stunet::backend_testing::cuda::conv3d::first;
+
+use super::conv3d::{Case, check_values, reference};
+use super::sim::Sim;
+use super::{Input, SEEDS, cards, random, room, rounded, unpadded, voxels};
+
+/// On every card that knows the storage.
+fn check(
+    batch: usize,
+    channels: usize,
+    space: [usize; 3],
+    filters: usize,
+    kernel: [usize; 3],
+    storage: Storage,
+    wide: bool,
+) {
+    for card in cards(storage) {
+        check_on(*card, batch, channels, space, filters, kernel, storage, wide);
+    }
+}
+
+fn check_on(
+    card: [u32; 2],
+    batch: usize,
+    channels: usize,
+    space: [usize; 3],
+    filters: usize,
+    kernel: [usize; 3],
+    storage: Storage,
+    wide: bool,
+) {
+    let case = Case {
+        storage,
+        batch,
+        sources: vec![(channels, [1; 3], false)],
+        filters,
+        kernel,
+        bias: true,
+        ..Case::new(space, channels, filters)
+    };
+    let n: usize = space.iter().product();
+    let planes = random(batch * channels * n, 3);
+    let planes = if wide { planes } else { rounded(&planes, storage) };
+    // What the matrix units get: values in storage, in the order of the reference.
+    let stored = rounded(&planes, storage);
+    let values = (0..batch)
+        .flat_map(|b| voxels(space).enumerate().map(move |(v, _)| (b, v)))
+        .flat_map(|(b, v)| (0..channels).map(move |c| (b * channels + c) * n + v))
+        .map(|at| stored[at])
+        .collect();
+    let (weight, bias) = (case.weight(), case.bias());
+    let dims = [filters, channels, kernel[0], kernel[1], kernel[2]];
+    let packed = first::pack_weight(&weight, dims, storage).unwrap();
+    let tiles = first::tiles(space);
+    let padded = filters.next_multiple_of(16);
+    let run = |seed: u64| {
+        let sim = Sim::of(seed, card);
+        let p = first::Problem {
+            storage,
+            batch,
+            channels,
+            planes: sim.with(&if wide { Storage::F32 } else { storage }.store(&planes)),
+            wide,
+            space,
+            weight: sim.with(&packed),
+            bias: Some(sim.with(bytemuck::cast_slice(&bias))),
+            filters,
+            kernel,
+            out: room(&sim, batch * n * padded, storage),
+            partials: Some(room(&sim, batch * tiles * 3 * padded, Storage::F32)),
+        };
+        first::run(&sim, &p).unwrap();
+        (sim.bytes(p.out), sim.bytes(p.partials.unwrap()))
+    };
+    let (out, moments) = run(SEEDS[0]);
+    let input = Input { values, source: super::absent() };
+    let expected = reference(&case, &[input], &weight, &bias);
+    let terms = dims[1..].iter().product();
+    check_values(&format!("{case:?}"), &case, &out, &moments, &expected, terms, tiles);
+    assert!(!unpadded(&storage.load(&out), filters).is_empty());
+    for seed in &SEEDS[1..] {
+        assert!(run(*seed) == (out.clone(), moments.clone()), "bytes depend on the schedule");
+    }
+}
+
+#[test]
+pub(super) fn ptx_conv3d_first() {
+    check(2, 1, [5, 9, 10], 16, [3; 3], Storage::Bf16, true);
+    check(1, 1, [6, 7, 17], 32, [3; 3], Storage::F16, false);
+    check(1, 3, [4, 8, 8], 48, [1, 3, 3], Storage::Bf16, false);
+    check(1, 8, [3, 5, 6], 20, [3; 3], Storage::F16, true);
+    check(1, 2, [2, 3, 2], 80, [3, 1, 1], Storage::Bf16, true);
+    check(1, 4, [5, 5, 5], 16, [3; 3], Storage::F16, false);
+    check(1, 1, [4, 4, 9], 16, [3; 3], Storage::F16, true);
+    check(2, 2, [4, 4, 9], 16, [1, 3, 3], Storage::Bf16, false);
+}

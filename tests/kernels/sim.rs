@@ -1,0 +1,216 @@
+//! The kernels' host side on the PTX interpreter instead of a device, or for once on a real one.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
+use stunet::tensor::cuda::{Driver, Launch, Memory, Module};
+use stunet::{Error, Result};
+
+/// Files parsed once for all tests, for the life of the process, by where their text is.
+static PARSED: Mutex<Option<HashMap<usize, &'static Parsed>>> = Mutex::new(None);
+
+fn parsed(module: &Module) -> &'static Parsed {
+    let mut all = PARSED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.get_or_insert_default().entry(module.text.as_ptr().addr()).or_insert_with(|| {
+        let parsed = Parsed::parse(module.text).unwrap_or_else(|e| panic!("{}: {e}", module.name));
+        Box::leak(Box::new(parsed))
+    })
+}
+
+thread_local! {
+    /// The card that stands in for the interpreter in this thread.
+    static CARD: RefCell<Option<Arc<dyn Driver>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, every [`Sim`] of which is that card.
+pub fn on_card(card: &Arc<dyn Driver>, f: impl FnOnce()) {
+    struct Back;
+    impl Drop for Back {
+        fn drop(&mut self) {
+            CARD.set(None);
+        }
+    }
+    CARD.set(Some(card.clone()));
+    let _back = Back;
+    f();
+}
+
+/// A device whose blocks and warps run in the order of `seed`.
+pub struct Sim {
+    machine: Mutex<Machine>,
+    options: Options,
+    capability: [u32; 2],
+    total: usize,
+    card: Option<Arc<dyn Driver>>,
+    /// Memory of the card that is given back at the end.
+    held: Mutex<Vec<Memory>>,
+    /// What every entry did in all its launches.
+    pub reports: Mutex<BTreeMap<String, (&'static Parsed, Report)>>,
+}
+
+impl Sim {
+    /// As a card of compute capability 8.6.
+    pub fn new(seed: u64) -> Sim {
+        Sim::of(seed, [8, 6])
+    }
+
+    /// As a card of that compute capability.
+    pub fn of(seed: u64, capability: [u32; 2]) -> Sim {
+        let card = CARD.with_borrow(Clone::clone);
+        // Files for older cards run on newer ones, those for 9.0 on no other.
+        let capability = match card.as_ref().map(|c| c.capability()) {
+            Some(own) if capability > own || capability == [9, 0] => own,
+            _ => capability,
+        };
+        let shared_limit = [64, 99, 227][usize::try_from(capability[0]).unwrap().min(9) - 7] << 10;
+        // Tests run side by side on threads of their own.
+        let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
+        let (machine, held, reports) = (Mutex::new(Machine::new()), Mutex::default(), Mutex::default());
+        Sim { machine, options, capability, total: 1 << 32, card, held, reports }
+    }
+
+    /// The same with so much memory, as it says.
+    pub fn with_total(self, total: usize) -> Sim {
+        let mut new = self;
+        new.total = total;
+        new
+    }
+
+    /// Memory with these contents.
+    pub fn with(&self, bytes: &[u8]) -> Memory {
+        if self.card.is_some() {
+            let memory = self.alloc(bytes.len()).unwrap();
+            self.upload(memory, bytes).unwrap();
+            return memory;
+        }
+        let address = lock(&self.machine).upload(bytes);
+        Memory { address, bytes: bytes.len() }
+    }
+
+    /// Traffic of all of an entry's instructions that begin with `what`, in all launches.
+    pub fn traffic(&self, entry: &str, what: &str) -> Site {
+        let reports = lock(&self.reports);
+        let (module, report) = &reports[entry];
+        let mut sum = Site::default();
+        for (line, text) in module.lines(entry) {
+            let Some(site) = report.counters.get(&line).filter(|_| text.contains(what)) else { continue };
+            sum.requests += site.requests;
+            sum.wavefronts += site.wavefronts;
+            sum.ideal_wavefronts += site.ideal_wavefronts;
+            sum.sectors += site.sectors;
+            sum.ideal_sectors += site.ideal_sectors;
+        }
+        sum
+    }
+
+    /// All of the memory; fails when a byte of it was never written.
+    pub fn bytes(&self, m: Memory) -> Vec<u8> {
+        let mut v = vec![0; m.bytes];
+        self.download(m, &mut v).unwrap();
+        v
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn device(e: ptxsim::Error) -> Error {
+    Error::Device { what: e.to_string() }
+}
+
+impl Drop for Sim {
+    fn drop(&mut self) {
+        let held = std::mem::take(&mut *lock(&self.held));
+        if let Some(card) = &self.card {
+            held.into_iter().for_each(|m| drop(card.free(m)));
+        }
+    }
+}
+
+impl std::fmt::Debug for Sim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sim({:?})", self.capability)
+    }
+}
+
+impl Driver for Sim {
+    fn capability(&self) -> [u32; 2] {
+        self.capability
+    }
+
+    fn multiprocessors(&self) -> usize {
+        self.card.as_ref().map_or(4, |c| c.multiprocessors())
+    }
+
+    fn name(&self) -> String {
+        "interpreter".into()
+    }
+
+    fn total(&self) -> usize {
+        self.total
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Memory> {
+        if let Some(card) = &self.card {
+            let memory = card.alloc(bytes)?;
+            lock(&self.held).push(memory);
+            // What nothing writes is no number in any of the storages.
+            card.memset(memory, 0xff)?;
+            return Ok(memory);
+        }
+        Ok(Memory { address: lock(&self.machine).alloc(bytes), bytes })
+    }
+
+    fn free(&self, memory: Memory) -> Result<()> {
+        if let Some(card) = &self.card {
+            lock(&self.held).retain(|m| m.address != memory.address);
+            return card.free(memory);
+        }
+        lock(&self.machine).free(memory.address).map_err(device)
+    }
+
+    fn upload(&self, to: Memory, bytes: &[u8]) -> Result<()> {
+        if let Some(card) = &self.card {
+            return card.upload(to, bytes);
+        }
+        lock(&self.machine).write(to.address, bytes).map_err(device)
+    }
+
+    fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()> {
+        if let Some(card) = &self.card {
+            return card.download(from, bytes);
+        }
+        let machine = lock(&self.machine);
+        if let Some(at) = machine.unwritten(from.address).map_err(device)?.filter(|at| *at < bytes.len()) {
+            return Err(Error::Device { what: format!("byte {at} was never written") });
+        }
+        bytes.copy_from_slice(&machine.read(from.address, bytes.len()).map_err(device)?);
+        Ok(())
+    }
+
+    fn memset(&self, memory: Memory, value: u8) -> Result<()> {
+        self.upload(memory, &vec![value; memory.bytes])
+    }
+
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+        if let Some(card) = &self.card {
+            // Waited for, so that what goes wrong is said of the entry in which it did.
+            return card.launch(module, entry, launch, params).and_then(|()| card.synchronize());
+        }
+        let Launch { grid, block, shared } = launch;
+        let module = parsed(module);
+        let report = lock(&self.machine).launch(module, entry, grid, block, shared, params, &self.options);
+        let report = report.map_err(device)?;
+        let mut all = lock(&self.reports);
+        all.entry(entry.into()).or_insert_with(|| (module, Report::default())).1.merge(&report);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
