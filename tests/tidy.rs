@@ -47,6 +47,10 @@ const CRATES: &[(&str, &[&str])] = &[
 /// Operations without a CPU kernel file, test or benchmark of their own, and why.
 const EXEMPT: &[(&str, &str)] = &[
     ("head", "the last 1x1x1 layer fused into the sweep over windows: private, tested in its own file"),
+    (
+        "cuda",
+        "no operation: how those of other files run on a card, tested with the kernels in tests/kernels/device.rs",
+    ),
     ("lazy", "no operation: inputs that operations finish while they read them, tested with conv3d in conv3d_fused.rs"),
     ("testing", "no operation: the door through which tests reach every implementation"),
 ];

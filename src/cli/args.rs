@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use stunet::nnunet::model::{Folds, ModelOptions};
-use stunet::{Device, Isa, Precision, Result};
+use stunet::{Device, Error, Isa, Precision, Result};
 
 /// Which networks of a model.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -60,6 +60,9 @@ impl DeviceArgs {
         };
         match self.device {
             DeviceChoice::Cpu => cpu(),
+            DeviceChoice::Cuda(_) if self.isa.is_some() => {
+                Err(Error::Usage { what: "--isa is for the processor, not for --device cuda".into() })
+            }
             DeviceChoice::Cuda(n) => Device::cuda(n),
             // No card unasked as long as the kernels have run on an interpreter only.
             DeviceChoice::Auto => cpu(),

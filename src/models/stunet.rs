@@ -255,7 +255,8 @@ impl StuNet {
         Ok(x)
     }
 
-    /// What head `u` says: results, not activations, so never rounded.
+    /// What head `u` says: results, not activations, so not rounded; by a card, whose kernels store as filters are stored, to
+    /// 16 bits.
     fn scores<'m>(&'m self, cx: &mut Ctx<'m>, u: usize, x: Var) -> Result<Var> {
         let before = cx.set_precision(Precision::F32);
         let scores = self.heads[u].run(cx, x);

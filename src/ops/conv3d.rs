@@ -1,7 +1,7 @@
 //! 3D convolution.
 
 use super::lazy::{Affine, Moments, Source, Sources};
-use super::{activation, blocked, floats, memory, on_card, stored_memory};
+use super::{activation, blocked, floats, memory, on_card, same_device, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Storage, Wish, packed_len};
 use crate::backend::{dispatch, no_implementation};
@@ -99,6 +99,11 @@ pub fn conv3d_residual<'m>(
     how: Conv3d,
 ) -> Result<Var> {
     let mut inputs = x.into().into_vec();
+    same_device(OP, cx.device(), w.value().device())?;
+    same_device(OP, cx.device(), y.value().device())?;
+    for s in &inputs {
+        same_device(OP, cx.device(), s.value.value().device())?;
+    }
     let (mut g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     let [d, h, width] = g.output;
     let expected = Dims::from([g.batch, g.out_channels, d, h, width]);
@@ -231,9 +236,13 @@ pub(super) fn run(
     measure: bool,
 ) -> Result<(Var, Moments)> {
     let inputs = x.into_vec();
+    same_device(OP, cx.device(), w.value().device())?;
+    for s in &inputs {
+        same_device(OP, cx.device(), s.value.value().device())?;
+    }
     on_card!(cx.device(), {
         geometry(&concatenated(&inputs)?, w, b, how)?;
-        super::cuda::conv3d(cx, inputs, w, b, how, measure)
+        super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), ..Wish::default() }, measure)

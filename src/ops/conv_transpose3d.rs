@@ -64,6 +64,7 @@ pub fn pack_transposed_filter(values: &[f32], dims: [usize; 5], device: &Device)
         let what = format!("{} values for a filter {dims:?}", values.len());
         return Err(Error::shape("pack_transposed_filter", what));
     }
+    processor("pack_transposed_filter", device)?;
     let mut out = Tensor::empty(Dims::from([packed_len(dims)]), Layout::PLAIN, device)?;
     let to = memory("pack_transposed_filter", &mut out)?;
     dispatch!(device, conv_transpose3d::pack_filter(values, dims, to));

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use super::lazy::{Affine, CardMoments, Moments, Source};
-use super::{Conv3d, InstanceNorm, activation};
+use super::{Conv3d, InstanceNorm, activation, same_device};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cuda as backend;
 use crate::backend::cuda::{Storage, conv3d as kernels, padded};
@@ -16,6 +16,7 @@ use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
 /// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
 const FIRST: usize = kernels::first::CHANNELS;
+const FIRST_NAME: &str = "first";
 
 fn unsupported<T>(op: &str, what: &str) -> Result<T> {
     Err(Error::unsupported(format!("{op} on a card: {what}")))
@@ -33,7 +34,9 @@ fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
     device.driver().ok_or_else(|| Error::Device { what: format!("{op}: {} is no card", device.name()) })
 }
 
-fn memory(op: &'static str, t: &Tensor) -> Result<Memory> {
+/// Where a tensor of `device` is.
+fn memory(op: &'static str, device: &Device, t: &Tensor) -> Result<Memory> {
+    same_device(op, device, t.device())?;
     t.cuda().ok_or_else(|| Error::shape(op, format!("a tensor of {} on a card", t.device().name())))
 }
 
@@ -76,19 +79,79 @@ fn plain(floats: usize, device: &Device) -> Result<Tensor> {
 fn upload(op: &'static str, bytes: &[u8], precision: Precision, device: &Device) -> Result<Tensor> {
     let dims = Dims::from([bytes.len() / precision.size()]);
     let t = Tensor::empty_in(dims, Layout::PLAIN, precision, device)?;
-    card(op, device)?.upload(memory(op, &t)?, bytes)?;
+    card(op, device)?.upload(memory(op, device, &t)?, bytes)?;
     Ok(t)
 }
 
 /// See [`super::pack_filter`].
 pub(super) fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
-    let storage = storage(precision);
-    let bytes = if dims[1] <= FIRST && precision != Precision::F32 {
-        kernels::first::pack_weight(values, dims, storage)?
-    } else {
-        kernels::pack_weight(values, dims, &[dims[1]], storage)?
-    };
+    let (storage, i) = (storage(precision), dims[1]);
+    let mut bytes = kernels::pack_weight(values, dims, &[i], storage)?;
+    if Form::Halves.exists(dims, precision) {
+        bytes.extend(kernels::pack_weight(values, dims, &[i / 2; 2], storage)?);
+    }
+    if Form::First.exists(dims, precision) {
+        bytes.extend(kernels::first::pack_weight(values, dims, storage)?);
+    }
     upload("pack_filter", &bytes, precision, device)
+}
+
+/// The orders in which a filter lies one after the other, as far as it may be asked for in them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// For one source, and for two of which the first fills whole blocks of channels.
+    Whole,
+    /// For two sources of equal channels that do not.
+    Halves,
+    /// For few channels that arrive as planes.
+    First,
+}
+
+impl Form {
+    fn exists(self, [_, i, ..]: [usize; 5], precision: Precision) -> bool {
+        match self {
+            Form::Whole => true,
+            Form::Halves => i.is_multiple_of(2) && !(i / 2).is_multiple_of(backend::BLOCK),
+            Form::First => i <= FIRST && precision != Precision::F32,
+        }
+    }
+
+    /// Input channels with their padding, all taps together.
+    fn terms(self, [_, i, kernel @ ..]: [usize; 5]) -> usize {
+        let taps: usize = kernel.iter().product();
+        match self {
+            Form::Whole => padded(i) * taps,
+            Form::Halves => 2 * padded(i / 2) * taps,
+            Form::First => padded(i * taps),
+        }
+    }
+
+    /// The form of sources with these channels.
+    fn of(op: &str, channels: &[usize]) -> Result<Form> {
+        match *channels {
+            [_] => Ok(Form::Whole),
+            [a, _] if a.is_multiple_of(backend::BLOCK) => Ok(Form::Whole),
+            [a, b] if a == b => Ok(Form::Halves),
+            _ => {
+                unsupported(op, &format!("sources of {channels:?} channels, the first neither whole blocks nor a half"))
+            }
+        }
+    }
+
+    /// Where it is.
+    fn memory(self, op: &'static str, device: &Device, w: &Param) -> Result<Memory> {
+        let (dims, precision) = (w.dims().five(), w.precision());
+        let all = memory(op, device, w.value())?;
+        let bytes =
+            |f: Form| if f.exists(dims, precision) { f.terms(dims) * padded(dims[0]) * precision.size() } else { 0 };
+        let before: usize =
+            [Form::Whole, Form::Halves, Form::First].into_iter().take_while(|f| *f != self).map(bytes).sum();
+        let part = Memory { address: all.address + before as u64, bytes: bytes(self) };
+        if part.bytes == 0 || before + part.bytes > all.bytes {
+            return Err(Error::shape(op, format!("filter {:?} is not packed for a card", w.dims())));
+        }
+        Ok(part)
+    }
 }
 
 /// See [`super::pack_vector`].
@@ -99,40 +162,41 @@ pub(super) fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
 }
 
 /// `x` as voxels in `precision`; only the network's input arrives as planes.
-fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
+pub(super) fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
     if x.layout() == Layout::PLAIN {
         let [batch, channels, space @ ..] = activation(op, x.dims())?;
         let out = voxels(op, *x.dims(), precision, x.device())?;
-        let (planes, values) = (memory(op, &x)?, memory(op, &out)?);
+        let (planes, values) = (memory(op, x.device(), &x)?, memory(op, x.device(), &out)?);
         let storage = storage(precision);
         let p = backend::relayout::Problem { storage, batch, channels, space, planes, values, flip: [false; 3] };
         backend::relayout::to_voxels(card(op, x.device())?, &p)?;
         return Ok(out);
     }
-    if x.precision() != precision {
-        return unsupported(op, &format!("values in {} beside {}", x.precision().name(), precision.name()));
+    if x.precision() != precision || x.layout().block != padded(x.dims().five()[1]) {
+        let (x, beside) = (x.precision().name(), precision.name());
+        return unsupported(op, &format!("values in {x} beside {beside}, or in another layout"));
     }
     Ok(x)
 }
 
 /// A source as kernels read it. Keeps nothing alive: whoever calls does.
-fn read(op: &'static str, s: &Source) -> Result<backend::Source> {
+fn read(op: &'static str, device: &Device, s: &Source) -> Result<backend::Source> {
     let [_, channels, space @ ..] = s.value.value().dims().five();
     Ok(backend::Source {
-        data: memory(op, s.value.value())?,
+        data: memory(op, device, s.value.value())?,
         channels,
         space,
         repeat: s.factor,
-        norm: s.norm.as_deref().map(|n| norm(op, n)).transpose()?,
+        norm: s.norm.as_deref().map(|n| norm(op, device, n)).transpose()?,
     })
 }
 
 /// A normalisation with its leaky ReLU.
-fn norm(op: &'static str, n: &Affine) -> Result<backend::Norm> {
+fn norm(op: &'static str, device: &Device, n: &Affine) -> Result<backend::Norm> {
     let Some(planes) = n.card() else {
         return Err(Error::shape(op, "a normalisation of the processor's on a card"));
     };
-    Ok(backend::Norm { planes: memory(op, planes)?, slope: n.slope() })
+    Ok(backend::Norm { planes: memory(op, device, planes)?, slope: n.slope() })
 }
 
 /// What a convolution works on, as tensors that live until its kernels are launched: work on one card is done in order, so
@@ -146,44 +210,57 @@ impl Inputs {
     fn new(op: &'static str, sources: Vec<Source>, w: &Param, planes: bool) -> Result<Self> {
         let precision = w.precision();
         let dims = super::conv3d::concatenated(&sources)?.five();
-        if let [first, _] = &sources[..]
-            && !first.value.value().dims().five()[1].is_multiple_of(backend::BLOCK)
-        {
-            return unsupported(op, "two sources of which the first has no multiple of 16 channels");
-        }
         let each = |s: Source| {
             let x = s.value.into_value();
-            let value = if planes { planes_of(op, x, precision)? } else { as_voxels(op, x, precision)? };
+            let value = if planes { x } else { as_voxels(op, x, precision)? };
             Ok(Source { value: Var { value }, ..s })
         };
         Ok(Self { sources: sources.into_iter().map(each).collect::<Result<_>>()?, dims })
     }
 }
 
-/// `x` as f32 planes.
-fn planes_of(op: &'static str, x: Tensor, precision: Precision) -> Result<Tensor> {
-    if x.layout() == Layout::PLAIN {
-        return Ok(x);
+/// The variants that can convolve inputs of `channels` each and sizes `[batch, _, D, H, W]` together with `w`, and which of
+/// them is taken.
+pub(super) fn conv3d_variants(
+    device: &Device,
+    [batch, _, space @ ..]: [usize; 5],
+    channels: &[usize],
+    w: &Param,
+    how: Conv3d,
+) -> Result<(Vec<&'static str>, &'static str)> {
+    const OP: &str = "conv3d";
+    let [filters, _, kernel @ ..] = w.dims().five();
+    if Form::First.exists(w.dims().five(), w.precision()) && how.stride == [1; 3] && channels.len() == 1 {
+        return Ok((vec![FIRST_NAME], FIRST_NAME));
     }
-    if x.precision() != precision {
-        return unsupported(op, &format!("values in {} beside {}", x.precision().name(), precision.name()));
-    }
-    let [batch, channels, space @ ..] = activation(op, x.dims())?;
-    let out = Tensor::empty(*x.dims(), Layout::PLAIN, x.device())?;
-    let (planes, values) = (memory(op, &out)?, memory(op, &x)?);
-    let storage = storage(precision);
-    let p = backend::relayout::Problem { storage, batch, channels, space, planes, values, flip: [false; 3] };
-    backend::relayout::from_voxels(card(op, x.device())?, &p)?;
-    Ok(out)
+    // Nothing runs, so that there is room everywhere.
+    let anywhere = Memory { address: 0, bytes: usize::MAX };
+    let sources: Vec<_> = channels.iter().map(|c| backend::Source::plain(anywhere, *c, space)).collect();
+    let measured = w.precision() != Precision::F32;
+    let p = kernels::Problem {
+        storage: storage(w.precision()),
+        batch,
+        sources: &sources,
+        weight: anywhere,
+        bias: None,
+        filters,
+        kernel,
+        stride: how.stride,
+        out: anywhere,
+        partials: measured.then_some(anywhere),
+    };
+    let driver = card(OP, device)?;
+    Ok((kernels::variants(driver, &p, measured), kernels::chosen(driver, &p, None)?))
 }
 
-/// See [`super::conv3d`] and [`super::conv3d_measured`].
+/// See [`super::conv3d`] and [`super::conv3d_measured`]; by the variant `name` if there is one.
 pub(super) fn conv3d(
     cx: &mut Ctx<'_>,
     sources: Vec<Source>,
     w: &Param,
     b: Option<&Param>,
     how: Conv3d,
+    name: Option<&str>,
     measure: bool,
 ) -> Result<(Var, Moments)> {
     const OP: &str = "conv3d";
@@ -193,22 +270,29 @@ pub(super) fn conv3d(
     }
     let clock = cx.clock();
     let driver = card(OP, cx.device())?;
-    let (precision, first) = (w.precision(), channels <= FIRST && w.precision() != Precision::F32);
-    if first && (how.stride != [1; 3] || sources.len() > 1 || !sources[0].is_plain()) {
-        return unsupported(OP, &format!("{channels} channels at stride {:?}, two sources or normalised", how.stride));
+    let precision = w.precision();
+    if cx.is_strict() && precision != Precision::F32 {
+        return unsupported(OP, &format!("strictly, stored as {}; expected f32", precision.name()));
     }
+    // The image as it arrives; inner layers of so few channels have voxels.
+    let first = Form::First.exists(w.dims().five(), precision)
+        && how.stride == [1; 3]
+        && sources.iter().all(|s| s.is_plain() && s.value.value().layout() == Layout::PLAIN);
+    let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
+    let form = if first { Form::First } else { Form::of(OP, &each)? };
     let inputs = Inputs::new(OP, sources, w, first)?;
     let [batch, _, space @ ..] = inputs.dims;
     let [d, h, width] = kernels::output_space(space, kernel, how.stride);
     let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
-    let weight = memory(OP, w.value())?;
-    let bias = b.map(|b| memory(OP, b.value())).transpose()?;
-    let to = memory(OP, &out)?;
+    let device = cx.device();
+    let weight = form.memory(OP, device, w)?;
+    let bias = b.map(|b| memory(OP, device, b.value())).transpose()?;
+    let to = memory(OP, device, &out)?;
     let partials = |tiles: usize| plain(batch * tiles * 3 * padded(filters), cx.device());
     let storage = storage(precision);
     let mut moments = None;
     let kernel_name = if first {
-        let planes = memory(OP, inputs.sources[0].value.value())?;
+        let planes = memory(OP, device, inputs.sources[0].value.value())?;
         let mut p = kernels::first::Problem {
             storage,
             batch,
@@ -226,13 +310,13 @@ pub(super) fn conv3d(
         if measure {
             let tiles = kernels::first::tiles(space);
             let t = partials(tiles)?;
-            p.partials = Some(memory(OP, &t)?);
+            p.partials = Some(memory(OP, device, &t)?);
             moments = Some((t, tiles));
         }
         kernels::first::run(driver, &p)?;
-        "first"
+        FIRST_NAME
     } else {
-        let read: Vec<_> = inputs.sources.iter().map(|s| read(OP, s)).collect::<Result<_>>()?;
+        let read: Vec<_> = inputs.sources.iter().map(|s| read(OP, device, s)).collect::<Result<_>>()?;
         let mut p = kernels::Problem {
             storage,
             batch,
@@ -246,13 +330,13 @@ pub(super) fn conv3d(
             partials: None,
         };
         if measure && storage != Storage::F32 {
-            let tiles = kernels::tiles(driver, &p, None)?;
+            let tiles = kernels::tiles(driver, &p, name)?;
             let t = partials(tiles)?;
-            p.partials = Some(memory(OP, &t)?);
+            p.partials = Some(memory(OP, device, &t)?);
             moments = Some((t, tiles));
         }
-        kernels::run(driver, &p, None)?;
-        kernels::chosen(driver, &p)?
+        kernels::run(driver, &p, name)?;
+        kernels::chosen(driver, &p, name)?
     };
     let (what, macs) = describe(w.dims().five(), how.stride, &out);
     note(cx, OP, clock, kernel_name, macs, || what)?;
@@ -276,8 +360,8 @@ fn measured(x: &Tensor) -> Result<CardMoments> {
         batch,
         channels,
         space,
-        data: memory(OP, x)?,
-        partials: memory(OP, &partials)?,
+        data: memory(OP, x.device(), x)?,
+        partials: memory(OP, x.device(), &partials)?,
     };
     backend::moments::tiles(card(OP, x.device())?, &p)?;
     Ok(CardMoments { partials, tiles, batch, voxels: space.iter().product() })
@@ -293,11 +377,11 @@ pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps
         channels,
         voxels: m.voxels,
         tiles: m.tiles,
-        partials: memory(OP, &m.partials)?,
-        weight: memory(OP, w.value())?,
-        bias: memory(OP, b.value())?,
+        partials: memory(OP, device, &m.partials)?,
+        weight: memory(OP, device, w.value())?,
+        bias: memory(OP, device, b.value())?,
         eps,
-        norm: memory(OP, &planes)?,
+        norm: memory(OP, device, &planes)?,
     };
     backend::moments::merge(card(OP, device)?, &p)?;
     Ok(planes)
@@ -308,17 +392,27 @@ fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>,
     const OP: &str = "instance_norm";
     let clock = cx.clock();
     let [batch, channels, space @ ..] = activation(OP, x.dims())?;
-    let whole = backend::Norm { slope: 1.0, ..norm(OP, n)? };
-    let from = backend::Source { norm: Some(whole), ..backend::Source::plain(memory(OP, &x)?, channels, space) };
+    let device = cx.device();
+    let whole = backend::Norm { slope: 1.0, ..norm(OP, device, n)? };
+    let from =
+        backend::Source { norm: Some(whole), ..backend::Source::plain(memory(OP, device, &x)?, channels, space) };
     let plain = |t: &Tensor| {
         let [_, channels, space @ ..] = t.dims().five();
-        Ok(backend::Source::plain(memory(OP, t)?, channels, space))
+        Ok(backend::Source::plain(memory(OP, device, t)?, channels, space))
     };
     let (storage, slope) = (storage(x.precision()), n.slope());
-    let (shortcut, low) = (shortcut.map(plain).transpose()?, low.map(|l| read(OP, l)).transpose()?);
+    let (shortcut, low) = (shortcut.map(plain).transpose()?, low.map(|l| read(OP, device, l)).transpose()?);
     // Kernels run in order, so that `x` is read before its memory is given to anyone else.
     let out = if x.is_unique() { x.clone() } else { voxels(OP, *x.dims(), x.precision(), cx.device())? };
-    let p = backend::instance_norm::Problem { storage, batch, x: from, shortcut, low, slope, out: memory(OP, &out)? };
+    let p = backend::instance_norm::Problem {
+        storage,
+        batch,
+        x: from,
+        shortcut,
+        low,
+        slope,
+        out: memory(OP, device, &out)?,
+    };
     backend::instance_norm::run(card(OP, cx.device())?, &p)?;
     note(cx, OP, clock, "instance_norm", 0, || format!("{:?}", out.dims()))?;
     Ok(cx.leaf(out))
@@ -326,8 +420,10 @@ fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>,
 
 /// See [`Affine::apply`].
 pub(super) fn apply(cx: &mut Ctx<'_>, x: Var, n: &Affine, residual: Option<Var>) -> Result<Var> {
-    let x = x.into_value();
-    let residual = residual.map(Var::into_value);
+    const OP: &str = "instance_norm";
+    let precision = x.value().precision();
+    let x = as_voxels(OP, x.into_value(), precision)?;
+    let residual = residual.map(|r| as_voxels(OP, r.into_value(), precision)).transpose()?;
     block_end(cx, x, n, residual.as_ref(), None)
 }
 
@@ -341,8 +437,11 @@ pub(super) fn instance_norm(
     how: InstanceNorm,
 ) -> Result<Var> {
     let channels = activation("instance_norm", x.value().dims())?[1];
-    let moments = Moments::on_card(channels, measured(x.value())?);
+    let precision = x.value().precision();
+    let x = as_voxels("instance_norm", x.into_value(), precision)?;
+    let moments = Moments::on_card(channels, measured(&x)?);
     let n = Affine::new(&moments, w, b, how)?;
+    let x = cx.leaf(x);
     apply(cx, x, &n, residual)
 }
 
@@ -356,66 +455,55 @@ pub(super) fn conv3d_residual(
     b: Option<&Param>,
     how: Conv3d,
 ) -> Result<Var> {
-    let [filters, _, kernel @ ..] = w.dims().five();
+    const OP: &str = "conv3d";
+    let kernel = w.dims().space();
+    let y = as_voxels(OP, y.into_value(), w.precision())?;
     let mut low = None;
-    let mut start = 0;
-    if kernel == [1; 3] && how.stride == [1; 3] && sources.len() == 2 && sources[0].factor != [1; 3] {
+    let repeated = sources.len() == 2 && sources[0].norm.is_none() && sources[0].factor != [1; 3];
+    let shortcut = if repeated && kernel == [1; 3] && how.stride == [1; 3] {
         // The filter lies by slabs of input channels, so those of the first source are its beginning.
+        let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
+        let weight = Form::of(OP, &each)?.memory(OP, cx.device(), w)?;
         let first = sources.remove(0);
         let factor = first.factor;
-        let x = pointwise(cx, Source::from(first.value), w, 0, None, filters, how)?;
-        start = padded(x.1);
-        low = Some(Source::repeated(x.0, factor));
-    }
-    let shortcut = if start > 0 {
-        let rest = sources.remove(0);
-        pointwise(cx, rest, w, start, b, filters, how)?.0
+        let x = pointwise(cx, Source::from(first.value), w, weight, 0, None)?;
+        low = Some(Source::repeated(x, factor));
+        pointwise(cx, sources.remove(0), w, weight, padded(each[0]), b)?
     } else {
-        conv3d(cx, sources, w, b, how, false)?.0
+        conv3d(cx, sources, w, b, how, None, false)?.0
     };
-    block_end(cx, y.into_value(), n, Some(shortcut.value()), low.as_ref())
+    block_end(cx, y, n, Some(shortcut.value()), low.as_ref())
 }
 
-/// A convolution of single voxels with the part of a filter that begins at input channel `start`; its input channels.
-fn pointwise(
-    cx: &mut Ctx<'_>,
-    x: Source,
-    w: &Param,
-    start: usize,
-    b: Option<&Param>,
-    filters: usize,
-    how: Conv3d,
-) -> Result<(Var, usize)> {
+/// A convolution of single voxels with the part of the filter at `weight` that begins at its input channel `start`.
+fn pointwise(cx: &mut Ctx<'_>, x: Source, w: &Param, weight: Memory, start: usize, b: Option<&Param>) -> Result<Var> {
     const OP: &str = "conv3d";
     let clock = cx.clock();
-    let precision = w.precision();
-    let channels = x.value.value().dims().five()[1];
+    let (precision, filters) = (w.precision(), w.dims().five()[0]);
     let inputs = Inputs::new(OP, vec![x], w, false)?;
-    let [batch, _, space @ ..] = inputs.dims;
-    let [d, h, width] = kernels::output_space(space, [1; 3], how.stride);
+    let [batch, channels, d, h, width] = inputs.dims;
     let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
-    let all = memory(OP, w.value())?;
-    let (skip, len) = [start, padded(channels)].map(|c| c * padded(filters) * precision.size()).into();
-    let weight = Memory { address: all.address + skip as u64, bytes: len.min(all.bytes.saturating_sub(skip)) };
-    let sources = [read(OP, &inputs.sources[0])?];
+    let [skip, len] = [start, padded(channels)].map(|c| c * padded(filters) * precision.size());
+    let device = cx.device();
+    let bytes = len.min(weight.bytes.saturating_sub(skip));
     let p = kernels::Problem {
         storage: storage(precision),
         batch,
-        sources: &sources,
-        weight,
-        bias: b.map(|b| memory(OP, b.value())).transpose()?,
+        sources: &[read(OP, device, &inputs.sources[0])?],
+        weight: Memory { address: weight.address + skip as u64, bytes },
+        bias: b.map(|b| memory(OP, device, b.value())).transpose()?,
         filters,
         kernel: [1; 3],
-        stride: how.stride,
-        out: memory(OP, &out)?,
+        stride: [1; 3],
+        out: memory(OP, device, &out)?,
         partials: None,
     };
-    let driver = card(OP, cx.device())?;
+    let driver = card(OP, device)?;
     kernels::run(driver, &p, None)?;
-    let name = kernels::chosen(driver, &p)?;
-    let (what, macs) = describe([filters, channels, 1, 1, 1], how.stride, &out);
+    let name = kernels::chosen(driver, &p, None)?;
+    let (what, macs) = describe([filters, channels, 1, 1, 1], [1; 3], &out);
     note(cx, OP, clock, name, macs, || what)?;
-    Ok((cx.leaf(out), channels))
+    Ok(cx.leaf(out))
 }
 
 /// See [`super::head_labels`].
@@ -423,9 +511,9 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     const OP: &str = "head_labels";
     use backend::head_labels as kernel;
     let clock = cx.clock();
-    let x = x.into_value();
+    let precision = x.value().precision();
+    let x = as_voxels(OP, x.into_value(), precision)?;
     let [batch, channels, space @ ..] = activation(OP, x.dims())?;
-    let precision = x.precision();
     let (driver, device) = (card(OP, cx.device())?, cx.device());
     let w = upload(OP, &kernel::pack_weight(weight, [bias.len(), channels], storage(precision))?, precision, device)?;
     let b = upload(OP, bytemuck::cast_slice(&kernel::pack_bias(bias)), Precision::F32, device)?;
@@ -433,15 +521,15 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     let p = kernel::Problem {
         storage: storage(precision),
         batch,
-        features: backend::Source::plain(memory(OP, &x)?, channels, space),
-        weight: memory(OP, &w)?,
-        bias: memory(OP, &b)?,
+        features: backend::Source::plain(memory(OP, device, &x)?, channels, space),
+        weight: memory(OP, device, &w)?,
+        bias: memory(OP, device, &b)?,
         classes: bias.len(),
         divisor: None,
-        labels: memory(OP, &out)?,
+        labels: memory(OP, device, &out)?,
     };
     kernel::run(driver, &p)?;
-    driver.download(memory(OP, &out)?, bytemuck::cast_slice_mut(labels))?;
+    driver.download(memory(OP, device, &out)?, bytemuck::cast_slice_mut(labels))?;
     let macs = [batch, channels, bias.len()].iter().chain(&space).fold(1, |n: u64, &v| n.saturating_mul(v as u64));
     note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))
 }
@@ -460,11 +548,12 @@ pub(crate) fn aggregate(
 ) -> Result<()> {
     const OP: &str = "aggregate";
     let [_, c, space @ ..] = activation(OP, features.dims())?;
+    let device = features.device();
     let p = backend::aggregate::Problem {
         storage: storage(features.precision()),
-        features: backend::Source::plain(memory(OP, features)?, c, space),
-        importance: importance.map(|t| memory(OP, t)).transpose()?,
-        sum: memory(OP, sum)?,
+        features: backend::Source::plain(memory(OP, device, features)?, c, space),
+        importance: importance.map(|t| memory(OP, device, t)).transpose()?,
+        sum: memory(OP, device, sum)?,
         weight: None,
         ring,
         channels: [channels, first],
@@ -477,7 +566,7 @@ pub(crate) fn aggregate(
 
 /// Some of the floats of a tensor, from place `at` on.
 fn part(t: &Tensor, at: usize, floats: usize) -> Result<Memory> {
-    let all = memory("part", t)?;
+    let all = memory("part", t.device(), t)?;
     if (at + floats) * 4 > all.bytes {
         return Err(Error::shape("part", format!("{floats} floats from {at} of {} bytes", all.bytes)));
     }

@@ -51,6 +51,13 @@ impl Moments {
         }
     }
 
+    fn is_with_processor(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.card.is_none();
+        #[cfg(not(feature = "cuda"))]
+        true
+    }
+
     /// Of an activation on a card.
     #[cfg(feature = "cuda")]
     pub(super) fn on_card(channels: usize, card: CardMoments) -> Self {
@@ -125,6 +132,10 @@ impl Affine {
             if p.dims().as_slice() != [c] || p.value().dims().len() != padded {
                 return Err(Error::shape(OP, format!("{what} of size {:?} for {c} channels", p.dims())));
             }
+        }
+        let processor = moments.is_with_processor();
+        if w.value().device().is_cpu() != processor || b.value().device().is_cpu() != processor {
+            return Err(Error::Device { what: format!("{OP}: weights and moments of different devices") });
         }
         #[cfg(feature = "cuda")]
         if let Some(m) = &moments.card {

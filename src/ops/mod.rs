@@ -41,6 +41,14 @@ fn processor(op: &'static str, device: &crate::tensor::Device) -> Result<()> {
     Err(Error::unsupported(format!("{op} on {}: there is no kernel for it", device.name())))
 }
 
+/// An error if something of the processor's meets something of a card's, or of another card's.
+fn same_device(op: &'static str, a: &crate::tensor::Device, b: &crate::tensor::Device) -> Result<()> {
+    if a.shares_memory(b) {
+        return Ok(());
+    }
+    Err(Error::Device { what: format!("{op}: a tensor of {} on {}", b.name(), a.name()) })
+}
+
 /// Leaves for the operation's card side with its result, if the device is a card.
 macro_rules! on_card {
     ($device:expr, $run:expr) => {
@@ -74,10 +82,10 @@ fn floats(op: &'static str, x: Tensor) -> Result<Tensor> {
 
 /// `x` in the layout that the device computes with; only the network's input arrives in another.
 fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
+    processor(op, x.device())?;
     if x.layout() == Layout::BLOCKED {
         return Ok(x);
     }
-    processor(op, x.device())?;
     let [_, c, d, h, w] = activation(op, x.dims())?;
     let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, x.device())?;
     let to = memory(op, &mut out)?;

@@ -21,7 +21,7 @@ pub struct Conv3dEstimate {
     pub name: &'static str,
     /// As accurate as adding up the products one after the other.
     pub strict: bool,
-    /// Expected time on one core, in cycles of a core that does a multiply-add of 16 floats in each.
+    /// Expected time on one core, in cycles of a core that does a multiply-add of 16 floats in each; NaN on a card.
     pub cycles: f64,
     /// The least of all: the one that is taken.
     pub chosen: bool,
@@ -38,6 +38,11 @@ pub fn conv3d_estimates(
     strict: bool,
 ) -> Result<Vec<Conv3dEstimate>> {
     let (g, _) = super::conv3d::geometry(&x.into(), w, None, how)?;
+    super::on_card!(device, {
+        let (names, taken) = super::cuda::conv3d_variants(device, x, channels, w, how)?;
+        let estimate = |name| Conv3dEstimate { name, strict: false, cycles: f64::NAN, chosen: name == taken };
+        Ok(names.into_iter().map(estimate).collect())
+    });
     Ok(cpu::conv3d::estimates(device.isa(), &g, channels, strict)
         .into_iter()
         .map(|(e, chosen)| Conv3dEstimate { name: e.name(), strict: e.is_strict(), cycles: e.cycles(), chosen })
@@ -132,6 +137,7 @@ pub fn blocked(x: Tensor) -> Result<Tensor> {
 
 /// The tensor in the layout in which activations pass between operations, stored in `precision`.
 pub fn stored(x: Tensor, precision: Precision) -> Result<Tensor> {
+    super::on_card!(x.device(), super::cuda::as_voxels("testing", x, precision));
     let x = blocked(x)?;
     let mut out = Tensor::empty_in(*x.dims(), Layout::BLOCKED, precision, x.device())?;
     let to = super::stored_memory("testing", &mut out)?;
@@ -165,6 +171,9 @@ pub fn address(x: &Tensor) -> usize {
 /// multiply-add counted as two: divided by the time, the peak to hold kernels against.
 #[must_use]
 pub fn spin(device: &Device) -> f64 {
+    if !device.is_cpu() {
+        return f64::NAN;
+    }
     let threads = device.threads();
     dispatch!(device, probe::spin(threads))
 }

@@ -179,6 +179,17 @@ impl Device {
         }
     }
 
+    /// True for two devices whose tensors may meet: the processor whichever its threads, or one opened card.
+    pub(crate) fn shares_memory(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Device::Cpu(_), Device::Cpu(_)) => true,
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(a), Device::Cuda(b)) => Arc::ptr_eq(a, b),
+            #[cfg(feature = "cuda")]
+            _ => false,
+        }
+    }
+
     /// True for the processor, whose memory can be read and written as slices.
     #[must_use]
     pub fn is_cpu(&self) -> bool {
@@ -195,6 +206,18 @@ impl Device {
             Device::Cuda(d) if d.driver.capability()[0] < 8 => Precision::F16,
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => Precision::Bf16,
+        }
+    }
+
+    /// Waits for all work asked for; the processor's is always done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when some of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => d.driver.synchronize(),
         }
     }
 

@@ -41,8 +41,8 @@ impl DType {
     }
 }
 
-/// How the filters of convolutions and the activations between operations are stored. Arithmetic is in f32 either way, and
-/// so are all other parameters.
+/// How the filters of convolutions and the activations between operations are stored. All other parameters are f32. The
+/// processor computes in f32 whatever is stored; a card multiplies in 16 bits what is stored so, and adds in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Precision {

@@ -25,7 +25,7 @@ pub(crate) use stored::{Stored, StoredMut, narrowed, widened};
 use crate::error::{Error, Result};
 use buffer::Buffer;
 
-/// An array of numbers on a device, computed with in f32 and stored as f32 or bf16. Cloning shares the memory; an operation that is given the last owner may write in
+/// An array of numbers on a device, stored as f32, bf16 or f16. Cloning shares the memory; an operation that is given the last owner may write in
 /// place.
 ///
 /// Invariant: pad lanes (channels past C inside a block) are zero before and after every operation.
@@ -55,6 +55,12 @@ impl Tensor {
     pub(crate) fn empty_in(dims: Dims, layout: Layout, precision: Precision, device: &Device) -> Result<Self> {
         if precision == Precision::F16 && device.is_cpu() {
             return Err(Error::unsupported("float16 on the processor, expected float32 or bfloat16"));
+        }
+        #[cfg(feature = "cuda")]
+        if precision == Precision::Bf16 && device.driver().is_some_and(|d| d.capability()[0] < 8) {
+            let what =
+                format!("bfloat16 on {}, whose compute capability is below 8.0: expected float16", device.name());
+            return Err(Error::unsupported(what));
         }
         let floats = match precision {
             Precision::F32 => layout.len(&dims),

@@ -25,6 +25,7 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_faults_in_conv3d_are_found", "finds what a card does not find"),
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
+    ("ptx_operands_are_what_they_are_taken_for", "has several cards of two generations"),
 ];
 
 macro_rules! tests {
@@ -59,6 +60,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     device::ptx_stunet_through_the_library,
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,
+    device::ptx_variants_through_the_library,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
 ];

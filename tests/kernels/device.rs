@@ -7,15 +7,19 @@ use stunet::autograd::Ctx;
 use stunet::io::Geometry;
 use stunet::models::StuNetConfig;
 use stunet::nn::Module;
+use stunet::ops::{self, Affine, Conv3d, InstanceNorm, Source, Sources, testing};
 use stunet::tensor::{Dims, Precision, Tensor};
 use stunet::{Device, Image, Predictor, Result};
 
 use super::random;
 use super::sim::Sim;
 
-fn config() -> StuNetConfig {
+/// Widths that fill blocks of channels, and the demo's kind that does not: 8 in the first stage, 24 and 28 in two halves.
+const WIDTHS: [[usize; 6]; 2] = [[16, 16, 32, 32, 32, 32], [8, 16, 24, 28, 28, 28]];
+
+fn config(dims: [usize; 6]) -> StuNetConfig {
     let strides = [[2, 2, 2], [1, 2, 2], [1; 3], [1; 3], [1; 3]];
-    StuNetConfig { dims: [16, 16, 32, 32, 32, 32], ..StuNetConfig::small(1, 5) }.with_strides(strides)
+    StuNetConfig { dims, ..StuNetConfig::small(1, 5) }.with_strides(strides)
 }
 
 const PATCH: [usize; 3] = [8, 16, 12];
@@ -84,8 +88,11 @@ pub(super) fn ptx_stunet_through_the_library() {
         [([8, 6], Precision::Bf16), ([8, 6], Precision::F16), ([7, 5], Precision::F16), ([8, 6], Precision::F32)]
     {
         let card = |seed| Device::on(Arc::new(Sim::of(seed, capability)), format!("sim of {capability:?}"));
-        network_is_near(&config(), PATCH, precision, [0, 5].into_iter().map(card));
+        network_is_near(&config(WIDTHS[0]), PATCH, precision, [0, 5].into_iter().map(card));
     }
+    // Generations differ in kernels, not in what these are given.
+    let card = Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+    network_is_near(&config(WIDTHS[1]), PATCH, Precision::Bf16, [card].into_iter());
 }
 
 /// What a card's device says of itself, and what it has no kernels for.
@@ -105,7 +112,7 @@ pub(super) fn ptx_devices_are_honest() {
     let e = Tensor::from_host(&vec![0.0; 1 << 19], Dims::from([1 << 19]), &device).unwrap_err().to_string();
     assert!(e.contains("limit"), "{e}");
     assert!(Tensor::from_host(&[1.0], Dims::from([1]), &Device::cpu()).is_ok());
-    let cpu = config().build_random_with(&Device::cpu(), 0, Precision::F16).unwrap_err().to_string();
+    let cpu = config(WIDTHS[0]).build_random_with(&Device::cpu(), 0, Precision::F16).unwrap_err().to_string();
     assert!(cpu.contains("float16"), "{cpu}");
 }
 
@@ -136,6 +143,9 @@ pub(super) fn ptx_prediction_through_the_library() {
         assert!((0..4).filter(|l| exact.contains(l)).count() > 2, "{exact:?}");
         let card = Device::on(Arc::new(Sim::of(1, [8, 6])), "sim".into());
         let got = labels(&card, Precision::F32, mirroring);
+        // Passes after the first find all their memory where it was.
+        let memory = card.memory();
+        assert!(memory.planned_hits > 0 && memory.planned_misses == 0, "{memory:?}");
         assert!(agreement(&got, &exact) >= 0.998, "f32: {}", agreement(&got, &exact));
         let halves = labels(&card, Precision::Bf16, mirroring);
         let own = agreement(&labels(&cpu, Precision::Bf16, mirroring), &exact);
@@ -150,4 +160,107 @@ pub(super) fn ptx_prediction_through_the_library() {
         let tight = Device::on(Arc::new(Sim::of(1, [8, 6]).with_total(total)), "tight".into());
         assert!(labels(&tight, Precision::Bf16, mirroring) == halves, "sums elsewhere, other labels");
     }
+}
+
+/// What measurements walk: every variant by its name, one of which is taken without.
+#[test]
+pub(super) fn ptx_variants_through_the_library() {
+    let device = Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+    let (dims, how) = ([1, 48, 3, 9, 10], Conv3d { stride: [1; 3], padding: [1; 3] });
+    let weight = random(40 * 48 * 27, 3);
+    let w = testing::stored_filter(&weight, [40, 48, 3, 3, 3], Precision::Bf16, &device).unwrap();
+    let input = |device: &Device| {
+        let values = Precision::Bf16;
+        let values: Vec<f32> = random(48 * 270, 4).into_iter().map(|v| values.round(v)).collect();
+        Tensor::from_host(&values, Dims::from(dims), device).unwrap()
+    };
+    let cpu = Device::cpu();
+    let rounded: Vec<f32> = weight.iter().map(|v| Precision::Bf16.round(*v)).collect();
+    let own = testing::filter(&rounded, [40, 48, 3, 3, 3], &cpu).unwrap();
+    let mut cx = Ctx::infer(&cpu);
+    let x = cx.leaf(input(&cpu));
+    let exact = ops::conv3d(&mut cx, x, &own, None, how).unwrap().into_value().to_host().unwrap();
+    let variants = testing::conv3d_estimates(&device, dims, &[48], &w, how, false).unwrap();
+    assert!(variants.len() > 3 && variants.iter().filter(|v| v.chosen).count() == 1, "{variants:?}");
+    for v in variants {
+        let mut cx = Ctx::infer(&device).traced();
+        let x = testing::stored(input(&device), Precision::Bf16).unwrap();
+        let x = cx.leaf(x);
+        let (y, _) = testing::conv3d(v.name, &mut cx, x, &w, None, how).unwrap();
+        assert_eq!(cx.steps()[0].macs, 40 * 48 * 27 * 270);
+        for (g, e) in y.into_value().to_host().unwrap().iter().zip(&exact) {
+            assert!((g - e).abs() <= 2f32.powi(-8) * e.abs() + 1e-3, "{}: {g} {e}", v.name);
+        }
+    }
+}
+
+/// Planes as they arrive are made voxels by whoever reads them; what does not fit is refused, not read as something else.
+#[test]
+pub(super) fn ptx_operands_are_what_they_are_taken_for() {
+    let sim = || Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+    let (device, cpu, dims) = (sim(), Device::cpu(), [1, 16, 3, 4, 5]);
+    let x = |device: &Device, seed| Tensor::from_host(&random(16 * 60, seed), Dims::from(dims), device).unwrap();
+    let how = InstanceNorm { eps: 1e-5, slope: Some(0.01) };
+    let run = |device: &Device| {
+        let [w, b] = [1, 2].map(|s| testing::vector(&random(16, s), device).unwrap());
+        let mut cx = Ctx::infer(device);
+        let [a, r, f] = [3, 4, 5].map(|s| x(device, s)).map(|t| cx.leaf(t));
+        let y = ops::instance_norm(&mut cx, a, &w, &b, Some(r), how).unwrap().into_value().to_host().unwrap();
+        (y, ops::head_labels(&mut cx, f, &random(7 * 16, 6), &random(7, 7)).unwrap())
+    };
+    let (got, exact) = (run(&device), run(&cpu));
+    assert!(error(&got.0, &exact.0) < 1e-5 && got.1 == exact.1);
+    // Halves of 28 channels each, the first repeated, at the end of a block.
+    let residual = |device: &Device, precision: Precision| {
+        let w = testing::stored_filter(&random(20 * 56, 8), [20, 56, 1, 1, 1], precision, device).unwrap();
+        let [weight, bias] = [1, 2].map(|s| testing::vector(&random(20, s), device).unwrap());
+        let mut cx = Ctx::infer(device);
+        let tensor = |dims: [usize; 5], seed| {
+            let n = dims.iter().product();
+            let t = Tensor::from_host(&random(n, seed), Dims::from(dims), device).unwrap();
+            testing::stored(t, precision).unwrap()
+        };
+        let [low, skip, y] = [([1, 28, 2, 2, 3], 9), ([1, 28, 4, 4, 6], 10), ([1, 20, 4, 4, 6], 11)];
+        let [low, skip, y] = [low, skip, y].map(|(d, s)| cx.leaf(tensor(d, s)));
+        let identity = testing::stored_filter(
+            &(0..400).map(|i| if i % 21 == 0 { 1.0 } else { 0.0 }).collect::<Vec<_>>(),
+            [20, 20, 1, 1, 1],
+            precision,
+            device,
+        )
+        .unwrap();
+        let how1 = Conv3d { stride: [1; 3], padding: [0; 3] };
+        let (y, moments) = ops::conv3d_measured(&mut cx, y, &identity, None, how1).unwrap();
+        let norm = Affine::new(&moments, &weight, &bias, how).unwrap();
+        let sources = Sources::Two(Source::repeated(low, [2; 3]), skip.into());
+        ops::conv3d_residual(&mut cx, y, &norm, sources, &w, None, how1).unwrap().into_value().to_host().unwrap()
+    };
+    let exact = residual(&cpu, Precision::F32);
+    assert!(error(&residual(&device, Precision::F32), &exact) < 1e-5);
+    assert!(error(&residual(&device, Precision::Bf16), &exact) < 1e-2);
+    // Two cards, a card and the processor, 16 bits that the card does not have, storage that differs.
+    let other = sim();
+    let w = testing::stored_filter(&random(16 * 16, 1), [16, 16, 1, 1, 1], Precision::Bf16, &device).unwrap();
+    let how = Conv3d { stride: [1; 3], padding: [0; 3] };
+    for (place, what) in [(&other, "sim"), (&cpu, "cpu")] {
+        let mut cx = Ctx::infer(&device);
+        let foreign = cx.leaf(x(place, 1));
+        let e = ops::conv3d(&mut cx, foreign, &w, None, how).unwrap_err().to_string();
+        assert!(e.contains(what), "{e}");
+        let mut cx = Ctx::infer(place);
+        let own = cx.leaf(x(place, 1));
+        assert!(ops::conv3d(&mut cx, own, &w, None, how).is_err());
+        let foreign = cx.leaf(x(&device, 1));
+        assert!(ops::leaky_relu(&mut cx, foreign, 0.1).is_err());
+    }
+    let mut cx = Ctx::infer(&device);
+    let floats = testing::stored(x(&device, 1), Precision::F32).unwrap();
+    let floats = cx.leaf(floats);
+    assert!(ops::conv3d(&mut cx, floats, &w, None, how).unwrap_err().to_string().contains("f32 beside bf16"));
+    let mut cx = Ctx::infer(&device).strict(true);
+    let plain = cx.leaf(x(&device, 1));
+    assert!(ops::conv3d(&mut cx, plain, &w, None, how).is_err());
+    let old = Device::on(Arc::new(Sim::of(0, [7, 5])), "old".into());
+    assert!(testing::stored_filter(&random(16, 1), [1, 16, 1, 1, 1], Precision::Bf16, &old).is_err());
+    assert!(ops::pack_transposed_filter(&[0.0; 8], [1, 1, 2, 2, 2], &device).is_err());
 }

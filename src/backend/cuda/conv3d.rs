@@ -199,13 +199,13 @@ fn choose(
         .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
 }
 
-/// The variant that would be taken.
+/// The variant that [`run`] takes.
 ///
 /// # Errors
 /// As [`run`].
-pub fn chosen(driver: &dyn Driver, p: &Problem<'_>) -> Result<&'static str> {
+pub fn chosen(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<&'static str> {
     let out = output_space(check(p)?, p.kernel, p.stride);
-    Ok(choose(p, out, p.partials.is_some(), driver, None)?.name)
+    Ok(choose(p, out, p.partials.is_some(), driver, name)?.name)
 }
 
 /// Tiles of a sample, each with its own moments: [`Problem::partials`] holds `N * tiles * 3 * padded filters` floats.

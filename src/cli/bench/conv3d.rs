@@ -93,7 +93,8 @@ impl Args {
             let seconds = if e.chosen || self.all {
                 let run = || {
                     let mut cx = options.ctx(device).storing(precision);
-                    testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how).map(drop)
+                    testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how)?;
+                    device.synchronize()
                 };
                 Some(time(device, runs, &[number, i], run)?)
             } else {

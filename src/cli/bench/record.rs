@@ -145,7 +145,12 @@ fn print_layer(l: &Layer) -> Result<()> {
     l.implementations.iter().try_for_each(|c| {
         let mark = if c.chosen { '*' } else { ' ' };
         let measured = c.seconds.map_or_else(|| "-".into(), |s| format!("{:.3} ms", s * 1e3));
-        let estimated = format!("estimated {:>9.3} ms", c.estimated_seconds * 1e3);
-        output::line(format!("    {mark} {:<22} {estimated}, measured {measured:>12}", c.implementation))
+        // A card's rule compares without saying seconds.
+        let estimated = if c.estimated_seconds.is_nan() {
+            String::new()
+        } else {
+            format!("estimated {:>9.3} ms, ", c.estimated_seconds * 1e3)
+        };
+        output::line(format!("    {mark} {:<22} {estimated}measured {measured:>12}", c.implementation))
     })
 }

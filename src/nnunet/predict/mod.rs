@@ -4,6 +4,7 @@ mod export;
 mod held;
 pub(super) mod scores;
 mod stand_in;
+mod sums;
 mod sweep;
 #[cfg(test)]
 mod sweep_tests;
@@ -365,7 +366,8 @@ impl Predictor {
 
     /// Bytes of a card that are neither the models' nor too many: drivers and other programs take some.
     fn card_room(&self) -> Option<usize> {
-        let most = self.device.total_memory()? / 10 * 9;
+        let total = self.device.total_memory()? / 10 * 9;
+        let most = total.min(self.device.memory().limit.unwrap_or(usize::MAX));
         Some(most.saturating_sub(self.device.memory().in_use))
     }
 
@@ -397,9 +399,14 @@ impl Predictor {
         // What a card holds is not the machine's memory.
         let activations = if self.device.is_cpu() { self.activations() } else { 0 };
         let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
+        // Features that travel are there as the card sends them, as floats, in order and in blocks.
+        let features = self.nets.iter().map(|n| n.config().dims[0].next_multiple_of(16)).max().unwrap_or(0);
+        let travels = !self.device.is_cpu() && !sweep.sums_on_card;
+        let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
-        let mut network = [sums, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
+        let mut network =
+            [sums, travelling, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
         if self.options.probabilities {
             network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
         }

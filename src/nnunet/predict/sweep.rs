@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::export::Planes;
 use super::held::{Held, PLANES};
+use super::sums::{Sums, with_processor};
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
 use crate::base::par;
@@ -148,7 +149,7 @@ impl SweepPlan {
 enum Store {
     /// The planes `[first, first + patch)` of weighted sums; plane p lies in slot `p % patch`.
     Ring {
-        sum: Tensor,
+        sum: Box<Sums>,
         weight: Tensor,
         end: usize,
     },
@@ -166,8 +167,6 @@ pub(crate) struct Sweep<'a> {
     data: &'a [f32],
     channels: usize,
     importance: Option<Vec<f32>>,
-    /// The same on a card that keeps the sums.
-    importance_on_card: Option<Tensor>,
     store: Store,
     rows_done: usize,
     passes_done: usize,
@@ -188,14 +187,19 @@ impl<'a> Sweep<'a> {
         let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
         let [_, h, w] = plan.padded();
         let host = if device.is_cpu() { device.clone() } else { Device::cpu() };
+        let importance = plan.gaussian.then(|| gaussian(plan.patch));
         let store = match plan.gather {
             Gather::Held(_) => Store::Held(Vec::new()),
             Gather::Features | Gather::Scores(_) => {
-                let ring = |k: usize, place: &Device| {
-                    Tensor::empty(Dims::from([plan.patch[0], h, w, k]), Layout::PLAIN, place)
-                };
                 let place = if plan.sums_on_card { device } else { &host };
-                Store::Ring { sum: ring(plan.channels(), place)?, weight: ring(1, &host)?, end: 0 }
+                let sums = |place| Sums::new([plan.patch[0], h, w], plan.channels(), importance.as_deref(), place);
+                let sum = match sums(place) {
+                    // Other programs may have taken what the plan counted on.
+                    Err(Error::OutOfMemory { .. }) if plan.sums_on_card => sums(&host)?,
+                    sums => sums?,
+                };
+                let weight = Tensor::empty(Dims::from([plan.patch[0], h, w]), Layout::PLAIN, &host)?;
+                Store::Ring { sum: Box::new(sum), weight, end: 0 }
             }
         };
         let heads = nets.iter().map(|n| {
@@ -203,9 +207,6 @@ impl<'a> Sweep<'a> {
             PackedHead::new(&head.weight, &head.bias, head.features, plan.features)
         });
         let heads = heads.collect();
-        let importance = plan.gaussian.then(|| gaussian(plan.patch));
-        let on_card = importance.as_ref().filter(|_| plan.sums_on_card);
-        let importance_on_card = on_card.map(|m| Tensor::from_host(m, Dims::from([m.len()]), device)).transpose()?;
         Ok(Self {
             plan,
             nets,
@@ -215,7 +216,6 @@ impl<'a> Sweep<'a> {
             data,
             channels,
             importance,
-            importance_on_card,
             store,
             rows_done: 0,
             passes_done: 0,
@@ -235,20 +235,11 @@ impl<'a> Sweep<'a> {
         let z = self.plan.starts[0][row];
         if let Store::Ring { sum, weight, end } = &mut self.store {
             let (patch, upto) = (self.plan.patch[0], z + self.plan.patch[0]);
-            for t in [sum, weight] {
-                let n = t.dims().len() / patch;
-                let (from, to) = (*end, upto);
-                #[cfg(feature = "cuda")]
-                if !t.device().is_cpu() {
-                    (from..to).try_for_each(|p| crate::ops::cuda::clear(t, p % patch * n, n))?;
-                    continue;
-                }
-                par::chunks_mut(unshared(t)?, n, |slot, plane| {
-                    // The plane that this slot will hold, if it is one of the new ones.
-                    if (from..to).any(|p| p % patch == slot) {
-                        plane.fill(0.0);
-                    }
-                });
+            let n = weight.dims().len() / patch;
+            for slot in (*end..upto).map(|p| p % patch) {
+                // What the slot held before is of a plane that is out.
+                sum.clear(slot)?;
+                unshared(weight)?[slot * n..][..n].fill(0.0);
             }
             *end = upto;
         }
@@ -309,16 +300,12 @@ impl<'a> Sweep<'a> {
         let ([pz, py, px], [_, h, w]) = (plan.patch, plan.padded());
         let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
         let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
-        #[cfg(feature = "cuda")]
-        if let (true, Store::Ring { sum, .. }) = (plan.sums_on_card, &self.store) {
-            let (m, ring) = (self.importance_on_card.as_ref(), [pz, h, w]);
-            return crate::ops::cuda::aggregate(features, m, sum, ring, [channels, fold * lanes], start, flip, scale);
+        if let Store::Ring { sum, .. } = &mut self.store
+            && sum.add_on_card(features, fold * lanes, start, flip, scale)?
+        {
+            return Ok(());
         }
-        #[cfg(feature = "cuda")]
-        let here =
-            if features.device().is_cpu() { None } else { Some(crate::ops::cuda::to_processor(features, host)?) };
-        #[cfg(feature = "cuda")]
-        let features = here.as_ref().unwrap_or(features);
+        let features = &*with_processor(features, host)?;
         let view = FeatureView { values: features.stored(), size: plan.patch, lanes };
         match &mut self.store {
             Store::Held(windows) => {
@@ -326,7 +313,7 @@ impl<'a> Sweep<'a> {
             }
             Store::Ring { sum, .. } => {
                 let (gather, packed) = (plan.gather, &self.heads[fold]);
-                par::chunks_mut(unshared(sum)?, h * w * channels, |slot, plane| {
+                par::chunks_mut(sum.host()?, h * w * channels, |slot, plane| {
                     let z = (slot + pz - start[0] % pz) % pz;
                     let mut row = vec![0f32; px * lanes];
                     let mut g = vec![scale; px];
@@ -459,17 +446,7 @@ impl Sweep<'_> {
         };
         let ([_, h, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
         let (pad, k, slot) = (self.plan.pad(), self.plan.channels(), p % self.plan.patch[0]);
-        #[cfg(feature = "cuda")]
-        let plane = if sum.device().is_cpu() {
-            None
-        } else {
-            let mut plane = vec![0.0; h * w * k];
-            crate::ops::cuda::download(sum, slot * h * w * k, &mut plane)?;
-            Some(plane)
-        };
-        #[cfg(not(feature = "cuda"))]
-        let plane: Option<Vec<f32>> = None;
-        let sum = plane.as_deref().unwrap_or_else(|| &sum.as_slice()[slot * h * w * k..]);
+        let sum = sum.plane(slot)?;
         let weight = &weight.as_slice()[slot * h * w..];
         par::chunks_mut(out, nx * k, |y, out| {
             let at = (y + pad[1]) * w + pad[2];
