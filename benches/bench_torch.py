@@ -125,7 +125,7 @@ def net(torch, device, timer, a):
     dims, depth = MODELS[a.model]
     patch = a.patch
     if a.smoke:
-        dims, patch = [c // 8 for c in dims], 32
+        dims, patch = [c // 8 for c in dims], 64
     begin = time.time()
     for name, memory_format in formats(torch):
         for mode in ("eager",) if a.smoke else ("eager", "compile"):

@@ -1,3 +1,3 @@
-//! The door for tests of the CUDA backend: its kernels through any [`cuda::driver::Driver`]. No promise of stability.
+//! The door for tests of the CUDA backend: its kernels through any [`crate::tensor::cuda::Driver`]. No promise of stability.
 
 pub use super::cuda;

@@ -130,11 +130,16 @@ fn ptx_on_what_stands_in_for_a_card() {
     assert_eq!(Sim::of(0, [9, 0]).capability(), [9, 0]);
 }
 
-/// A test that nobody names here would silently not run on a card.
+/// A test that nobody names here, or no part of `gpu_run.sh check` takes, would silently not run on a card.
 #[test]
 fn every_test_of_a_kernel_runs_on_a_card() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels");
-    for file in std::fs::read_dir(folder).unwrap() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let visit = std::fs::read_to_string(root.join("benches/gpu_run.sh")).unwrap();
+    let parts = visit.split("for part in ").nth(1).and_then(|l| l.split(';').next()).unwrap();
+    for (name, _) in ON_A_CARD {
+        assert!(parts.split(' ').any(|p| name.contains(p)), "{name} is in no part of gpu_run.sh");
+    }
+    for file in std::fs::read_dir(root.join("tests/kernels")).unwrap() {
         let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
         for line in text.lines().filter(|l| l.trim_end().ends_with("() {")) {
             let Some(name) = line.split("fn ").nth(1).and_then(|l| l.split('(').next()) else { continue };

@@ -86,7 +86,8 @@ impl Context {
             Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         ];
-        // SAFETY: the driver was initialised to find the card; every pointer is to a live variable of the type that is written.
+        // SAFETY: the driver was initialised to find the card; every pointer is to a live variable of the type that is
+        // written.
         unsafe {
             check("cuDeviceGet", (calls.cuDeviceGet)(&mut device, ordinal as c_int))?;
             for (n, attribute) in numbers.iter_mut().zip(wanted) {
