@@ -245,8 +245,8 @@ impl StuNetConfig {
         self.build_with(source, device, Precision::F32)
     }
 
-    /// As [`StuNetConfig::build`], with filters and activations stored in `precision`. Parameters are read one at a time: beside the
-    /// network, one of them is in memory.
+    /// As [`StuNetConfig::build`], with filters and activations stored in `precision`. Parameters are read one at a time:
+    /// beside the network, one of them is in memory.
     ///
     /// # Errors
     /// As [`StuNetConfig::build`].

@@ -99,11 +99,8 @@ pub fn conv3d_residual<'m>(
     how: Conv3d,
 ) -> Result<Var> {
     let mut inputs = x.into().into_vec();
-    same_device(OP, cx.device(), w.value().device())?;
     same_device(OP, cx.device(), y.value().device())?;
-    for s in &inputs {
-        same_device(OP, cx.device(), s.value.value().device())?;
-    }
+    all_here(cx, w, &inputs)?;
     let (mut g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     let [d, h, width] = g.output;
     let expected = Dims::from([g.batch, g.out_channels, d, h, width]);
@@ -236,16 +233,19 @@ pub(super) fn run(
     measure: bool,
 ) -> Result<(Var, Moments)> {
     let inputs = x.into_vec();
-    same_device(OP, cx.device(), w.value().device())?;
-    for s in &inputs {
-        same_device(OP, cx.device(), s.value.value().device())?;
-    }
+    all_here(cx, w, &inputs)?;
     on_card!(cx.device(), {
         geometry(&concatenated(&inputs)?, w, b, how)?;
         super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), ..Wish::default() }, measure)
+}
+
+/// Checks that filter and inputs are where the pass runs.
+fn all_here(cx: &Ctx<'_>, w: &Param, inputs: &[Source]) -> Result<()> {
+    same_device(OP, cx.device(), w.value().device())?;
+    inputs.iter().try_for_each(|s| same_device(OP, cx.device(), s.value.value().device()))
 }
 
 /// One convolution of checked sizes.

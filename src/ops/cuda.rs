@@ -250,7 +250,7 @@ pub(super) fn conv3d_variants(
         partials: measured.then_some(anywhere),
     };
     let driver = card(OP, device)?;
-    Ok((kernels::variants(driver, &p, measured), kernels::chosen(driver, &p, None)?))
+    Ok((kernels::variants(driver, &p, measured), kernels::chosen(driver, &p)?))
 }
 
 /// See [`super::conv3d`] and [`super::conv3d_measured`]; by the variant `name` if there is one.
@@ -335,8 +335,7 @@ pub(super) fn conv3d(
             p.partials = Some(memory(OP, device, &t)?);
             moments = Some((t, tiles));
         }
-        kernels::run(driver, &p, name)?;
-        kernels::chosen(driver, &p, name)?
+        kernels::run(driver, &p, name)?
     };
     let (what, macs) = describe(w.dims().five(), how.stride, &out);
     note(cx, OP, clock, kernel_name, macs, || what)?;
@@ -344,7 +343,7 @@ pub(super) fn conv3d(
     let moments = match moments {
         Some((partials, tiles)) => CardMoments { partials, tiles, batch, voxels: d * h * width },
         None if measure => measured(out.value())?,
-        None => return Ok((out, Moments::nothing(filters))),
+        None => return Ok((out, Moments::new(filters, Vec::new()))),
     };
     Ok((out, Moments::on_card(filters, moments)))
 }
@@ -498,9 +497,7 @@ fn pointwise(cx: &mut Ctx<'_>, x: Source, w: &Param, weight: Memory, start: usiz
         out: memory(OP, device, &out)?,
         partials: None,
     };
-    let driver = card(OP, device)?;
-    kernels::run(driver, &p, None)?;
-    let name = kernels::chosen(driver, &p, None)?;
+    let name = kernels::run(card(OP, device)?, &p, None)?;
     let (what, macs) = describe([filters, channels, 1, 1, 1], [1; 3], &out);
     note(cx, OP, clock, name, macs, || what)?;
     Ok(cx.leaf(out))

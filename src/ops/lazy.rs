@@ -64,12 +64,6 @@ impl Moments {
         Self { channels, blocks: Vec::new(), card: Some(card) }
     }
 
-    /// Of what was not measured.
-    #[cfg(feature = "cuda")]
-    pub(super) fn nothing(channels: usize) -> Self {
-        Self::new(channels, Vec::new())
-    }
-
     /// Mean and (biased) variance of channel `c` of sample `n`. On a card they stay there: NaN.
     #[must_use]
     pub fn of(&self, n: usize, c: usize) -> (f64, f64) {

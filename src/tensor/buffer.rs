@@ -211,7 +211,8 @@ impl Range {
     fn floats(&self) -> &[f32] {
         // SAFETY: `claim` checked that the range lies inside the mapping, which `region` keeps, and begins at a
         // multiple of 64 from its page-aligned start. Anonymous memory is zero when fresh and only ever written as
-        // plain numbers, all of whose bits make an f32. While this range lives, `claim` gives none of its bytes away, so who borrows it borrows them.
+        // plain numbers, all of whose bits make an f32. While this range lives, `claim` gives none of its bytes away, so
+        // who borrows it borrows them.
         unsafe { std::slice::from_raw_parts(self.region.start().add(self.start).cast(), self.len / 4) }
     }
 

@@ -25,8 +25,8 @@ pub(crate) use stored::{Stored, StoredMut, narrowed, widened};
 use crate::error::{Error, Result};
 use buffer::Buffer;
 
-/// An array of numbers on a device, stored as f32, bf16 or f16. Cloning shares the memory; an operation that is given the last owner may write in
-/// place.
+/// An array of numbers on a device, stored as f32, bf16 or (on cards) f16. Cloning shares the memory; an operation that is
+/// given the last owner may write in place.
 ///
 /// Invariant: pad lanes (channels past C inside a block) are zero before and after every operation.
 #[derive(Debug, Clone)]
@@ -169,7 +169,7 @@ impl Tensor {
         Arc::get_mut(&mut self.buf).map(Buffer::as_mut_slice)
     }
 
-    /// The whole memory in physical order, pad lanes included.
+    /// The whole memory in physical order, pad lanes included, of a tensor of the processor's, which has no f16.
     pub(crate) fn stored(&self) -> Stored<'_> {
         match self.precision {
             Precision::F32 => Stored::F32(self.buf.as_slice()),

@@ -1,6 +1,7 @@
 //! The values of a tensor as they are stored: f32, or bf16 that becomes f32 where it is read.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use super::Precision;
 
@@ -21,11 +22,11 @@ pub(crate) enum StoredMut<'t> {
 }
 
 impl<'t> Stored<'t> {
-    /// `len` values from place `at` on as floats.
-    pub(crate) fn floats_of(self, at: usize, len: usize) -> Cow<'t, [f32]> {
+    /// Some of the values as floats.
+    pub(crate) fn part(self, range: Range<usize>) -> Cow<'t, [f32]> {
         match self {
-            Stored::F32(v) => Cow::Borrowed(&v[at..at + len]),
-            Stored::Bf16(v) => Cow::Owned(v[at..at + len].iter().map(|h| widened(*h)).collect()),
+            Stored::F32(v) => Cow::Borrowed(&v[range]),
+            Stored::Bf16(v) => Cow::Owned(v[range].iter().map(|h| widened(*h)).collect()),
         }
     }
 

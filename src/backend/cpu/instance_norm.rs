@@ -53,7 +53,7 @@ pub(crate) fn measure(isa: Isa, name: Option<&str>, space: usize, x: Stored<'_>)
     let per_block = len.div_ceil(PIECE);
     let parts = par::map(x.len() / len * per_block, |i| {
         let (block, first) = (i / per_block * len, i % per_block * PIECE);
-        moments(isa, &x.part_floats(isa, block + first..block + len.min(first + PIECE)))
+        moments(isa, &x.part(block + first..block + len.min(first + PIECE)))
     });
     Ok(parts.chunks(per_block).map(|p| p.iter().fold(Moments::default(), |all, m| all.merge(*m))).collect())
 }
@@ -91,17 +91,17 @@ fn pieces<T: Send>(p: &Problem<'_>, out: &mut [T], f: impl Fn(usize, usize, &mut
 /// The normalised piece of a channel block from place `at` on.
 fn apply(isa: Isa, p: &Problem<'_>, block: usize, at: usize, out: &mut [f32]) {
     let range = at..at + out.len();
-    let x = p.x.part(isa, range.clone());
-    let residual = p.residual.map(|r| r.part(isa, range));
+    let x = p.x.part(range.clone());
+    let residual = p.residual.map(|r| r.part(range));
     applied::on(isa, &Affine::of(&p.norm, block), &x, residual.as_ref(), out);
 }
 
 impl<'a> Operand<'a> {
     /// Some of its values, as floats.
-    fn part(self, isa: Isa, range: Range<usize>) -> Part<'a> {
+    fn part(self, range: Range<usize>) -> Part<'a> {
         match self {
             Operand::Out => Part::Out,
-            Operand::At(x) => Part::At(x.part_floats(isa, range)),
+            Operand::At(x) => Part::At(x.part(range)),
         }
     }
 }

@@ -1,8 +1,5 @@
 //! Stored values to floats and back, with the instructions of the device.
 
-use std::borrow::Cow;
-use std::ops::Range;
-
 use super::isa::{Simd, simd_entry};
 use super::{PIECE, Shared};
 use crate::base::par;
@@ -34,20 +31,8 @@ impl<'a> Stored<'a> {
             Stored::F32(v) => v,
             Stored::Bf16(v) => {
                 let to = &mut work[..v.len()];
-                par::chunks_mut(to, PIECE, |i, to| self.widen(isa, i * PIECE, to));
+                widen_all(isa, self, to);
                 to
-            }
-        }
-    }
-
-    /// Some of the values as floats.
-    pub(crate) fn part_floats(self, isa: Isa, range: Range<usize>) -> Cow<'a, [f32]> {
-        match self {
-            Stored::F32(v) => Cow::Borrowed(&v[range]),
-            Stored::Bf16(_) => {
-                let mut out = vec![0.0; range.len()];
-                self.widen(isa, range.start, &mut out);
-                Cow::Owned(out)
             }
         }
     }

@@ -199,13 +199,13 @@ fn choose(
         .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
 }
 
-/// The variant that [`run`] takes.
+/// The variant that [`run`] takes without a name.
 ///
 /// # Errors
 /// As [`run`].
-pub fn chosen(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<&'static str> {
+pub fn chosen(driver: &dyn Driver, p: &Problem<'_>) -> Result<&'static str> {
     let out = output_space(check(p)?, p.kernel, p.stride);
-    Ok(choose(p, out, p.partials.is_some(), driver, name)?.name)
+    Ok(choose(p, out, p.partials.is_some(), driver, None)?.name)
 }
 
 /// Tiles of a sample, each with its own moments: [`Problem::partials`] holds `N * tiles * 3 * padded filters` floats.
@@ -260,16 +260,16 @@ fn check(p: &Problem<'_>) -> Result<[usize; 3]> {
     Ok(p.sources[0].read_space())
 }
 
-/// Runs the convolution by the variant of that name, or by the one expected to be fastest.
+/// Runs the convolution by the variant of that name, or by the one expected to be fastest; returns its name.
 ///
 /// # Errors
 /// [`Error::Shape`] for sizes, kernels and strides that are not supported or do not fit the memory; [`Error::Device`].
-pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<()> {
+pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<&'static str> {
     let space = check(p)?;
     let out = output_space(space, p.kernel, p.stride);
     let v = choose(p, out, p.partials.is_some(), driver, name)?;
     if v.kind == Kind::Pointwise {
-        return pointwise(driver, p, v, out);
+        return pointwise(driver, p, v, out).map(|()| v.name);
     }
     let filters = padded(p.filters);
     let channels: Vec<usize> = p.sources.iter().map(|s| padded(s.channels)).collect();
@@ -298,7 +298,8 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<(
     let (blocks, _) = v.blocks(p, out);
     let blocks = if v.kind == Kind::Plain { blocks.div_ceil(THREADS as usize) } else { blocks };
     let launch = Launch::line(blocks, THREADS, shared)?;
-    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))
+    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))?;
+    Ok(v.name)
 }
 
 fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3]) -> Result<()> {

@@ -48,7 +48,7 @@ impl Held {
             let source = |i: usize| {
                 let (z, b) = (first + i / (lanes / BLOCK), i % (lanes / BLOCK));
                 let z = if flip[0] { nz - 1 - z } else { z };
-                values.floats_of((b * nz + z) * plane, plane)
+                values.part((b * nz + z) * plane..(b * nz + z + 1) * plane)
             };
             par::chunks_mut(high, plane, |i, out| {
                 out.iter_mut().zip(source(i).iter()).for_each(|(o, v)| *o = (rounded(*v) >> 16) as u16);

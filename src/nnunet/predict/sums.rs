@@ -1,4 +1,4 @@
-//! Sums over windows that stay on the card where the windows' features are made.
+//! Sums over windows: with the processor, or on the card where the windows' features are made.
 
 use std::borrow::Cow;
 
@@ -23,12 +23,15 @@ impl Sums {
         importance: Option<&[f32]>,
         place: &Device,
     ) -> Result<Self> {
-        let importance = importance.filter(|_| !place.is_cpu());
-        let _importance = importance.map(|m| Tensor::from_host(m, Dims::from([m.len()]), place)).transpose()?;
+        #[cfg(not(feature = "cuda"))]
+        let _ = importance;
         Ok(Self {
             values: Tensor::empty(Dims::from([ring, h, w, channels]), Layout::PLAIN, place)?,
             #[cfg(feature = "cuda")]
-            importance: _importance,
+            importance: match importance {
+                Some(m) if !place.is_cpu() => Some(Tensor::from_host(m, Dims::from([m.len()]), place)?),
+                _ => None,
+            },
         })
     }
 

@@ -89,7 +89,7 @@ pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: 
         let (p, block) = (i / groups, i % groups * 2);
         let (from, width) = packed_place(g, block);
         let taps = g.kernel.iter().product::<usize>() * g.in_channels * width;
-        let packed = packed.part_floats(isa, from..from + taps);
+        let packed = packed.part(from..from + taps);
         let a = Plane {
             scheme,
             p,

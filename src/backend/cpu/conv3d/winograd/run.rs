@@ -344,7 +344,9 @@ impl Job<'_> {
                 slope: n.slope,
             }),
         };
-        // SAFETY: the source has the sizes of the problem, checked by `run`, so this block has all its voxels; in place, its values are there until `in_place` has had all readers pass; `to` lies in this thread's scratch, which the plan made large enough.
+        // SAFETY: the source has the sizes of the problem, checked by `run`, so this block has all its voxels; in place, its
+        // values are there until `in_place` has had all readers pass; `to` lies in this thread's scratch, which the plan
+        // made large enough.
         unsafe { transform::forward_z::on(plan.isa, &a) }
     }
 

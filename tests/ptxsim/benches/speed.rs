@@ -1,6 +1,7 @@
-//! How fast kernels run: `cargo test --release -p ptxsim --test speed -- --ignored --nocapture`.
+//! How fast the interpreter runs kernels: `cargo bench -p ptxsim`.
 #![allow(missing_docs, unreachable_pub, reason = "test code")]
 
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::time::Instant;
@@ -22,8 +23,14 @@ fn show(name: &str, flops: f64, run: impl Fn(&Options) -> Report) {
     }
 }
 
-#[test]
-#[ignore = "prints times"]
+fn main() {
+    arithmetic();
+    sums();
+    norm();
+    mma();
+    hopper();
+}
+
 fn sums() {
     let module = Module::parse(&text("vadd.sm75.ptx")).unwrap();
     let n = 1 << 23;
@@ -36,8 +43,6 @@ fn sums() {
     });
 }
 
-#[test]
-#[ignore = "prints times"]
 fn norm() {
     let module = Module::parse(&text("vadd.sm75.ptx")).unwrap();
     let n = 1 << 23;
@@ -51,16 +56,12 @@ fn norm() {
     });
 }
 
-#[test]
-#[ignore = "prints times"]
 fn mma() {
     let conv = Conv::new([16, 16, 16], 64, 64);
     let ptx = text("conv3d_mma.sm80.ptx");
     show("mma", conv.flops(), |o| conv.mma(&ptx, 0, o).unwrap().1);
 }
 
-#[test]
-#[ignore = "prints times"]
 fn hopper() {
     let conv = Conv::new([16, 16, 16], 64, 64);
     let ptx = text("conv3d_brick.sm90a.ptx");
@@ -70,8 +71,6 @@ fn hopper() {
     show("wgmma", conv.flops(), |o| conv.wgmma(&ptx, o).unwrap().1);
 }
 
-#[test]
-#[ignore = "prints times"]
 fn arithmetic() {
     let mut body = String::new();
     for i in 0..32 {
