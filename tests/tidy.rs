@@ -11,7 +11,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("tensor", &["base", "error", "tensor"]),
     ("io", &["base", "error", "tensor", "io"]),
     ("backend", &["base", "error", "tensor", "backend"]),
-    ("autograd", &["base", "error", "tensor", "autograd"]),
+    ("autograd", &["base", "error", "tensor", "backend", "autograd"]),
     ("ops", &["base", "error", "tensor", "backend", "autograd", "ops"]),
     ("nn", &["base", "error", "tensor", "autograd", "ops", "nn"]),
     ("models", &["base", "error", "tensor", "autograd", "ops", "nn", "models"]),

@@ -1,18 +1,25 @@
-//! Floor 3: the context of a forward pass. Names no operation.
+//! Floor 3: the context of a pass, forward and back. Names no operation.
 
-use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod checkpoint;
+mod param;
+mod tape;
+
 use std::time::Instant;
 
-use crate::error::Result;
-use crate::tensor::{Device, Dims, Precision, Tensor};
+pub use param::{Param, ParamId};
+pub use tape::{Backward, Grads, NodeId, Saved};
 
-/// What a forward pass needs and no tensor knows: where it runs. `'m` is the borrow of the model whose parameters
-/// the pass reads, so that they need no reference counts and cannot change meanwhile.
+use crate::error::Result;
+use crate::tensor::{Device, Precision, Tensor};
+use tape::Tape;
+
+/// What a pass needs and no tensor knows: where it runs, how precisely, and whether it is recorded for the way back.
+/// `'m` is the borrow of the model whose parameters the pass reads, so that they need no reference counts and cannot
+/// change meanwhile.
 #[derive(Debug)]
 pub struct Ctx<'m> {
     device: Device,
-    model: PhantomData<&'m ()>,
+    tape: Option<Tape<'m>>,
     strict: bool,
     precision: Precision,
     steps: Option<Vec<Step>>,
@@ -34,11 +41,17 @@ pub struct Step {
     pub macs: u64,
 }
 
-impl Ctx<'_> {
+impl<'m> Ctx<'m> {
     /// A pass that remembers nothing: a value's memory is free as soon as its last use is over.
     #[must_use]
     pub fn infer(device: &Device) -> Self {
-        Self { device: device.clone(), model: PhantomData, strict: false, precision: Precision::F32, steps: None }
+        Self { device: device.clone(), tape: None, strict: false, precision: Precision::F32, steps: None }
+    }
+
+    /// A pass that is recorded, for [`Ctx::backward`].
+    #[must_use]
+    pub fn train(device: &Device) -> Self {
+        Self { tape: Some(Tape::new()), ..Self::infer(device) }
     }
 
     /// With `on`, only implementations as accurate as adding up all products one after the other. Without, which is
@@ -110,18 +123,51 @@ impl Ctx<'_> {
         &self.device
     }
 
-    /// A value that enters the pass from outside.
+    /// A value that enters the pass from outside and needs no gradient.
     #[must_use]
     pub fn leaf(&mut self, value: Tensor) -> Var {
-        Var { value }
+        Var { value, node: None }
+    }
+
+    /// A value that enters the pass from outside and whose gradient is wanted, see [`Grads::variable`].
+    #[must_use]
+    pub fn variable(&mut self, value: Tensor) -> Var {
+        let node = self.tape.as_mut().map(|t| t.push(*value.dims(), &[], None));
+        Var { value, node }
+    }
+
+    /// The result of an operation on values with these nodes. `op` is asked for its way back only when the pass is
+    /// recorded.
+    #[must_use]
+    pub fn record(
+        &mut self,
+        value: Tensor,
+        inputs: &[Option<NodeId>],
+        op: impl FnOnce() -> Box<dyn Backward<'m> + 'm>,
+    ) -> Var {
+        let node = self.tape.as_mut().map(|t| t.push(*value.dims(), inputs, Some(op())));
+        Var { value, node }
+    }
+
+    /// True when operations have to keep what their way back needs.
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        self.tape.is_some()
+    }
+
+    /// What each recorded operation keeps, in order.
+    #[must_use]
+    pub fn saved(&self) -> Vec<Saved> {
+        self.tape.as_ref().map_or_else(Vec::new, Tape::saved)
     }
 }
 
-/// A value in a forward pass. Moving a `Var` into its last use lets the operation reuse its memory; a skip
-/// connection is a visible `clone()`, which copies no data.
+/// A value in a pass. Moving a `Var` into its last use lets the operation reuse its memory; a skip connection is a
+/// visible `clone()`, which copies no data.
 #[derive(Debug, Clone)]
 pub struct Var {
     pub(crate) value: Tensor,
+    node: Option<NodeId>,
 }
 
 impl Var {
@@ -131,69 +177,20 @@ impl Var {
         &self.value
     }
 
+    /// Where it was recorded, if it was.
+    #[must_use]
+    pub fn node(&self) -> Option<NodeId> {
+        self.node
+    }
+
+    /// The same values in another order or storage.
+    pub(crate) fn reformed(self, form: impl FnOnce(Tensor) -> Result<Tensor>) -> Result<Var> {
+        Ok(Var { value: form(self.value)?, node: self.node })
+    }
+
     /// The tensor, giving up the variable.
     #[must_use]
     pub fn into_value(self) -> Tensor {
         self.value
-    }
-}
-
-/// A parameter of a model: its values, in the order its device computes with.
-#[derive(Debug)]
-pub struct Param {
-    value: Tensor,
-    dims: Dims,
-    /// Other forms of the values that an operation keeps, by its key.
-    derived: Mutex<Vec<(u64, Arc<Tensor>)>>,
-}
-
-impl Param {
-    /// `value` holds a parameter of logical size `dims`, packed for its device.
-    pub(crate) fn new(value: Tensor, dims: Dims) -> Self {
-        Self { value, dims, derived: Mutex::default() }
-    }
-
-    /// Logical sizes: `[O, I, kD, kH, kW]` of a filter (`[I, O, ..]` of a transposed convolution's), `[C]` of a vector.
-    #[must_use]
-    pub fn dims(&self) -> &Dims {
-        &self.dims
-    }
-
-    /// How the values are stored.
-    #[must_use]
-    pub fn precision(&self) -> Precision {
-        self.value.precision()
-    }
-
-    /// The packed values.
-    pub(crate) fn value(&self) -> &Tensor {
-        &self.value
-    }
-
-    /// The form of the values that belongs to `key`, made by `make` when it is asked for first.
-    pub(crate) fn derived(&self, key: u64, make: impl FnOnce() -> Result<Tensor>) -> Result<Arc<Tensor>> {
-        let find = |forms: &[(u64, Arc<Tensor>)]| forms.iter().find(|(k, _)| *k == key).map(|(_, f)| f.clone());
-        if let Some(form) = find(&self.forms()) {
-            return Ok(form);
-        }
-        // Not under the lock: a thread that waits for its part of the making may run another pass that asks for the same
-        // form. Two passes that both make it make the same.
-        let form = Arc::new(make()?);
-        let mut forms = self.forms();
-        if let Some(form) = find(&forms) {
-            return Ok(form);
-        }
-        forms.push((key, form.clone()));
-        Ok(form)
-    }
-
-    /// Bytes of all such forms.
-    pub(crate) fn derived_bytes(&self) -> usize {
-        self.forms().iter().map(|(_, f)| 4 * f.as_slice().len()).sum()
-    }
-
-    fn forms(&self) -> MutexGuard<'_, Vec<(u64, Arc<Tensor>)>> {
-        // A list that only grows: a panic elsewhere leaves nothing half done in it.
-        self.derived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -35,7 +35,7 @@ pub fn filter(
     device: &Device,
 ) -> Result<Param> {
     let values = expect(source, name, &dims)?;
-    Ok(Param::new(ops::pack_filter(&values, dims, precision, device)?, dims.into()))
+    Ok(Param::new(name, ops::pack_filter(&values, dims, precision, device)?, dims.into()))
 }
 
 /// Reads a filter `[I, O, kD, kH, kW]` of a transposed convolution and packs it for the device.
@@ -44,7 +44,7 @@ pub fn filter(
 /// As [`filter`].
 pub fn transposed_filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
     let values = expect(source, name, &dims)?;
-    Ok(Param::new(ops::pack_transposed_filter(&values, dims, device)?, dims.into()))
+    Ok(Param::new(name, ops::pack_transposed_filter(&values, dims, device)?, dims.into()))
 }
 
 /// Reads a vector `[C]`, padded with zeros to whole channel blocks.
@@ -53,7 +53,7 @@ pub fn transposed_filter(source: &dyn ParamSource, name: &str, dims: [usize; 5],
 /// As [`filter`].
 pub fn vector(source: &dyn ParamSource, name: &str, len: usize, device: &Device) -> Result<Param> {
     let values = expect(source, name, &[len])?;
-    Ok(Param::new(ops::pack_vector(&values, device)?, [len].into()))
+    Ok(Param::new(name, ops::pack_vector(&values, device)?, [len].into()))
 }
 
 fn expect<'s>(source: &'s dyn ParamSource, name: &str, dims: &[usize]) -> Result<Cow<'s, [f32]>> {

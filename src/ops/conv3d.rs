@@ -355,7 +355,7 @@ fn one_layout(inputs: Vec<Source>) -> Result<Vec<Source>> {
 }
 
 fn all_blocked(inputs: Vec<Source>) -> Result<Vec<Source>> {
-    let each = |s: Source| Ok(Source { value: Var { value: blocked(OP, s.value.into_value())? }, ..s });
+    let each = |s: Source| Ok(Source { value: s.value.reformed(|x| blocked(OP, x))?, ..s });
     inputs.into_iter().map(each).collect()
 }
 
@@ -363,7 +363,7 @@ fn all_floats(inputs: Vec<Source>) -> Result<Vec<Source>> {
     if precision(&inputs) == Precision::F32 {
         return Ok(inputs);
     }
-    let each = |s: Source| Ok(Source { value: Var { value: floats(OP, s.value.into_value())? }, ..s });
+    let each = |s: Source| Ok(Source { value: s.value.reformed(|x| floats(OP, x))?, ..s });
     inputs.into_iter().map(each).collect()
 }
 

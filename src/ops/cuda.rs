@@ -211,9 +211,8 @@ impl Inputs {
         let precision = w.precision();
         let dims = super::conv3d::concatenated(&sources)?.five();
         let each = |s: Source| {
-            let x = s.value.into_value();
-            let value = if planes { x } else { as_voxels(op, x, precision)? };
-            Ok(Source { value: Var { value }, ..s })
+            let value = if planes { s.value } else { s.value.reformed(|x| as_voxels(op, x, precision))? };
+            Ok(Source { value, ..s })
         };
         Ok(Self { sources: sources.into_iter().map(each).collect::<Result<_>>()?, dims })
     }

@@ -117,17 +117,17 @@ pub fn filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param
 
 /// As [`filter`], stored in `precision`.
 pub fn stored_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Param> {
-    Ok(Param::new(super::pack_filter(values, dims, precision, device)?, dims.into()))
+    Ok(Param::new("filter", super::pack_filter(values, dims, precision, device)?, dims.into()))
 }
 
 /// A filter parameter of a transposed convolution from values in `[I, O, kD, kH, kW]` order.
 pub fn transposed_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
-    Ok(Param::new(super::pack_transposed_filter(values, dims, device)?, dims.into()))
+    Ok(Param::new("filter", super::pack_transposed_filter(values, dims, device)?, dims.into()))
 }
 
 /// A vector parameter.
 pub fn vector(values: &[f32], device: &Device) -> Result<Param> {
-    Ok(Param::new(super::pack_vector(values, device)?, [values.len()].into()))
+    Ok(Param::new("vector", super::pack_vector(values, device)?, [values.len()].into()))
 }
 
 /// The tensor in the layout in which activations pass between operations.

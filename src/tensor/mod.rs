@@ -189,6 +189,16 @@ impl Tensor {
         })
     }
 
+    /// The same number for tensors that share their memory, another one for all others that are alive.
+    pub(crate) fn identity(&self) -> usize {
+        Arc::as_ptr(&self.buf).addr()
+    }
+
+    /// Bytes of its memory, pad lanes included.
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.len(&self.dims) * self.precision.size()
+    }
+
     /// True when this is the only owner, so that an operation may write in place.
     pub(crate) fn is_unique(&self) -> bool {
         Arc::strong_count(&self.buf) == 1

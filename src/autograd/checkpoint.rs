@@ -1,0 +1,57 @@
+//! Recomputation: a part of a pass that keeps its inputs only and runs again on the way back (Chen, Xu, Zhang, Guestrin,
+//! "Training Deep Nets with Sublinear Memory Cost", 2016).
+
+use super::{Backward, Ctx, Grads, Tape, Var};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// The way back of a part that runs again.
+struct Recompute<F> {
+    inputs: Vec<Tensor>,
+    part: F,
+}
+
+impl<'m> Ctx<'m> {
+    /// Runs `part` on `inputs`. When the pass is recorded, only the inputs are kept, and the way back runs `part` once
+    /// more: memory for time. `part` has to do the same both times.
+    ///
+    /// # Errors
+    /// Those of `part`, here or on the way back.
+    pub fn checkpoint(
+        &mut self,
+        inputs: Vec<Var>,
+        part: impl Fn(&mut Ctx<'m>, Vec<Var>) -> Result<Var> + Send + 'm,
+    ) -> Result<Var> {
+        let Some(tape) = self.tape.take() else { return part(self, inputs) };
+        let nodes: Vec<_> = inputs.iter().map(|v| v.node).collect();
+        let kept: Vec<Tensor> = inputs.iter().map(|v| v.value.clone()).collect();
+        let inputs = inputs.into_iter().map(|v| Var { node: None, ..v }).collect();
+        let y = part(self, inputs);
+        self.tape = Some(tape);
+        Ok(self.record(y?.value, &nodes, || Box::new(Recompute { inputs: kept, part })))
+    }
+}
+
+impl<'m, F: Fn(&mut Ctx<'m>, Vec<Var>) -> Result<Var> + Send> Backward<'m> for Recompute<F> {
+    fn name(&self) -> &'static str {
+        "checkpoint"
+    }
+
+    fn saved<'s>(&'s self, visit: &mut dyn FnMut(&'s Tensor)) {
+        self.inputs.iter().for_each(visit);
+    }
+
+    fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
+        let Self { inputs, part } = *self;
+        cx.tape = Some(Tape::new());
+        let inputs: Vec<Var> = inputs.into_iter().map(|x| cx.variable(x)).collect();
+        let nodes: Vec<_> = inputs.iter().map(|v| v.node).collect();
+        let y = part(cx, inputs);
+        // The walk around this one is not to be recorded either way.
+        let (tape, y) = (cx.tape.take(), y?);
+        let (Some(tape), Some(root)) = (tape, y.node) else { return Ok(vec![None; nodes.len()]) };
+        drop(y);
+        let mut found = tape.walk(cx, vec![(root, dy)], grads)?;
+        Ok(nodes.into_iter().map(|n| n.and_then(|n| found.remove(&n))).collect())
+    }
+}
