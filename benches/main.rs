@@ -6,6 +6,7 @@
 
 mod common;
 mod conv3d;
+mod conv3d_grad;
 mod conv_transpose3d;
 mod export;
 mod head_labels;
@@ -18,6 +19,7 @@ mod resample;
 criterion::criterion_group!(
     all,
     conv3d::bench,
+    conv3d_grad::bench,
     conv_transpose3d::bench,
     export::bench,
     head_labels::bench,

@@ -8,6 +8,7 @@ mod bad_input;
 mod cli;
 mod conv3d;
 mod conv3d_fused;
+mod conv3d_grad;
 mod conv_transpose3d;
 mod determinism;
 mod golden_predict;

@@ -338,7 +338,7 @@ fn room(work: &mut Option<Tensor>) -> Result<&mut [f32]> {
 }
 
 /// A source as the backend reads it.
-fn read(s: &Source) -> backend::Source<'_> {
+pub(super) fn read(s: &Source) -> backend::Source<'_> {
     let t = s.value.value();
     backend::Source {
         data: t.stored(),
@@ -412,7 +412,7 @@ pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: Conv3d) -> R
     Ok((sizes(x, w.dims(), &out, how), out))
 }
 
-fn sizes(x: &Dims, w: &Dims, out: &Dims, how: Conv3d) -> Geometry {
+pub(super) fn sizes(x: &Dims, w: &Dims, out: &Dims, how: Conv3d) -> Geometry {
     let [o, i, ..] = w.five();
     Geometry {
         batch: x.five()[0],

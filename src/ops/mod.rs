@@ -5,6 +5,8 @@
 
 mod add;
 mod conv3d;
+#[doc(hidden)]
+pub mod conv3d_grad;
 mod conv_transpose3d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;

@@ -3,10 +3,10 @@
 //! Packed filter: output channels in groups of two blocks (the last group has one if their number is odd), per group
 //! `[kD][kH][kW][I][16 or 32]`. The input channels stay whole, so one packing serves any split of them into sources.
 
-mod direct;
+pub(super) mod direct;
 mod packed;
-mod tile;
-mod winograd;
+pub(super) mod tile;
+pub(super) mod winograd;
 
 pub(crate) use self::packed::pack_filter;
 use self::winograd::{Plan, Scheme};
@@ -298,7 +298,7 @@ pub(crate) fn forward(
             direct::run(kernels, isa, p, p.filter.floats(isa, filter), stage, out, measure)
         }
         (_, Some(plan)) => {
-            let sums = winograd::run(plan, p, kept, work, out);
+            let sums = winograd::run(plan, p, kept, work, out, false);
             let per_sample = sums.len() / g.batch;
             let of = |i: usize| {
                 let (n, block) = (i / (blocks / g.batch), i % (blocks / g.batch));
@@ -323,7 +323,7 @@ pub(crate) fn packed_len([o, i, kd, kh, kw]: [usize; 5]) -> usize {
 
 /// Where the weights of output block `block` start: the place of tap 0 and the sources' first channel, and the distance
 /// between input channels.
-fn packed_place(g: &Geometry, block: usize) -> (usize, usize) {
+pub(super) fn packed_place(g: &Geometry, block: usize) -> (usize, usize) {
     let blocks = g.out_channels.div_ceil(BLOCK);
     let first = block / 2 * 2;
     let width = BLOCK * (blocks - first).min(2);

@@ -6,6 +6,7 @@
 
 pub(crate) mod add;
 pub(crate) mod conv3d;
+pub(crate) mod conv3d_grad;
 pub(crate) mod conv_transpose3d;
 pub(crate) mod head;
 pub(crate) mod head_argmax;

@@ -10,7 +10,7 @@ use crate::tensor::{BLOCK, Isa, Layout, Precision, Stored, StoredMut};
 
 /// Multiplications and additions per work item, about a millisecond: enough to make handing it out cheap, little
 /// enough to share evenly.
-const ITEM_FLOPS: usize = 32 << 20;
+pub(in crate::backend::cpu) const ITEM_FLOPS: usize = 32 << 20;
 
 /// A filter up to this size stays in a level-2 cache while all its output channels are computed item by item; of a
 /// larger one, one group of output channels is carried over the whole output before the next.
@@ -85,7 +85,7 @@ pub(super) fn run(
 }
 
 /// A tile in a segment: first voxel, width, function.
-type Span = (usize, usize, TileFn);
+pub(in crate::backend::cpu) type Span = (usize, usize, TileFn);
 
 /// The tiles of a full segment and of the last one of a row, for groups of one block and of two.
 struct Cover {
@@ -244,10 +244,12 @@ impl<'a> Plan<'a> {
             tap: channel * g.filter_inputs,
             z: valid(row.z, kd, g.stride[0], g.padding[0], g.input[0]),
             y: valid(row.y, kh, g.stride[1], g.padding[1], g.input[1]),
+            x: (0, kw),
             kernel: (kh, kw),
             left: false,
             right: false,
             out,
+            voxel: BLOCK,
             block: voxels * BLOCK,
             bias: self.p.bias.map_or(std::ptr::null(), |b| b[block * BLOCK..].as_ptr()),
             finish: self.finish(row, block, blocks),
@@ -433,7 +435,12 @@ fn valid(at: usize, kernel: usize, stride: usize, padding: usize, input: usize) 
 }
 
 /// Covers `len` voxels with the cheapest sequence of tiles, wide ones first.
-fn cover(widths: &[(usize, [[TileFn; 2]; 4])], step: usize, finish: bool, len: usize) -> Vec<Span> {
+pub(in crate::backend::cpu) fn cover(
+    widths: &[(usize, [[TileFn; 2]; 4])],
+    step: usize,
+    finish: bool,
+    len: usize,
+) -> Vec<Span> {
     /// Time of a tile per tap and channel, in quarters of a voxel's: at least the latency of a sum, and some overhead.
     fn cost(width: usize) -> usize {
         4 * width.max(2) + 3

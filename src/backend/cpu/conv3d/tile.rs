@@ -8,78 +8,81 @@ use crate::tensor::BLOCK;
 
 /// One source as a tile sees it: runs of channels that lie side by side.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Stream {
+pub(in crate::backend::cpu) struct Stream {
     /// Where tap (0, 0, 0) of the tile's first voxel is in the first run; may lie outside the input, where no valid
     /// tap reads.
-    pub(super) start: *const f32,
+    pub(in crate::backend::cpu) start: *const f32,
     /// Floats between runs, rows and slices.
-    pub(super) run: usize,
-    pub(super) row: usize,
-    pub(super) slice: usize,
+    pub(in crate::backend::cpu) run: usize,
+    pub(in crate::backend::cpu) row: usize,
+    pub(in crate::backend::cpu) slice: usize,
     /// Number of runs; 0 for no source.
-    pub(super) runs: usize,
+    pub(in crate::backend::cpu) runs: usize,
     /// Channels per run, and in the last one.
-    pub(super) lanes: usize,
-    pub(super) last: usize,
+    pub(in crate::backend::cpu) lanes: usize,
+    pub(in crate::backend::cpu) last: usize,
 }
 
 /// What one tile computes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Tile {
-    pub(super) sources: [Stream; 2],
+pub(in crate::backend::cpu) struct Tile {
+    pub(in crate::backend::cpu) sources: [Stream; 2],
     /// Weights of tap 0, channel 0.
-    pub(super) filter: *const f32,
+    pub(in crate::backend::cpu) filter: *const f32,
     /// Floats between the weights of neighbouring input channels, and of neighbouring taps.
-    pub(super) channel: usize,
-    pub(super) tap: usize,
+    pub(in crate::backend::cpu) channel: usize,
+    pub(in crate::backend::cpu) tap: usize,
     /// Taps that touch the input: first and one past the last, in z and y.
-    pub(super) z: (usize, usize),
-    pub(super) y: (usize, usize),
+    pub(in crate::backend::cpu) z: (usize, usize),
+    pub(in crate::backend::cpu) y: (usize, usize),
+    /// Taps in x to do.
+    pub(in crate::backend::cpu) x: (usize, usize),
     /// Kernel sizes in y and x.
-    pub(super) kernel: (usize, usize),
+    pub(in crate::backend::cpu) kernel: (usize, usize),
     /// The first voxel's leftmost tap lies in the padding; the last voxel's rightmost does.
-    pub(super) left: bool,
-    pub(super) right: bool,
-    /// Output of the first voxel, and floats to the next output block.
-    pub(super) out: *mut f32,
-    pub(super) block: usize,
+    pub(in crate::backend::cpu) left: bool,
+    pub(in crate::backend::cpu) right: bool,
+    /// Output of the first voxel, and floats to the next voxel and to the next output block.
+    pub(in crate::backend::cpu) out: *mut f32,
+    pub(in crate::backend::cpu) voxel: usize,
+    pub(in crate::backend::cpu) block: usize,
     /// Bias of the first block, or null.
-    pub(super) bias: *const f32,
-    pub(super) finish: Option<Finish>,
+    pub(in crate::backend::cpu) bias: *const f32,
+    pub(in crate::backend::cpu) finish: Option<Finish>,
 }
 
 /// The end of a residual block: what the output holds is normalised, the sums and an addend are added, and leaky ReLU is
 /// applied.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Finish {
+pub(in crate::backend::cpu) struct Finish {
     /// Vectors of the output blocks.
-    pub(super) mean: *const f32,
-    pub(super) scale: *const f32,
-    pub(super) shift: *const f32,
+    pub(in crate::backend::cpu) mean: *const f32,
+    pub(in crate::backend::cpu) scale: *const f32,
+    pub(in crate::backend::cpu) shift: *const f32,
     /// In [0, 1].
-    pub(super) slope: f32,
+    pub(in crate::backend::cpu) slope: f32,
     /// The addend's row for the first block, or null; floats to the next block; output voxels per voxel of it.
-    pub(super) addend: *const f32,
-    pub(super) addend_block: usize,
-    pub(super) factor: usize,
+    pub(in crate::backend::cpu) addend: *const f32,
+    pub(in crate::backend::cpu) addend_block: usize,
+    pub(in crate::backend::cpu) factor: usize,
     /// The tile's first voxel.
-    pub(super) x: usize,
+    pub(in crate::backend::cpu) x: usize,
 }
 
 /// # Safety
 /// The pointers of the tile lead to what their fields say, for the function's width, blocks and voxel step; no other
 /// thread touches the output voxels; the processor has the instruction set.
-pub(super) type TileFn = unsafe fn(&Tile);
+pub(in crate::backend::cpu) type TileFn = unsafe fn(&Tile);
 
 /// Distances between neighbouring voxels of a row, in floats: plain or blocked, at stride 1 or 2.
-pub(super) const STEPS: [usize; 4] = [1, 2, BLOCK, 2 * BLOCK];
+pub(in crate::backend::cpu) const STEPS: [usize; 4] = [1, 2, BLOCK, 2 * BLOCK];
 
 /// The microkernels of one instruction set: per number of output blocks (one; two, where registers allow) the
 /// available widths, wide to narrow and ending with 1, each with two functions per entry of [`STEPS`]: one that stores its
 /// sums, one that finishes a residual block with them. (One that could do both would keep its sums in memory.)
-pub(super) struct Kernels {
-    pub(super) one: &'static [(usize, [[TileFn; 2]; 4])],
-    pub(super) two: &'static [(usize, [[TileFn; 2]; 4])],
+pub(in crate::backend::cpu) struct Kernels {
+    pub(in crate::backend::cpu) one: &'static [(usize, [[TileFn; 2]; 4])],
+    pub(in crate::backend::cpu) two: &'static [(usize, [[TileFn; 2]; 4])],
 }
 
 /// Rows of a [`Kernels`] table from a function generic over width, blocks and step.
@@ -96,14 +99,14 @@ macro_rules! widths {
 
 /// 32 registers of a block each: up to 24 sums, the weights, one input.
 #[cfg(target_arch = "x86_64")]
-pub(super) static AVX512: Kernels =
+pub(in crate::backend::cpu) static AVX512: Kernels =
     Kernels { one: widths!(avx512, 1, [24, 16, 12, 8, 4, 2, 1]), two: widths!(avx512, 2, [12, 8, 6, 4, 2, 1]) };
 
 /// 16 registers of half a block: 12 sums, the weights, one input.
 #[cfg(target_arch = "x86_64")]
-pub(super) static AVX2: Kernels = Kernels { one: widths!(avx2, 1, [6, 4, 2, 1]), two: &[] };
+pub(in crate::backend::cpu) static AVX2: Kernels = Kernels { one: widths!(avx2, 1, [6, 4, 2, 1]), two: &[] };
 
-pub(super) static SCALAR: Kernels = Kernels { one: widths!(scalar, 1, [2, 1]), two: &[] };
+pub(in crate::backend::cpu) static SCALAR: Kernels = Kernels { one: widths!(scalar, 1, [2, 1]), two: &[] };
 
 /// # Safety
 /// See [`TileFn`].
@@ -138,7 +141,7 @@ unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize, const
     let (kh, kw) = t.kernel;
     for z in t.z.0..t.z.1 {
         for y in t.y.0..t.y.1 {
-            for x in 0..kw {
+            for x in t.x.0..t.x.1 {
                 let mut weights = t.filter.wrapping_add(((z * kh + y) * kw + x) * t.tap);
                 // Voxels whose tap lies in the padding are left out; the sums stay in the same registers.
                 let (left, right) = (t.left && x == 0, t.right && x + 1 == kw);
@@ -188,7 +191,7 @@ unsafe fn tile<S: Simd, const W: usize, const B: usize, const STEP: usize, const
         let bias = unsafe { bias(s, t, b) };
         for i in 0..W {
             // SAFETY: by contract W voxels of B blocks are ours to write.
-            let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
+            let out = unsafe { &mut *t.out.add(b * t.block + i * t.voxel).cast::<[f32; BLOCK]>() };
             s.store(s.add(sums[i][b], bias), out);
         }
     }
@@ -223,7 +226,7 @@ unsafe fn finish<S: Simd, const W: usize, const B: usize>(
         };
         for i in 0..W {
             // SAFETY: by contract W voxels of B blocks are ours to write.
-            let out = unsafe { &mut *t.out.add(b * t.block + i * BLOCK).cast::<[f32; BLOCK]>() };
+            let out = unsafe { &mut *t.out.add(b * t.block + i * t.voxel).cast::<[f32; BLOCK]>() };
             let mut v = s.add(s.load(&results[i][b]), bias);
             if !f.addend.is_null() {
                 // A division takes longer than all else here.

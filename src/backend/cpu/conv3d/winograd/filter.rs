@@ -2,7 +2,7 @@
 //! and each value meets few tiles. Making them reads the packed filter once, an eighth of what they would take to read.
 
 use super::Scheme;
-use super::axis::{Axis, Kind, by_kind};
+use super::axis::{Axis, Kind, by_forward};
 use crate::backend::cpu::conv3d::{Geometry, packed_place};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
@@ -32,7 +32,7 @@ simd_entry!(unsafe plane = plane_of(a: &Plane));
 #[inline(always)]
 unsafe fn plane_of<S: Lanes>(s: S, a: &Plane) {
     // SAFETY: this function's own contract.
-    unsafe { by_kind!(a.scheme.xy, in_plane::<S>(s, a)) }
+    unsafe { by_forward!(a.scheme.xy, in_plane::<S>(s, a)) }
 }
 
 /// # Safety
@@ -80,7 +80,7 @@ pub(super) fn prepared_place(scheme: Scheme, g: &Geometry, p: usize, block: usiz
 }
 
 /// Transforms the packed filter `packed` of `g` into `out` of [`prepared_len`] floats.
-pub(in super::super) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: Stored<'_>, out: &mut [f32]) {
+pub(in crate::backend::cpu) fn prepare(isa: Isa, scheme: Scheme, g: &Geometry, packed: Stored<'_>, out: &mut [f32]) {
     let planes = scheme.z.sizes().1;
     let blocks = g.out_channels.div_ceil(BLOCK);
     let groups = blocks.div_ceil(2);

@@ -18,7 +18,10 @@ mod plan;
 mod ring;
 mod run;
 mod transform;
+mod weight;
+mod window;
 
-pub(super) use filter::prepare;
-pub(super) use plan::{Plan, Scheme};
-pub(super) use run::run;
+pub(in crate::backend::cpu) use filter::prepare;
+pub(in crate::backend::cpu) use plan::{Plan, Scheme};
+pub(in crate::backend::cpu) use run::run;
+pub(in crate::backend::cpu) use weight::{WeightPlan, weight_gradient};

@@ -18,7 +18,7 @@ const OWN_TILES: usize = 24;
 const SHARED_TILES: usize = 128;
 
 /// Bytes of transformed inputs that threads share, at most: they should stay in a level-3 cache.
-const SHARED_BYTES: usize = 24 << 20;
+pub(super) const SHARED_BYTES: usize = 24 << 20;
 
 /// An output takes its input's place only where its layers have so many blocks that threads seldom wait for the end of one,
 /// and the two that wait take half of what is saved at most.
@@ -56,6 +56,23 @@ impl Scheme {
         Some(Self { z: kind(0, z)?, xy: kind(1, xy)? })
     }
 
+    /// The same with sums over so many neighbouring outputs, if there is one.
+    pub(in crate::backend::cpu) fn summed(self, factor: [usize; 3]) -> Option<Self> {
+        let kind = |kind: Kind, factor: usize| match (kind, factor) {
+            (kind, 1) => Some(kind),
+            (Kind::F2, 2) => Some(Kind::F2Sums),
+            (Kind::F4, 2) => Some(Kind::F4Sums),
+            _ => None,
+        };
+        (factor[1] == factor[2]).then_some(())?;
+        Some(Self { z: kind(self.z, factor[0])?, xy: kind(self.xy, factor[1])? })
+    }
+
+    /// Four outputs of a convolution per tile along every axis.
+    pub(in crate::backend::cpu) fn is_largest(self) -> bool {
+        [self.z, self.xy].iter().all(|k| matches!(k, Kind::F4 | Kind::F4Sums))
+    }
+
     /// A number of its own.
     pub(crate) fn key(self) -> u64 {
         (self.z as u64) << 8 | self.xy as u64
@@ -70,6 +87,12 @@ impl Scheme {
     pub(super) fn points(self) -> usize {
         self.z.sizes().1 * self.plane_points()
     }
+}
+
+/// Cycles of `n` transforms of so many operations, with all loads and stores.
+fn pass(n: usize, operations: usize, loads: usize, stores: usize) -> f64 {
+    // A store takes two cycles, a load one; three in four operations find a unit free at once.
+    0.75 * (n * operations) as f64 + 0.7 * (loads + 2 * stores) as f64
 }
 
 /// How a problem is cut.
@@ -97,6 +120,8 @@ pub(crate) struct Plan {
     pub(super) shared: bool,
     /// The output replaces the input, see [`super::ring`].
     pub(super) in_place: bool,
+    /// The inputs are gradients of outputs, see [`super::weight`].
+    pub(super) spread: bool,
     /// Some source is stored as bf16; the output is.
     pub(super) halves_in: bool,
     pub(super) halves_out: bool,
@@ -132,6 +157,7 @@ impl Plan {
             row,
             shared: false,
             in_place: false,
+            spread: false,
             halves_in: storage.input == Precision::Bf16,
             halves_out: storage.output == Precision::Bf16,
         };
@@ -159,7 +185,7 @@ impl Plan {
     }
 
     /// Chooses the largest blocks that `fits` allows: whole rows if possible, as square as that leaves.
-    fn cut(&mut self, fits: impl Fn([usize; 3]) -> bool) {
+    pub(super) fn cut(&mut self, fits: impl Fn([usize; 3]) -> bool) {
         // Sizes that cut an axis evenly.
         let sizes = |axis: usize| {
             let tiles = self.tiles[axis];
@@ -256,7 +282,7 @@ impl Plan {
     }
 
     /// Floats of one row of inputs in all slices of a tile, before the first pass, where they are not stored as floats.
-    fn row_floats(&self) -> usize {
+    pub(super) fn row_floats(&self) -> usize {
         if self.halves_in { self.inputs[0] * self.footprint(self.block)[1] * BLOCK } else { 0 }
     }
 
@@ -316,19 +342,22 @@ impl Plan {
         if self.shared { 0 } else { prepared_len(self.scheme, &self.g) }
     }
 
-    /// Estimated time on one core, in cycles of a core that does one multiply-add of 16 floats in each.
-    pub(crate) fn cycles(&self) -> f64 {
-        let ([lz, lxy, _], [mz, mxy, _]) = (self.inputs, self.outputs);
-        let (pz, pxy) = (self.planes, self.side());
-        let ((fz, iz, _), (fxy, ixy, gxy)) = (self.scheme.z.operations(), self.scheme.xy.operations());
-        // A store takes two cycles, a load one; three in four operations find a unit free at once.
-        let pass = |n: usize, operations: usize, loads: usize, stores: usize| {
-            0.75 * (n * operations) as f64 + 0.7 * (loads + 2 * stores) as f64
-        };
+    /// The same of one tile's inputs of one channel block, up to the products.
+    pub(super) fn inputs_cycles(&self) -> f64 {
+        let ([lz, lxy, _], pz, pxy) = (self.inputs, self.planes, self.side());
+        let operations = |kind: Kind| if self.spread { kind.operations().1 } else { kind.operations().0 };
+        let (fz, fxy) = (operations(self.scheme.z), operations(self.scheme.xy));
         let area = self.footprint(self.block);
         let per_tile = (area[0] * area[1]) as f64 / (self.block[1] * self.block[2]) as f64;
-        let inputs = per_tile * (0.75 * fz as f64 + 0.7 * (lz + 2 * pz) as f64)
-            + pz as f64 * pass(lxy + pxy, fxy, lxy * lxy, pxy * pxy);
+        per_tile * (0.75 * fz as f64 + 0.7 * (lz + 2 * pz) as f64)
+            + pz as f64 * pass(lxy + pxy, fxy, lxy * lxy, pxy * pxy)
+    }
+
+    /// Estimated time on one core, in cycles of a core that does one multiply-add of 16 floats in each.
+    pub(crate) fn cycles(&self) -> f64 {
+        let ([mz, mxy, _], pz, pxy) = (self.outputs, self.planes, self.side());
+        let ((_, iz, _), (_, ixy, gxy)) = (self.scheme.z.operations(), self.scheme.xy.operations());
+        let inputs = self.inputs_cycles();
         let outputs = pz as f64 * pass(pxy + mxy, ixy, pxy * pxy, mxy * mxy)
             + (mxy * mxy) as f64 * (0.75 * iz as f64 + 0.7 * (pz + 2 * mz) as f64);
         let tiles = (self.tiles.iter().product::<usize>() * self.g.batch) as f64;

@@ -4,13 +4,13 @@ use super::Plan;
 use super::filter::{self, prepared_place};
 use super::gemm::{self, Gemm, Run, cover, widest};
 use super::plan::CHUNK;
-use super::transform::{self, Affine, ForwardZ, From, InPlane, InverseZ, Sums};
+use super::transform::{self, ForwardZ, From, InPlane, InverseZ, Sums};
 use crate::backend::cpu::Shared;
 use crate::backend::cpu::conv3d::{Problem, Source, packed_place};
 use crate::backend::cpu::lanes::Lanes;
 use crate::backend::cpu::stored::SharedOut;
 use crate::base::par;
-use crate::tensor::{BLOCK, Isa, Precision, Stored, StoredMut};
+use crate::tensor::{BLOCK, Isa, Precision, StoredMut};
 
 /// Outputs of this many bytes are not worth keeping in a cache.
 const STREAM_FROM: usize = 24 << 20;
@@ -42,12 +42,22 @@ pub(super) struct Block {
 }
 
 impl Block {
-    fn len(&self) -> usize {
+    /// The `i`-th of all.
+    pub(super) fn of(plan: &Plan, i: usize) -> Self {
+        let blocks: usize = plan.blocks.iter().product();
+        let (sample, b) = (i / blocks, i % blocks);
+        let [_, ny, nx] = plan.blocks;
+        let pieces = [b / (ny * nx), b / nx % ny, b % nx];
+        let pieces = [0, 1, 2].map(|a| plan.piece(a, pieces[a]));
+        Self { sample, first: pieces.map(|p| p.0), tiles: pieces.map(|p| p.1), index: i }
+    }
+
+    pub(super) fn len(&self) -> usize {
         self.tiles.iter().product()
     }
 
     /// Tiles of one layer.
-    fn layer(&self) -> usize {
+    pub(super) fn layer(&self) -> usize {
         self.tiles[1] * self.tiles[2]
     }
 }
@@ -79,17 +89,20 @@ pub(super) struct Job<'a> {
     /// One slot per block of tiles and output block.
     sums: Shared<Sums>,
     stream: bool,
+    add: bool,
 }
 
 /// Writes the convolution of `p` to `out`; returns the sums of every block of tiles, `[sample][block][output block]`.
 /// `kept` is the transformed filter of [`Plan::kept_filter`] floats, `work` holds [`Plan::workspace`] floats for the
-/// threads of the current pool. Where the plan is in place, `out` holds the only source, whose data are not given again.
-pub(in super::super) fn run(
+/// threads of the current pool. Where the plan is in place, `out` holds the only source, whose data are not given again. With
+/// `add`, results are added to the floats that `out` holds.
+pub(in crate::backend::cpu) fn run(
     plan: &Plan,
     p: &Problem<'_>,
     kept: &[f32],
     work: &mut [f32],
     out: StoredMut<'_>,
+    add: bool,
 ) -> Vec<Sums> {
     assert!(kept.len() >= plan.kept_filter(), "the filter was made for another plan");
     assert!(work.len() >= plan.workspace(rayon::current_num_threads()), "working memory for fewer threads");
@@ -102,6 +115,7 @@ pub(in super::super) fn run(
     }
     assert_eq!(plan.halves_out, matches!(out, StoredMut::Bf16(_)), "planned for another storage");
     assert!(plan.halves_in || p.sources.iter().all(|s| s.data.precision() == Precision::F32), "as before");
+    assert!(!add || !(plan.halves_out || plan.in_place), "only floats are added to");
     assert_eq!(out.len(), floats(p.geometry.out_channels, p.geometry.output), "an output of other sizes");
     let blocks: usize = plan.blocks.iter().product();
     let mut sums = vec![Sums::default(); p.geometry.batch * blocks * plan.out_blocks];
@@ -120,7 +134,8 @@ pub(in super::super) fn run(
         kept,
         inputs: Plan::input_blocks(p.sources),
         runs,
-        stream: out.len() * 4 >= STREAM_FROM,
+        stream: out.len() * 4 >= STREAM_FROM && !add,
+        add,
         out: SharedOut::new(out),
         work: Shared::new(work),
         sums: Shared::new(&mut sums),
@@ -139,12 +154,7 @@ pub(in super::super) fn run(
 impl Job<'_> {
     /// The `i`-th block of all.
     pub(super) fn block(&self, i: usize) -> Block {
-        let blocks: usize = self.plan.blocks.iter().product();
-        let (sample, b) = (i / blocks, i % blocks);
-        let [_, ny, nx] = self.plan.blocks;
-        let pieces = [b / (ny * nx), b / nx % ny, b % nx];
-        let pieces = [0, 1, 2].map(|a| self.plan.piece(a, pieces[a]));
-        Block { sample, first: pieces.map(|p| p.0), tiles: pieces.map(|p| p.1), index: i }
+        Block::of(self.plan, i)
     }
 
     /// Scratch of this thread.
@@ -318,55 +328,17 @@ impl Job<'_> {
 
     /// One channel block of one layer of tiles, as the convolution's input along z.
     fn inputs_along_z(&self, b: &Block, (source, block, _): (usize, usize, usize), z: usize, to: *mut f32) {
-        let (plan, g) = (self.plan, &self.p.geometry);
         let s = &self.p.sources[source];
-        let [d, h, w] = [0, 1, 2].map(|a| g.input[a] / s.factor[a]);
-        let blocks = s.channels.div_ceil(BLOCK);
-        let vector = b.sample * blocks + block;
-        let [rows, columns] = plan.footprint(b.tiles);
-        let tile = [b.first[0] + z, b.first[1], b.first[2]];
-        let a = ForwardZ {
-            kind: plan.scheme.z,
-            from: self.from(s).at(vector * d * h * w * BLOCK),
-            row: w * BLOCK,
-            slice: h * w * BLOCK,
-            size: g.input,
-            factor: s.factor,
-            first: [0, 1, 2].map(|a| (tile[a] * plan.step[a]) as isize - g.padding[a] as isize),
-            rows,
-            columns,
-            to,
-            plane: rows * columns * BLOCK,
-            norm: s.norm.map(|n| Affine {
-                mean: n.mean[vector * BLOCK..].as_ptr(),
-                scale: n.scale[vector * BLOCK..].as_ptr(),
-                shift: n.shift[vector * BLOCK..].as_ptr(),
-                slope: n.slope,
-            }),
-        };
         // SAFETY: the source has the sizes of the problem, checked by `run`, so this block has all its voxels; in place, its
         // values are there until `in_place` has had all readers pass; `to` lies in this thread's scratch, which the plan
         // made large enough.
-        unsafe { transform::forward_z::on(plan.isa, &a) }
+        unsafe { inputs_along_z(self.plan, s, self.from(s), b, block, z, to) }
     }
 
     fn inputs_in_plane(&self, b: &Block, from: *const f32, to: *mut f32, product: usize) {
-        let plan = self.plan;
-        let columns = plan.footprint(b.tiles)[1];
-        let step = plan.step[1];
-        let a = InPlane {
-            kind: plan.scheme.xy,
-            tiles: [b.tiles[1], b.tiles[2]],
-            from,
-            from_tile: [step * columns * BLOCK, step * BLOCK],
-            from_value: [columns * BLOCK, BLOCK],
-            to,
-            to_tile: [b.tiles[2] * plan.row, plan.row],
-            to_value: [plan.side() * product, product],
-        };
         // SAFETY: `from` is a plane that `inputs_along_z` made for this block; each channel block of the tiles' rows at
         // `to` is written by one thread.
-        unsafe { transform::forward_xy::on(plan.isa, &a) }
+        unsafe { inputs_in_plane(self.plan, b, from, to, product) }
     }
 
     fn outputs_in_plane(&self, b: &Block, from: *const f32, tile: usize, product: usize, to: *mut f32) {
@@ -374,6 +346,7 @@ impl Job<'_> {
         let (side, width) = (plan.outputs[1], b.tiles[2] * plan.outputs[2]);
         let a = InPlane {
             kind: plan.scheme.xy,
+            spread: false,
             tiles: [b.tiles[1], b.tiles[2]],
             from,
             from_tile: [b.tiles[2] * tile, tile],
@@ -408,6 +381,7 @@ impl Job<'_> {
             slice: place.slice,
             bias: self.p.bias.map_or(std::ptr::null(), |v| v[block * BLOCK..].as_ptr()),
             stream: self.stream && !plan.in_place && !plan.halves_out,
+            add: self.add,
         };
         // SAFETY: `from` holds the results of this block's layer; tiles are cut so that each output voxel belongs to
         // one block, and only voxels inside the output are written. Tensors are aligned to 64 bytes. In place, the
@@ -433,11 +407,10 @@ impl Job<'_> {
     /// A source as it is stored.
     fn from(&self, s: &Source<'_>) -> From {
         let room = || self.scratch().wrapping_add(self.plan.stages().0);
-        match (self.plan.in_place, self.out, s.data) {
-            (true, SharedOut::F32(out), _) => From::F32(out.ptr()),
-            (true, SharedOut::Bf16(out), _) => From::Bf16(out.ptr(), room()),
-            (false, _, Stored::F32(v)) => From::F32(v.as_ptr()),
-            (false, _, Stored::Bf16(v)) => From::Bf16(v.as_ptr(), room()),
+        match (self.plan.in_place, self.out) {
+            (true, SharedOut::F32(out)) => From::F32(out.ptr()),
+            (true, SharedOut::Bf16(out)) => From::Bf16(out.ptr(), room()),
+            (false, ..) => s.from(room()),
         }
     }
 
@@ -450,4 +423,63 @@ impl Job<'_> {
         // SAFETY: each block of tiles and output block has a slot of its own.
         unsafe { self.sums.ptr().wrapping_add(b.index * self.plan.out_blocks + block).write(sums) }
     }
+}
+
+/// Channel block `block` of source `s`, which is at `from`, for layer `z` of the tiles of `b`: along z.
+///
+/// # Safety
+/// `from` has the voxels of the plan's input, and `to` room for a slab, which is ours.
+pub(super) unsafe fn inputs_along_z(
+    plan: &Plan,
+    s: &Source<'_>,
+    from: From,
+    b: &Block,
+    block: usize,
+    z: usize,
+    to: *mut f32,
+) {
+    let g = &plan.g;
+    let [d, h, w] = [0, 1, 2].map(|a| g.input[a] / s.factor[a]);
+    let vector = b.sample * s.channels.div_ceil(BLOCK) + block;
+    let [rows, columns] = plan.footprint(b.tiles);
+    let tile = [b.first[0] + z, b.first[1], b.first[2]];
+    let a = ForwardZ {
+        kind: plan.scheme.z,
+        spread: plan.spread,
+        from: from.at(vector * d * h * w * BLOCK),
+        row: w * BLOCK,
+        slice: h * w * BLOCK,
+        size: g.input,
+        factor: s.factor,
+        first: [0, 1, 2].map(|a| (tile[a] * plan.step[a]) as isize - g.padding[a] as isize),
+        rows,
+        columns,
+        to,
+        plane: rows * columns * BLOCK,
+        norm: s.affine(vector),
+    };
+    // SAFETY: by contract.
+    unsafe { transform::forward_z::on(plan.isa, &a) }
+}
+
+/// One plane of what [`inputs_along_z`] made, to the tiles' rows at `to`, `product` floats between products.
+///
+/// # Safety
+/// `from` is such a plane, and the channel block of the tiles' rows at `to` is ours.
+pub(super) unsafe fn inputs_in_plane(plan: &Plan, b: &Block, from: *const f32, to: *mut f32, product: usize) {
+    let columns = plan.footprint(b.tiles)[1];
+    let step = plan.step[1];
+    let a = InPlane {
+        kind: plan.scheme.xy,
+        spread: plan.spread,
+        tiles: [b.tiles[1], b.tiles[2]],
+        from,
+        from_tile: [step * columns * BLOCK, step * BLOCK],
+        from_value: [columns * BLOCK, BLOCK],
+        to,
+        to_tile: [b.tiles[2] * plan.row, plan.row],
+        to_value: [plan.side() * product, product],
+    };
+    // SAFETY: by contract.
+    unsafe { transform::forward_xy::on(plan.isa, &a) }
 }

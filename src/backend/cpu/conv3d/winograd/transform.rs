@@ -3,7 +3,7 @@
 //! z comes first and last, so that the planes between can be worked on one after the other while they lie in the cache,
 //! and so that memory is read and written in whole rows.
 
-use super::axis::{Axis, F2, F4, Kind, One, S2, S4, by_kind};
+use super::axis::{Axis, F2, F4, Forward, Kind, One, S2, S4, Spread, Sums as Summed, by_forward, by_kind, by_spread};
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
 use crate::backend::cpu::moments::Moments;
@@ -42,6 +42,8 @@ impl From {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ForwardZ {
     pub(super) kind: Kind,
+    /// What is read are gradients of outputs.
+    pub(super) spread: bool,
     /// The block's voxel (0, 0, 0), and values between its rows and slices in memory.
     pub(super) from: From,
     pub(super) row: usize,
@@ -68,13 +70,18 @@ simd_entry!(unsafe forward_z = forward_z_of(a: &ForwardZ));
 #[inline(always)]
 unsafe fn forward_z_of<S: Lanes>(s: S, a: &ForwardZ) {
     // SAFETY: this function's own contract.
-    unsafe { by_kind!(a.kind, along_z::<S>(s, a)) }
+    unsafe {
+        match a.spread {
+            false => by_forward!(a.kind, along_z::<S>(s, a)),
+            true => by_spread!(a.kind, along_z::<S>(s, a)),
+        }
+    }
 }
 
 /// # Safety
 /// As [`forward_z_of`].
 #[inline(always)]
-unsafe fn along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, const M: usize>(s: S, a: &ForwardZ) {
+unsafe fn along_z<S: Lanes, X: Forward<L, P>, const L: usize, const P: usize, const M: usize>(s: S, a: &ForwardZ) {
     let inside = |at: isize, size: usize| at >= 0 && (at as usize) < size;
     let mut valid = [false; L];
     let mut slices = [0; L];
@@ -121,11 +128,11 @@ unsafe fn along_z<S: Lanes, X: Axis<L, P, M>, const L: usize, const P: usize, co
         // SAFETY: by contract; the columns given are those inside the volume.
         unsafe {
             match (&a.norm, valid.iter().all(|v| *v), a.factor[2]) {
-                (None, true, 1) => row_z::<S, X, L, P, M, false, true, false>(s, &row, None),
-                (None, _, 1) => row_z::<S, X, L, P, M, false, false, false>(s, &row, None),
-                (None, _, _) => row_z::<S, X, L, P, M, false, false, true>(s, &row, None),
-                (norm, true, 1) => row_z::<S, X, L, P, M, true, true, false>(s, &row, norm.as_ref()),
-                (norm, _, _) => row_z::<S, X, L, P, M, true, false, true>(s, &row, norm.as_ref()),
+                (None, true, 1) => row_z::<S, X, L, P, false, true, false>(s, &row, None),
+                (None, _, 1) => row_z::<S, X, L, P, false, false, false>(s, &row, None),
+                (None, _, _) => row_z::<S, X, L, P, false, false, true>(s, &row, None),
+                (norm, true, 1) => row_z::<S, X, L, P, true, true, false>(s, &row, norm.as_ref()),
+                (norm, _, _) => row_z::<S, X, L, P, true, false, true>(s, &row, norm.as_ref()),
             }
         }
     }
@@ -160,10 +167,9 @@ struct Row<const L: usize> {
 #[inline(always)]
 unsafe fn row_z<
     S: Lanes,
-    X: Axis<L, P, M>,
+    X: Forward<L, P>,
     const L: usize,
     const P: usize,
-    const M: usize,
     const NORM: bool,
     const WHOLE: bool,
     const REPEATED: bool,
@@ -214,6 +220,8 @@ unsafe fn row_z<
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InPlane {
     pub(super) kind: Kind,
+    /// The values are gradients of outputs; on the way to products only.
+    pub(super) spread: bool,
     /// Along y and x.
     pub(super) tiles: [usize; 2],
     pub(super) from: *const f32,
@@ -238,10 +246,14 @@ unsafe fn forward_xy_of<S: Lanes>(s: S, a: &InPlane) {
     // SAFETY: this function's own contract, in each arm.
     unsafe {
         match (a.kind, S::KEEP >= 20) {
+            (Kind::F2 | Kind::F2Sums, _) if a.spread => plane_forward::<S, Spread<F2>, 2, 4, 3, 4>(s, a),
+            (Kind::F4 | Kind::F4Sums, _) if a.spread => plane_forward::<S, Spread<F4>, 4, 6, 3, 3>(s, a),
+            (Kind::S2, _) if a.spread => plane_forward::<S, Spread<S2>, 2, 5, 3, 5>(s, a),
+            (Kind::S4, _) if a.spread => plane_forward::<S, Spread<S4>, 4, 9, 3, 3>(s, a),
             (Kind::One, _) => plane_forward::<S, One, 1, 1, 1, 1>(s, a),
-            (Kind::F2, true) => plane_forward::<S, F2, 4, 4, 2, 4>(s, a),
-            (Kind::F2, false) => plane_forward::<S, F2, 4, 4, 2, 2>(s, a),
-            (Kind::F4, _) => plane_forward::<S, F4, 6, 6, 4, 3>(s, a),
+            (Kind::F2 | Kind::F2Sums, true) => plane_forward::<S, F2, 4, 4, 2, 4>(s, a),
+            (Kind::F2 | Kind::F2Sums, false) => plane_forward::<S, F2, 4, 4, 2, 2>(s, a),
+            (Kind::F4 | Kind::F4Sums, _) => plane_forward::<S, F4, 6, 6, 4, 3>(s, a),
             (Kind::S2, true) => plane_forward::<S, S2, 5, 5, 2, 5>(s, a),
             (Kind::S2, false) => plane_forward::<S, S2, 5, 5, 2, 1>(s, a),
             (Kind::S4, true) => plane_forward::<S, S4, 9, 9, 4, 2>(s, a),
@@ -261,6 +273,8 @@ unsafe fn inverse_xy_of<S: Lanes>(s: S, a: &InPlane) {
         match (a.kind, S::KEEP >= 20) {
             (Kind::One, _) => plane_inverse::<S, One, 1, 1, 1, 1>(s, a),
             (Kind::F2, _) => plane_inverse::<S, F2, 4, 4, 2, 2>(s, a),
+            (Kind::F2Sums, _) => plane_inverse::<S, Summed<F2>, 4, 4, 1, 1>(s, a),
+            (Kind::F4Sums, _) => plane_inverse::<S, Summed<F4>, 6, 6, 2, 2>(s, a),
             (Kind::F4, true) => plane_inverse::<S, F4, 6, 6, 4, 4>(s, a),
             (Kind::F4, false) => plane_inverse::<S, F4, 6, 6, 4, 2>(s, a),
             (Kind::S2, _) => plane_inverse::<S, S2, 5, 5, 2, 2>(s, a),
@@ -274,13 +288,13 @@ unsafe fn inverse_xy_of<S: Lanes>(s: S, a: &InPlane) {
 /// results of the first axis are kept at a time, as many as registers hold well, and what they have in common with other
 /// lines is done again for those.
 macro_rules! plane_pass {
-    ($name:ident, $transform:ident, $n:ident, $m:ident) => {
+    ($name:ident, $axis:ident<$($of:ident),*>, $transform:ident, $n:ident, $m:ident) => {
         /// # Safety
         /// The tiles' values are readable, and their results are ours to write.
         #[inline(always)]
         unsafe fn $name<
             S: Lanes,
-            X: Axis<L, P, M>,
+            X: $axis<$($of),*>,
             const L: usize,
             const P: usize,
             const M: usize,
@@ -327,8 +341,8 @@ macro_rules! plane_pass {
     };
 }
 
-plane_pass!(plane_forward, forward, L, P);
-plane_pass!(plane_inverse, inverse, P, M);
+plane_pass!(plane_forward, Forward<L, P>, forward, L, P);
+plane_pass!(plane_inverse, Axis<L, P, M>, inverse, P, M);
 
 /// The last step, for one layer of tiles and one output block: along z, and to memory.
 #[derive(Debug, Clone, Copy)]
@@ -348,12 +362,14 @@ pub(super) struct InverseZ {
     pub(super) bias: *const f32,
     /// Write past the caches.
     pub(super) stream: bool,
+    /// Add to what is there.
+    pub(super) add: bool,
 }
 
 /// Sums of deviations from `about` and of their squares, for one channel block. Sums of few values that lie near to
 /// `about`, so that f32 is enough; they are put together in f64.
 #[derive(Debug, Clone, Copy, Default)]
-pub(in super::super) struct Sums {
+pub(in crate::backend::cpu) struct Sums {
     count: u32,
     about: [f32; BLOCK],
     first: [f32; BLOCK],
@@ -362,7 +378,7 @@ pub(in super::super) struct Sums {
 
 impl Sums {
     /// The same as mean and squared deviations from it.
-    pub(in super::super) fn moments(&self) -> Moments {
+    pub(in crate::backend::cpu) fn moments(&self) -> Moments {
         let mut m = Moments { count: f64::from(self.count), ..Moments::default() };
         if self.count > 0 {
             for c in 0..BLOCK {
@@ -445,14 +461,18 @@ unsafe fn rows_back<
                 let t = X::inverse(s, &m);
                 for z in 0..M {
                     if WHOLE || z < a.size[0] {
-                        let v = s.add(t[z], bias);
+                        let mut v = s.add(t[z], bias);
+                        let to = a.to.wrapping_add(z * a.slice + y * a.row + x * BLOCK + part);
+                        if !STREAM && a.add {
+                            // SAFETY: by contract.
+                            v = s.add(v, unsafe { s.load(to) });
+                        }
                         if fresh && y == 0 && x == 0 && z == 0 {
                             about = v;
                         }
                         let d = s.sub(v, about);
                         f[z] = s.add(f[z], d);
                         q[z] = s.fma(d, d, q[z]);
-                        let to = a.to.wrapping_add(z * a.slice + y * a.row + x * BLOCK + part);
                         // SAFETY: by contract.
                         unsafe { if STREAM { s.stream(v, to) } else { s.store(v, to) } }
                     }
