@@ -12,6 +12,7 @@ mod export;
 mod head_labels;
 mod instance_norm;
 mod labels;
+mod loss;
 mod nifti;
 mod passes;
 mod resample;
@@ -25,6 +26,7 @@ criterion::criterion_group!(
     head_labels::bench,
     instance_norm::bench,
     labels::bench,
+    loss::bench,
     nifti::bench,
     passes::bench,
     resample::bench

@@ -19,6 +19,7 @@ mod instance_norm;
 #[cfg(feature = "cuda")]
 mod kernels;
 mod leaky_relu;
+mod loss;
 mod model_folder;
 mod models;
 mod nifti;

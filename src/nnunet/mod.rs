@@ -2,6 +2,7 @@
 
 pub mod cases;
 pub mod lookup;
+pub mod loss;
 pub mod model;
 pub mod plans;
 mod postprocess;

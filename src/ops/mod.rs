@@ -15,6 +15,7 @@ mod head_labels;
 mod instance_norm;
 mod lazy;
 mod leaky_relu;
+mod loss;
 pub(crate) mod resample;
 #[doc(hidden)]
 pub mod testing;
@@ -29,6 +30,7 @@ pub use head_labels::head_labels;
 pub use instance_norm::{InstanceNorm, instance_norm};
 pub use lazy::{Affine, Moments, Source, Sources};
 pub use leaky_relu::leaky_relu;
+pub use loss::{LabelMap, Loss, Outputs, loss, weighted_sum};
 pub use upsample_nearest::upsample_nearest;
 
 use crate::backend::dispatch;

@@ -1,7 +1,7 @@
 //! The door for tests and benchmarks: every implementation of every operation by name, and what no user sees of a
 //! tensor. No promise of stability.
 
-use super::{Conv3d, InstanceNorm, Moments, Sources};
+use super::{Conv3d, InstanceNorm, LabelMap, Loss, Moments, Sources};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::{cpu, dispatch, names};
 use crate::error::Result;
@@ -103,6 +103,11 @@ pub fn add(name: &str, cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
 /// [`super::upsample_nearest`] by one implementation.
 pub fn upsample_nearest(name: &str, cx: &mut Ctx<'_>, x: Var, factor: [usize; 3]) -> Result<Var> {
     super::upsample_nearest::run(cx, x, factor, Some(name))
+}
+
+/// [`super::loss`] by one implementation.
+pub fn loss(name: &str, cx: &mut Ctx<'_>, logits: Var, target: &LabelMap, how: &Loss) -> Result<(Var, f64)> {
+    super::loss::run(cx, logits, target, how, Some(name))
 }
 
 /// [`super::head_labels`] by one implementation.

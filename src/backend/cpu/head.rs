@@ -1,6 +1,7 @@
 //! The 1x1x1 head on rows of voxels: scores, softmax or sigmoid, added to a running sum. Used where class scores are
 //! aggregated voxel by voxel and no `[classes, D, H, W]` tensor may exist. Scores alone, for interpolation between voxels.
 
+use super::elementary::exp;
 use super::isa::{Simd, simd_entry};
 use crate::tensor::{BLOCK, Isa};
 
@@ -218,40 +219,10 @@ fn sigmoid<S: Simd>(s: S, scores: &mut [[f32; BLOCK]]) {
     }
 }
 
-/// e^x for x up to 88, to about one unit in the last place: range reduction to |r| <= ln 2 / 2 and a polynomial of
-/// degree 7 (Cephes `expf`). Below -87 the result is about 1e-38, which is as good as 0 for a probability.
-#[inline(always)]
-fn exp<S: Simd>(s: S, x: S::V) -> S::V {
-    // Adding 1.5 * 2^23 rounds to an integer.
-    let magic = s.splat(12_582_912.0);
-    let x = s.max(x, s.splat(-87.0));
-    let t = s.fma(x, s.splat(std::f32::consts::LOG2_E), magic);
-    let n = s.sub(t, magic);
-    let r = s.fma(n, s.splat(-0.693_359_4), x);
-    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
-    let mut p = s.splat(1.987_569_1e-4);
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = s.fma(p, r, s.splat(c));
-    }
-    let y = s.add(s.fma(s.mul(p, r), r, r), s.splat(1.0));
-    s.mul(y, s.power_of_two(t))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::isa::Scalar;
     use super::*;
     use crate::base::rng::Rng;
-
-    #[test]
-    fn exp_is_accurate() {
-        for i in -8700..8800 {
-            let x = i as f32 / 100.0;
-            let e = f64::from(x).exp();
-            let rel = (f64::from(exp(Scalar, [x; BLOCK])[0]) - e).abs() / e;
-            assert!(rel < 2.5e-7, "exp({x}): relative error {rel:e}");
-        }
-    }
 
     /// Every instruction set against f64, for class counts around the lane width.
     #[test]

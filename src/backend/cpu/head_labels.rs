@@ -3,6 +3,7 @@
 //! A tile of voxels is turned to rows of channels, so that lanes are voxels. Scores are summed in registers for six
 //! classes at a time and meet the largest so far there. Which voxels share a tile depends on the sizes alone.
 
+use super::Line;
 #[cfg(target_arch = "x86_64")]
 use super::isa::{Avx2, Avx512};
 use super::isa::{Scalar, simd_entry};
@@ -88,11 +89,6 @@ impl Packed {
         Self { channels: p.channels, weight, bias }
     }
 }
-
-/// A cache line, so that the rows of a tile lie on whole ones.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line(#[expect(dead_code, reason = "read and written through pointers")] [f32; 16]);
 
 /// What the search for the largest needs of a register beside arithmetic.
 trait Search: Lanes {

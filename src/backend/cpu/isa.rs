@@ -26,7 +26,7 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once where the set can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// The larger of each pair; neither may be NaN.
+    /// The larger of each pair; `b` where one of them is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `2^n` for `t = 1.5 * 2^23 + n` with n in [-126, 127]: the low bits of such a float are n itself.
     fn power_of_two(self, t: Self::V) -> Self::V;
@@ -34,6 +34,10 @@ pub(crate) trait Simd: Copy {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `x` where `x > 0`, else `x * slope`.
     fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V;
+    /// The sum of the sixteen, halves added to halves.
+    fn sum(self, v: Self::V) -> f32;
+    /// The largest of the sixteen; none may be NaN.
+    fn largest(self, v: Self::V) -> f32;
     /// `a * b + c` of single numbers, rounded once where the set can: for loops that the compiler turns into vectors.
     fn fma_f64(self, a: f64, b: f64, c: f64) -> f64;
 }
@@ -118,6 +122,19 @@ impl Simd for Scalar {
             x[i] = if x[i] > 0.0 { x[i] } else { x[i] * slope[i] };
         }
         x
+    }
+    #[inline(always)]
+    fn sum(self, mut v: Self::V) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                v[i] += v[i + half];
+            }
+        }
+        v[0]
+    }
+    #[inline(always)]
+    fn largest(self, v: Self::V) -> f32 {
+        v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
     fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
@@ -233,6 +250,26 @@ mod x86 {
             out
         }
         #[inline(always)]
+        fn sum(self, v: Self::V) -> f32 {
+            // SAFETY: `self` proves AVX2.
+            unsafe {
+                let v = _mm256_add_ps(v[0], v[1]);
+                let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+                _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+            }
+        }
+        #[inline(always)]
+        fn largest(self, v: Self::V) -> f32 {
+            // SAFETY: `self` proves AVX2.
+            unsafe {
+                let v = _mm256_max_ps(v[0], v[1]);
+                let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+                _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+            }
+        }
+        #[inline(always)]
         fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
             a.mul_add(b, c)
         }
@@ -319,6 +356,16 @@ mod x86 {
                 let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_setzero_ps());
                 _mm512_mask_blend_ps(positive, _mm512_mul_ps(x, slope), x)
             }
+        }
+        #[inline(always)]
+        fn sum(self, v: Self::V) -> f32 {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_reduce_add_ps(v) }
+        }
+        #[inline(always)]
+        fn largest(self, v: Self::V) -> f32 {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_reduce_max_ps(v) }
         }
         #[inline(always)]
         fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {

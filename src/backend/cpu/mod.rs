@@ -8,6 +8,7 @@ pub(crate) mod add;
 pub(crate) mod conv3d;
 pub(crate) mod conv3d_grad;
 pub(crate) mod conv_transpose3d;
+pub(crate) mod elementary;
 pub(crate) mod head;
 pub(crate) mod head_argmax;
 pub(crate) mod head_labels;
@@ -15,6 +16,7 @@ pub(crate) mod instance_norm;
 pub(crate) mod isa;
 pub(crate) mod lanes;
 pub(crate) mod leaky_relu;
+pub(crate) mod loss;
 pub(crate) mod moments;
 pub(crate) mod probe;
 pub(crate) mod relayout;
@@ -22,9 +24,16 @@ pub(crate) mod resample;
 pub(crate) mod stored;
 pub(crate) mod upsample_nearest;
 
+use crate::tensor::BLOCK;
+
 /// Floats per piece of a memory-bound parallel loop: 256 KiB, large against the cost of handing out a piece, small
 /// against a level-2 cache.
 pub(crate) const PIECE: usize = 1 << 16;
+
+/// Sixteen floats on a cache line of their own.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Line(pub(crate) [f32; BLOCK]);
 
 /// The start of an output that several threads write at places of their own.
 pub(crate) struct Shared<T = f32>(*mut T);
