@@ -4,6 +4,7 @@
 mod common;
 
 mod add;
+mod avg_pool;
 mod bad_input;
 mod cli;
 mod conv3d;
@@ -20,6 +21,7 @@ mod kernels;
 mod leaky_relu;
 mod model_folder;
 mod models;
+mod networks;
 mod nifti;
 mod phantom;
 mod preprocess;
