@@ -3,7 +3,7 @@
 use criterion::Criterion;
 use stunet::Device;
 use stunet::autograd::Ctx;
-use stunet::ops::testing;
+use stunet::ops::{ConvTranspose3d, testing};
 
 use crate::common::{Work, activation, measure};
 
@@ -29,15 +29,24 @@ pub fn bench(c: &mut Criterion) {
         let voxels = side.pow(3);
         let floats = weights + voxels * (inputs + out * d * h * w);
         let work = Work::Roofline(2.0 * (weights * voxels) as f64, 4.0 * floats as f64);
-        for name in testing::conv_transpose3d_implementations(&device) {
+        let (how, slow) = (ConvTranspose3d::upsampling(stride), device.isa() != stunet::Isa::Scalar);
+        for name in testing::conv_transpose3d_implementations(&device, [1, inputs, side, side, side], &filter, how) {
             // The reference is for tests; the portable kernel is an order slower where there is a better one.
-            if name == "reference" || (name == "direct_scalar" && device.isa() != stunet::Isa::Scalar) {
+            if name == "reference" || (name.ends_with("scalar") && slow) {
                 continue;
             }
             let title = format!("{inputs}->{out} k{d}{h}{w} @{side} {name}");
             measure(c, &device, "conv_transpose3d", &title, work, || {
-                testing::conv_transpose3d(name, &mut cx, x.clone(), &filter, None)
+                testing::conv_transpose3d(name, &mut cx, x.clone(), &filter, None, how)
             });
         }
+        let dy = activation(&mut cx, [1, out, d * side, h * side, w * side]);
+        let names =
+            testing::conv_transpose3d_gradient_implementations(&device, [1, inputs, side, side, side], &filter, how);
+        let both = Work::Roofline(4.0 * (weights * voxels) as f64, 4.0 * (2 * floats) as f64);
+        let title = format!("{inputs}->{out} k{d}{h}{w} @{side} gradients");
+        measure(c, &device, "conv_transpose3d", &title, both, || {
+            testing::conv_transpose3d_gradients(names[0], &cx, &x, &filter, None, how, &dy)
+        });
     }
 }

@@ -53,20 +53,41 @@ fn margin(p: &[f32], n: usize, i: usize, decision: &Decision) -> f32 {
 
 #[test]
 fn golden_predict_stunet() {
+    predicts("stunet", false);
+}
+
+#[test]
+fn golden_networks_predict_plain() {
+    predicts("plain", false);
+}
+
+#[test]
+fn golden_networks_predict_resenc() {
+    predicts("resenc", false);
+}
+
+#[test]
+fn golden_networks_predict_mirrored() {
+    predicts("plain_tta", true);
+}
+
+/// Every case of every data set by the network of `which`, with or without mirroring.
+fn predicts(which: &str, mirroring: bool) {
+    let network = which.trim_end_matches("_tta");
     let Some(root) = shared("golden/pipeline") else { return };
     let device = Device::cpu();
     for name in DATASETS {
         let dir = root.join(name);
-        let open = || Predictor::open(dir.join("model/stunet"), &device).unwrap();
-        let mut plain = open().options(PredictOptions::default().mirroring(false));
-        let mut full = open().options(PredictOptions::default().mirroring(false).probabilities(true));
-        for case in cases(&dir.join("predictions_f32/stunet")) {
+        let open = || Predictor::open(dir.join("model").join(network), &device).unwrap();
+        let mut plain = open().options(PredictOptions::default().mirroring(mirroring));
+        let mut full = open().options(PredictOptions::default().mirroring(mirroring).probabilities(true));
+        for case in cases(&dir.join(format!("predictions_f32/{which}"))) {
             let image = io::read_nifti(&channels_of(&dir.join("raw/imagesTs"), &case)).unwrap();
             let ours = plain.predict(&image).unwrap();
             let with = full.predict_with(&image, &mut ()).unwrap();
             let probabilities = with.probabilities.unwrap();
 
-            let truth = dir.join("predictions_f32/stunet");
+            let truth = dir.join(format!("predictions_f32/{which}"));
             let reference = io::read_segmentation(truth.join(format!("{case}.nii.gz"))).unwrap();
             let (shape, p) = f16_tensor(&truth.join(format!("{case}.safetensors")), "probabilities");
             assert_eq!(shape[1..], probabilities.shape);
@@ -77,7 +98,7 @@ fn golden_predict_stunet() {
             let clear = differing.iter().filter(|&&i| margin(&p, n, i, &plain.plan().decision) >= 0.001).count();
             let direct = (0..n).filter(|&i| ours.labels.get(i) != with.segmentation.labels.get(i)).count();
 
-            let f16 = io::read_segmentation(dir.join(format!("predictions/stunet/{case}.nii.gz"))).unwrap();
+            let f16 = io::read_segmentation(dir.join(format!("predictions/{which}/{case}.nii.gz"))).unwrap();
             let same16 = (0..n).filter(|&i| ours.labels.get(i) == f16.labels.get(i)).count() as f64 / n as f64;
             let equal = 1.0 - differing.len() as f64 / n as f64;
             eprintln!(

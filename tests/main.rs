@@ -4,6 +4,7 @@
 mod common;
 
 mod add;
+mod avg_pool;
 mod bad_input;
 mod cli;
 mod conv3d;
@@ -22,6 +23,7 @@ mod leaky_relu;
 mod loss;
 mod model_folder;
 mod models;
+mod networks;
 mod nifti;
 mod phantom;
 mod preprocess;

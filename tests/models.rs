@@ -14,13 +14,13 @@ use stunet::{Device, Error, Isa, Precision, Result};
 use crate::common::shared;
 
 /// A reference file; the network's parameters are the tensors `before/NAME`.
-struct Before {
+pub struct Before {
     path: PathBuf,
-    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    pub tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
 impl Before {
-    fn open(path: &Path) -> Self {
+    pub fn open(path: &Path) -> Self {
         let bytes = std::fs::read(path).unwrap();
         let floats = |b: &[u8]| b.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -43,8 +43,19 @@ impl ParamSource for Before {
     }
 }
 
-fn usizes(v: &serde_json::Value) -> Vec<usize> {
+pub fn usizes(v: &serde_json::Value) -> Vec<usize> {
     v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as usize).collect()
+}
+
+/// The norm of the difference of `a` and `b` over that of `b`.
+pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let (mut err, mut norm) = (0f64, 0f64);
+    for (a, b) in a.iter().zip(b) {
+        err += (f64::from(*a) - f64::from(*b)).powi(2);
+        norm += f64::from(*b).powi(2);
+    }
+    (err / norm).sqrt()
 }
 
 /// Every head of three STU-Nets on every instruction set: at most four times PyTorch's own float32 error against float64,
@@ -81,12 +92,7 @@ fn golden_train_outputs() {
                 let most = if strict { 1.5 } else { 4.0 };
                 for (i, out) in outs.iter().enumerate() {
                     let (_, truth) = &source.tensors[&format!("output/{i}")];
-                    let (mut err, mut norm) = (0f64, 0f64);
-                    for (a, b) in out.value().to_host().unwrap().iter().zip(truth) {
-                        err += (f64::from(*a) - f64::from(*b)).powi(2);
-                        norm += f64::from(*b).powi(2);
-                    }
-                    let error = (err / norm).sqrt();
+                    let error = relative_error(&out.value().to_host().unwrap(), truth);
                     let torch = meta["torch_f32"]["error"][format!("output/{i}")].as_f64().unwrap();
                     eprintln!("{name} {} strict {strict} output {i}: {error:.2e}, PyTorch {torch:.2e}", isa.name());
                     assert!(error <= most * torch, "{name} {isa:?} output {i}: {error:e} > {most} x {torch:e}");

@@ -8,6 +8,11 @@ pub(crate) fn for_each(n: usize, f: impl Fn(usize) + Sync + Send) {
     (0..n).into_par_iter().for_each(f);
 }
 
+/// As [`for_each`]; `f` is handed something to work with that `make` made, which it may find used.
+pub(crate) fn for_each_with<S>(n: usize, make: impl Fn() -> S + Sync + Send, f: impl Fn(&mut S, usize) + Sync + Send) {
+    (0..n).into_par_iter().for_each_init(make, f);
+}
+
 /// Cuts `out` into pieces of `chunk` elements and calls `f(piece index, piece)`, in any order.
 pub(crate) fn chunks_mut<T: Send>(out: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
     out.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, c)| f(i, c));

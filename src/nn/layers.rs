@@ -99,6 +99,7 @@ impl Module for Conv3d {
 pub struct ConvTranspose3d {
     weight: Param,
     bias: Option<Param>,
+    how: ops::ConvTranspose3d,
 }
 
 impl ConvTranspose3d {
@@ -120,13 +121,14 @@ impl ConvTranspose3d {
         Ok(Self {
             weight: transposed_filter(source, &format!("{name}.weight"), [inputs, out, d, h, w], device)?,
             bias: source.shape(&bias).map(|_| vector(source, &bias, out, device)).transpose()?,
+            how: ops::ConvTranspose3d::upsampling(stride),
         })
     }
 }
 
 impl Module for ConvTranspose3d {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
-        ops::conv_transpose3d(cx, x, &self.weight, self.bias.as_ref())
+        ops::conv_transpose3d(cx, x, &self.weight, self.bias.as_ref(), self.how)
     }
 }
 

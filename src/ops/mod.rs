@@ -4,6 +4,7 @@
 //! operation can work in place; a clone kept elsewhere is never changed.
 
 mod add;
+mod avg_pool;
 mod conv3d;
 #[doc(hidden)]
 pub mod conv3d_grad;
@@ -22,7 +23,8 @@ pub mod testing;
 mod upsample_nearest;
 
 pub use add::add;
-pub use conv_transpose3d::{conv_transpose3d, pack_transposed_filter};
+pub use avg_pool::avg_pool;
+pub use conv_transpose3d::{ConvTranspose3d, conv_transpose3d, pack_transposed_filter};
 pub use conv3d::{
     Conv3d, Conv3dMemory, conv3d, conv3d_measured, conv3d_memory, conv3d_residual, pack_filter, pack_vector,
 };

@@ -1,7 +1,7 @@
 //! The door for tests and benchmarks: every implementation of every operation by name, and what no user sees of a
 //! tensor. No promise of stability.
 
-use super::{Conv3d, InstanceNorm, LabelMap, Loss, Moments, Sources};
+use super::{Conv3d, ConvTranspose3d, InstanceNorm, LabelMap, Loss, Moments, Sources};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::{cpu, dispatch, names};
 use crate::error::Result;
@@ -51,11 +51,29 @@ pub fn conv3d_estimates(
 
 /// Implementations of [`super::conv_transpose3d`] on `device`, in order of preference.
 #[must_use]
-pub fn conv_transpose3d_implementations(device: &Device) -> Vec<&'static str> {
-    names(cpu::conv_transpose3d::CONV_TRANSPOSE3D, device.isa(), &())
+pub fn conv_transpose3d_implementations(
+    device: &Device,
+    x: [usize; 5],
+    w: &Param,
+    how: ConvTranspose3d,
+) -> Vec<&'static str> {
+    let geometry = super::conv_transpose3d::geometry(&x.into(), w, None, how);
+    geometry.map_or_else(|_| Vec::new(), |(g, _)| names(cpu::conv_transpose3d::CONV_TRANSPOSE3D, device.isa(), &g))
 }
 
-/// Implementations of the elementwise and normalising operations, and of upsampling.
+/// Implementations of the gradients of [`super::conv_transpose3d`] on `device`, in order of preference.
+#[must_use]
+pub fn conv_transpose3d_gradient_implementations(
+    device: &Device,
+    x: [usize; 5],
+    w: &Param,
+    how: ConvTranspose3d,
+) -> Vec<&'static str> {
+    let geometry = super::conv_transpose3d::geometry(&x.into(), w, None, how);
+    geometry.map_or_else(|_| Vec::new(), |(g, _)| names(cpu::conv_transpose3d::GRADIENTS, device.isa(), &g))
+}
+
+/// Implementations of the elementwise and normalising operations, of pooling and of upsampling.
 #[must_use]
 pub fn implementations(device: &Device) -> Vec<&'static str> {
     names(&cpu::instance_norm::INSTANCE_NORM, device.isa(), &())
@@ -74,8 +92,28 @@ pub fn conv3d(
 }
 
 /// [`super::conv_transpose3d`] by one implementation.
-pub fn conv_transpose3d(name: &str, cx: &mut Ctx<'_>, x: Var, w: &Param, b: Option<&Param>) -> Result<Var> {
-    super::conv_transpose3d::run(cx, x, w, b, Some(name))
+pub fn conv_transpose3d<'m>(
+    name: &str,
+    cx: &mut Ctx<'m>,
+    x: Var,
+    w: &'m Param,
+    b: Option<&'m Param>,
+    how: ConvTranspose3d,
+) -> Result<Var> {
+    super::conv_transpose3d::run(cx, x, w, b, how, Some(name))
+}
+
+/// The gradients of [`super::conv_transpose3d`] by its input, filter and bias, by one implementation.
+pub fn conv_transpose3d_gradients(
+    name: &str,
+    cx: &Ctx<'_>,
+    x: &Var,
+    w: &Param,
+    b: Option<&Param>,
+    how: ConvTranspose3d,
+    dy: &Var,
+) -> Result<[Option<Tensor>; 3]> {
+    super::conv_transpose3d::gradients(cx, x.value().clone(), w, b, how, dy.value(), Some(name))
 }
 
 /// [`super::instance_norm`] by one implementation.
@@ -98,6 +136,22 @@ pub fn leaky_relu(name: &str, cx: &mut Ctx<'_>, x: Var, slope: f32) -> Result<Va
 /// [`super::add`] by one implementation.
 pub fn add(name: &str, cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
     super::add::run(cx, a, b, Some(name))
+}
+
+/// [`super::avg_pool`] by one implementation.
+pub fn avg_pool(name: &str, cx: &mut Ctx<'_>, x: Var, kernel: [usize; 3]) -> Result<Var> {
+    super::avg_pool::run(cx, x, kernel, Some(name))
+}
+
+/// The gradient of [`super::avg_pool`] by its input of sizes `dims`, by one implementation.
+pub fn avg_pool_gradient(
+    name: &str,
+    cx: &mut Ctx<'_>,
+    dy: &Tensor,
+    dims: [usize; 5],
+    kernel: [usize; 3],
+) -> Result<Tensor> {
+    super::avg_pool::input_gradient(cx, dy, dims.into(), kernel, Some(name))
 }
 
 /// [`super::upsample_nearest`] by one implementation.

@@ -5,6 +5,8 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod add;
+pub(crate) mod avg_pool;
+pub(crate) mod channel_sums;
 pub(crate) mod conv3d;
 pub(crate) mod conv3d_grad;
 pub(crate) mod conv_transpose3d;

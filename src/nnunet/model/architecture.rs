@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::unet::UnetSizes;
 use crate::error::{Error, Result};
 use crate::io::weights::Weights;
-use crate::models::StuNetConfig;
+use crate::models::{NetworkConfig, StuNetConfig};
 use crate::nnunet::plans::InferencePlan;
 use crate::tensor::DType;
 
@@ -30,6 +31,9 @@ pub enum Architecture {
         /// Output channels.
         classes: usize,
     },
+    /// A U-Net of nnU-Net v2.
+    #[serde(rename = "unet")]
+    Unet(UnetSizes),
 }
 
 impl Architecture {
@@ -40,10 +44,12 @@ impl Architecture {
     /// [`Error::Unsupported`] for another network, [`Error::Model`] naming the first tensor that does not fit.
     pub fn infer(weights: &Weights) -> Result<Self> {
         if weights.shape("seg_outputs.4.weight").is_none() && weights.shape(&conv(ENCODER, 0, 0, "conv1")).is_none() {
-            return Err(other_network(weights));
+            let net = UnetSizes::infer(weights)?.map(Architecture::Unet).ok_or_else(|| other_network(weights))?;
+            net.check(weights)?;
+            return Ok(net);
         }
         let dim = |name: &str, axis: usize| -> Result<usize> {
-            let shape = weights.shape(name).ok_or_else(|| missing(weights, name))?;
+            let shape = weights.shape(name).ok_or_else(|| missing(weights, name, "STU-Net"))?;
             match shape {
                 [_, _, _, _, _] if shape[axis] > 0 => Ok(shape[axis]),
                 _ => {
@@ -72,9 +78,10 @@ impl Architecture {
 
     /// Checks that the tensors are exactly those of this network.
     pub(super) fn check(&self, weights: &Weights) -> Result<()> {
-        let expected = self.tensors();
+        let config = self.config([[1; 3]; 5]);
+        let (expected, network) = (config.parameters(), config.name());
         for (name, shape) in &expected {
-            let found = weights.shape(name).ok_or_else(|| missing(weights, name))?;
+            let found = weights.shape(name).ok_or_else(|| missing(weights, name, network))?;
             if found != shape {
                 return Err(Error::model(weights.path(), name, format!("shape {found:?}, expected {shape:?}")));
             }
@@ -84,9 +91,12 @@ impl Architecture {
             }
         }
         if weights.names().len() != expected.len() {
-            let known: std::collections::HashSet<&str> = expected.iter().map(|(n, _)| n.as_str()).collect();
-            if let Some(name) = weights.names().iter().find(|n| !known.contains(n.as_str())) {
-                return Err(Error::model(weights.path(), name, "not a tensor of STU-Net"));
+            // PyTorch writes some tensors under several names.
+            let aliases = config.aliases();
+            let names = expected.iter().map(|(n, _)| n).chain(aliases.iter().map(|(n, _)| n));
+            let known: std::collections::HashSet<&String> = names.collect();
+            if let Some(name) = weights.names().iter().find(|n| !known.contains(n)) {
+                return Err(Error::model(weights.path(), name, format!("not a tensor of {network}")));
             }
         }
         Ok(())
@@ -94,14 +104,22 @@ impl Architecture {
 
     /// Checks that the network takes and gives what the plan says.
     pub(super) fn check_plan(&self, plan: &InferencePlan, weights: &Weights) -> Result<()> {
-        let Architecture::StuNet { in_channels, classes, .. } = *self;
+        let config = self.config(plan.strides);
+        let (in_channels, classes, names) = (config.in_channels(), config.classes(), config.parameters());
+        let first = names.first().map_or("state_dict", |(n, _)| n.as_str());
+        let last = names.iter().rev().map(|(n, _)| n.as_str()).find(|n| n.ends_with(".weight")).unwrap_or("state_dict");
         if in_channels != plan.channels.len() {
             let what = format!("{in_channels} input channels, the plan has {}", plan.channels.len());
-            return Err(Error::model(weights.path(), conv(ENCODER, 0, 0, "conv1"), what));
+            return Err(Error::model(weights.path(), first, what));
         }
         if classes != plan.heads {
             let what = format!("{classes} output channels, the plan has {}", plan.heads);
-            return Err(Error::model(weights.path(), "seg_outputs.4.weight", what));
+            return Err(Error::model(weights.path(), last, what));
+        }
+        let (patch, divisor) = (plan.patch, config.divisor());
+        if (0..3).any(|a| !patch[a].is_multiple_of(divisor[a])) {
+            let what = format!("strides of product {divisor:?}, which do not divide the plan's patch {patch:?}");
+            return Err(Error::model(weights.path(), "state_dict", what));
         }
         Ok(())
     }
@@ -112,11 +130,21 @@ impl Architecture {
         self.config([[1; 3]; 5]).parameters()
     }
 
-    /// The network with the given strides, ready to be built.
+    /// The network, ready to be built. A STU-Net's strides are those given; a U-Net has its own.
     #[must_use]
-    pub fn config(&self, strides: [[usize; 3]; 5]) -> StuNetConfig {
-        let Architecture::StuNet { dims, depth, decoder_depth, in_channels, classes } = *self;
-        StuNetConfig { in_channels, classes, depth, decoder_depth, dims, strides }
+    pub fn config(&self, strides: [[usize; 3]; 5]) -> NetworkConfig {
+        match self {
+            Architecture::StuNet { dims, depth, decoder_depth, in_channels, classes } => StuNetConfig {
+                in_channels: *in_channels,
+                classes: *classes,
+                depth: *depth,
+                decoder_depth: *decoder_depth,
+                dims: *dims,
+                strides,
+            }
+            .into(),
+            Architecture::Unet(sizes) => sizes.config().into(),
+        }
     }
 }
 
@@ -124,23 +152,19 @@ fn conv(part: &str, stage: usize, block: usize, layer: &str) -> String {
     format!("{part}.{stage}.{block}.{layer}.weight")
 }
 
-fn missing(weights: &Weights, name: &str) -> Error {
-    Error::model(weights.path(), name, "missing: not a complete STU-Net")
+fn missing(weights: &Weights, name: &str, network: &str) -> Error {
+    Error::model(weights.path(), name, format!("missing: not a complete {network}"))
 }
 
 /// Names the network that the tensors belong to, as far as it is known.
 fn other_network(weights: &Weights) -> Error {
     let has = |prefix: &str| weights.names().iter().any(|n| n.starts_with(prefix));
-    let what = if has("encoder.stem.") || has("encoder.stages.0.blocks.") {
-        "this is a ResidualEncoderUNet of nnU-Net v2"
-    } else if has("encoder.stages.0.0.convs.") {
-        "this is a PlainConvUNet of nnU-Net v2"
-    } else if has("conv_blocks_context.0.blocks.") {
-        "this is a Generic_UNet of nnU-Net v1"
+    let what = if has("conv_blocks_context.0.blocks.") {
+        "this is a Generic_UNet of nnU-Net v1".to_string()
     } else {
         let names: Vec<&str> = weights.names().iter().take(3).map(String::as_str).collect();
-        let what = format!("{}: an unknown network with tensors {names:?}", weights.path().display());
-        return Error::unsupported(format!("{what} ...; this version runs STU-Net only"));
+        format!("an unknown network with tensors {names:?} ...")
     };
-    Error::unsupported(format!("{}: {what}; this version runs STU-Net only", weights.path().display()))
+    let known = "this version runs STU-Net, PlainConvUNet and ResidualEncoderUNet";
+    Error::unsupported(format!("{}: {what}; {known}", weights.path().display()))
 }

@@ -38,10 +38,12 @@ impl ModelFolder {
         let dst = dst.as_ref();
         check_free(dst)?;
         let temporary = Temporary::beside(dst)?;
+        // Each tensor once, by its first name.
+        let names: Vec<String> = self.architecture.tensors().into_iter().map(|(name, _)| name).collect();
         let mut folds = Vec::new();
         for fold in &self.folds {
             let file = format!("fold_{}.safetensors", fold.name);
-            let sha256 = write_safetensors(&fold.weights, &temporary.path.join(&file))?;
+            let sha256 = write_safetensors(&fold.weights, &names, &temporary.path.join(&file))?;
             folds.push(FoldEntry { name: fold.name.clone(), file, sha256 });
         }
         let root = self.sources.first().and_then(|p| p.parent()).unwrap_or(Path::new(""));
@@ -136,10 +138,10 @@ fn write(path: &Path, f: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()
     file.into_inner().map_err(|e| io(e.into_error()))?.sync_all().map_err(io)
 }
 
-/// Writes all tensors, sorted by name, and returns the file's SHA-256.
-fn write_safetensors(weights: &Weights, path: &Path) -> Result<String> {
+/// Writes the named tensors, sorted, and returns the file's SHA-256.
+fn write_safetensors(weights: &Weights, names: &[String], path: &Path) -> Result<String> {
     // The format asks for offsets without gaps; widest types first keeps every tensor aligned.
-    let mut order: Vec<(&str, Dtype)> = weights.names().iter().map(|n| (n.as_str(), dtype(weights, n))).collect();
+    let mut order: Vec<(&str, Dtype)> = names.iter().map(|n| (n.as_str(), dtype(weights, n))).collect();
     order.sort_by_key(|&(name, dtype)| (std::cmp::Reverse(dtype.bitsize()), name));
     let mut at = 0;
     let mut table = Vec::new();

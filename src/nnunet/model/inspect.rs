@@ -71,8 +71,8 @@ pub struct Inspection {
     pub patch: [usize; 3],
     /// Spacing in mm, transposed axes.
     pub spacing_mm: [f64; 3],
-    /// Strides of the five poolings.
-    pub strides: [[usize; 3]; 5],
+    /// Strides into all stages but the first.
+    pub strides: Vec<[usize; 3]>,
     /// Axes that mirroring may flip.
     pub mirror_axes: Vec<usize>,
     /// Fold names.
@@ -134,7 +134,7 @@ impl ModelFolder {
             heads: plan.heads,
             patch: plan.patch,
             spacing_mm: plan.spacing_mm,
-            strides: plan.strides,
+            strides: config.strides().to_vec(),
             mirror_axes: plan.mirror_axes.clone(),
             folds: self.folds.iter().map(|f| f.name.clone()).collect(),
             weight_bytes: 4 * parameters,

@@ -11,6 +11,7 @@ mod convert;
 mod inspect;
 mod json;
 mod own;
+mod unet;
 mod v1;
 mod v2;
 
@@ -28,6 +29,8 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
+pub use unet::{UnetClass, UnetSizes};
+pub use v2::planned_architecture;
 
 const V1_CHECKPOINT: &str = "model_final_checkpoint";
 const V2_CHECKPOINT: &str = "checkpoint_final.pth";
@@ -231,7 +234,12 @@ fn open_v2(folder: &Path, checkpoints: Vec<Checkpoint>) -> Result<ModelFolder> {
     }
     let Some(info) = info else { return Err(no_folds(folder)) };
     let plan = v2::plan(folder, &info)?;
-    assemble(plan, folds, ModelKind::NnunetV2, sources, globals)
+    let model = assemble(plan, folds, ModelKind::NnunetV2, sources, globals)?;
+    // Trainers of STU-Net build it whatever the plans say.
+    if let Architecture::Unet(found) = &model.architecture {
+        v2::check_architecture(folder, &info, found)?;
+    }
+    Ok(model)
 }
 
 fn open_v1(folder: Option<&Path>, checkpoints: Vec<Checkpoint>) -> Result<ModelFolder> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::json::Field;
-use super::{cut_strides, json};
+use super::{Architecture, UnetSizes, cut_strides, json};
 use crate::error::{Error, Result};
 use crate::io::pth::Pickle;
 use crate::io::weights::printable;
@@ -102,6 +102,29 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
     };
     plan.validate(&plans_path)?;
     Ok(plan)
+}
+
+/// The network that the configuration `name` of `plans.json` asks for, with so many input channels and classes.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Model`] naming the key that is missing or of the wrong kind; [`Error::Unsupported`] naming the
+/// class, operation or size that there is nothing for.
+pub fn planned_architecture(plans: &Path, name: &str, in_channels: usize, classes: usize) -> Result<Architecture> {
+    let value = json::read(plans)?;
+    let resolved = Value::Object(resolve(&Field::root(plans, &value).need("configurations")?, name)?);
+    let conf = Field::at(plans, format!("configurations.{name}"), &resolved);
+    UnetSizes::from_plans(&conf, in_channels, classes).map(Architecture::Unet)
+}
+
+/// Checks that a checkpoint's U-Net is the one that the plans ask for: its tensors do not tell what is between them.
+pub(super) fn check_architecture(folder: &Path, info: &CheckpointInfo, found: &UnetSizes) -> Result<()> {
+    let path = folder.join("plans.json");
+    let planned = planned_architecture(&path, &info.configuration, found.in_channels, found.classes)?;
+    if planned != Architecture::Unet(found.clone()) {
+        let field = format!("configurations.{}.architecture", info.configuration);
+        return Err(Error::model(&path, field, format!("{planned:?}, but the checkpoint holds {found:?}")));
+    }
+    Ok(())
 }
 
 /// A configuration with everything it inherits; its own keys win.

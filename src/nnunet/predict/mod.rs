@@ -26,7 +26,7 @@ use super::preprocess::{Preprocessed, plan_shape, preprocess_by};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{Geometry, Image, Segmentation};
-use crate::models::StuNet;
+use crate::models::Network;
 use crate::ops::head::{Activation, LinearHead};
 use crate::tensor::Device;
 
@@ -148,7 +148,7 @@ pub struct Prediction {
 #[derive(Debug)]
 pub struct Predictor {
     plan: InferencePlan,
-    nets: Vec<StuNet>,
+    nets: Vec<Network>,
     device: Device,
     options: PredictOptions,
 }
@@ -374,8 +374,8 @@ impl Predictor {
     /// Bytes that the largest network's tensors take, and the filters that all of them keep.
     fn activations(&self) -> usize {
         let (patch, strict) = (self.plan.patch, self.options.strict);
-        let needs = |n: &StuNet| n.config().activation_bytes(patch, &self.device, strict, n.precision());
-        let kept = |n: &StuNet| n.config().kept_bytes(patch, &self.device, strict, n.precision());
+        let needs = |n: &Network| n.activation_bytes(patch, &self.device, strict);
+        let kept = |n: &Network| n.planned_kept_bytes(patch, &self.device, strict);
         // All folds keep filters, one runs at a time.
         let others = self.nets.iter().skip(1).map(kept).fold(0, usize::saturating_add);
         self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others)
@@ -400,7 +400,7 @@ impl Predictor {
         let activations = if self.device.is_cpu() { self.activations() } else { 0 };
         let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
         // Features that travel are there as the card sends them, as floats, in order and in blocks.
-        let features = self.nets.iter().map(|n| n.config().dims[0].next_multiple_of(16)).max().unwrap_or(0);
+        let features = self.nets.iter().map(|n| n.head().features.next_multiple_of(16)).max().unwrap_or(0);
         let travels = !self.device.is_cpu() && !sweep.sums_on_card;
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
@@ -411,7 +411,7 @@ impl Predictor {
             network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
         }
         // Filters that are kept already are in use and in the plan.
-        let kept: usize = self.nets.iter().map(StuNet::kept_bytes).sum();
+        let kept: usize = self.nets.iter().map(Network::kept_bytes).sum();
         let held = if self.device.is_cpu() { self.device.memory().in_use.saturating_sub(kept) } else { 0 };
         Ok(held.saturating_add(images).saturating_add(network.max(preprocessing)))
     }

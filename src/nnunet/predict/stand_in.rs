@@ -2,7 +2,7 @@
 
 use super::{PredictOptions, Predictor};
 use crate::error::Result;
-use crate::models::StuNet;
+use crate::models::Network;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
 use crate::tensor::Device;
 
@@ -13,8 +13,11 @@ impl Predictor {
     /// # Errors
     /// [`Error::Model`](crate::Error::Model) when patch or spacing cannot be.
     #[doc(hidden)]
-    pub fn stand_in(net: StuNet, patch: [usize; 3], spacing_mm: [f64; 3], device: &Device) -> Result<Self> {
-        let config = net.config();
+    pub fn stand_in(net: impl Into<Network>, patch: [usize; 3], spacing_mm: [f64; 3], device: &Device) -> Result<Self> {
+        let net = net.into();
+        let classes = net.head().bias.len();
+        let mut strides = [[1; 3]; 5];
+        strides.iter_mut().zip(net.strides()).for_each(|(to, s)| *to = *s);
         let intensity = Intensity { mean: 0.0, std: 0.5, percentile_00_5: -1.0, percentile_99_5: 1.0 };
         let channel = |c: usize| Channel {
             name: format!("channel {c}"),
@@ -29,15 +32,15 @@ impl Predictor {
             dataset: "none".into(),
             trainer: "none".into(),
             configuration: "3d_fullres".into(),
-            channels: (0..config.in_channels).map(channel).collect(),
-            labels: (1..config.classes).map(|c| (c as u16, format!("class {c}"))).collect(),
+            channels: (0..net.in_channels()).map(channel).collect(),
+            labels: (1..classes).map(|c| (c as u16, format!("class {c}"))).collect(),
             decision: Decision::Argmax,
-            heads: config.classes,
+            heads: classes,
             patch,
             spacing_mm,
             transpose_forward: [0, 1, 2],
             transpose_backward: [0, 1, 2],
-            strides: config.strides,
+            strides,
             mirror_axes: vec![0, 1, 2],
             resampling_data: resampling(3),
             resampling_probabilities: resampling(1),

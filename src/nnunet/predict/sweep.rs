@@ -11,7 +11,7 @@ use crate::autograd::Ctx;
 use crate::base::par;
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::models::StuNet;
+use crate::models::Network;
 use crate::ops::head::{self, Activation, PackedHead};
 use crate::tensor::{BLOCK, Device, Dims, Layout, Stored, Tensor};
 
@@ -62,10 +62,10 @@ impl SweepPlan {
         patch: [usize; 3],
         step: f64,
         flips: Vec<[bool; 3]>,
-        nets: &[StuNet],
+        nets: &[Network],
         activation: Activation,
     ) -> Result<Self> {
-        let config = nets.first().map(StuNet::config).ok_or_else(|| Error::usage("a model without a fold"))?;
+        let head = nets.first().map(Network::head).ok_or_else(|| Error::usage("a model without a fold"))?;
         let padded = [0, 1, 2].map(|a| shape[a].max(patch[a]));
         let starts = [0, 1, 2].map(|a| starts(padded[a], patch[a], step));
         let mut plan = Self {
@@ -78,8 +78,8 @@ impl SweepPlan {
             strict: false,
             sums_on_card: false,
             folds: nets.len(),
-            features: config.dims[0].next_multiple_of(BLOCK),
-            classes: config.classes,
+            features: head.features.next_multiple_of(BLOCK),
+            classes: head.bias.len(),
         };
         let choices = match activation {
             Activation::Identity => [Gather::Features, Gather::Scores(activation)],
@@ -159,7 +159,7 @@ enum Store {
 /// A sweep under way.
 pub(crate) struct Sweep<'a> {
     plan: SweepPlan,
-    nets: &'a [StuNet],
+    nets: &'a [Network],
     heads: Vec<PackedHead>,
     /// Where networks run, and the processor, which does the rest.
     device: &'a Device,
@@ -179,7 +179,7 @@ impl<'a> Sweep<'a> {
     /// Starts a sweep over `data` `[channels, z, y, x]` of the plan's shape.
     pub(crate) fn new(
         plan: SweepPlan,
-        nets: &'a [StuNet],
+        nets: &'a [Network],
         device: &'a Device,
         data: &'a [f32],
         progress: &'a mut dyn Progress,

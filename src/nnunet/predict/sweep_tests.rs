@@ -6,7 +6,7 @@ use super::window::{gaussian, mirrors};
 use crate::autograd::Ctx;
 use crate::base::progress::{Event, Flow};
 use crate::error::Error;
-use crate::models::{StuNet, StuNetConfig};
+use crate::models::{Network, StuNetConfig};
 use crate::nn::Module;
 use crate::ops::head::Activation;
 use crate::tensor::{Device, Dims, Tensor};
@@ -16,7 +16,7 @@ const PATCH: [usize; 3] = [8, 8, 12];
 const CHANNELS: usize = 2;
 const CLASSES: usize = 5;
 
-fn nets(device: &Device, folds: u64) -> Vec<StuNet> {
+fn nets(device: &Device, folds: u64) -> Vec<Network> {
     let config = StuNetConfig { dims: [4, 8, 8, 12, 12, 12], ..StuNetConfig::small(CHANNELS, CLASSES) }.with_strides([
         [2, 2, 2],
         [2, 2, 2],
@@ -24,7 +24,7 @@ fn nets(device: &Device, folds: u64) -> Vec<StuNet> {
         [1, 1, 1],
         [1, 1, 1],
     ]);
-    (0..folds).map(|seed| config.build_random(device, seed).unwrap()).collect()
+    (0..folds).map(|seed| config.build_random(device, seed).unwrap().into()).collect()
 }
 
 fn image() -> Vec<f32> {
@@ -44,7 +44,7 @@ fn activate(how: Activation, v: &mut [f64]) {
 }
 
 /// (z, y, x, class), by the definition: windows in loops, whole-patch logits, flips undone by index.
-fn dense(nets: &[StuNet], device: &Device, plan: &SweepPlan, how: Activation) -> Vec<f64> {
+fn dense(nets: &[Network], device: &Device, plan: &SweepPlan, how: Activation) -> Vec<f64> {
     let padded = [0, 1, 2].map(|a| SHAPE[a].max(PATCH[a]));
     let pad = [0, 1, 2].map(|a| (padded[a] - SHAPE[a]) / 2);
     let (g, data) = (gaussian(PATCH), image());
@@ -100,12 +100,12 @@ fn dense(nets: &[StuNet], device: &Device, plan: &SweepPlan, how: Activation) ->
     out
 }
 
-fn plan(nets: &[StuNet], how: Activation) -> SweepPlan {
+fn plan(nets: &[Network], how: Activation) -> SweepPlan {
     SweepPlan::new(SHAPE, PATCH, 0.5, mirrors(&[0, 2]), nets, how).unwrap()
 }
 
 /// All planes of a sweep, heads applied where planes hold features; and the peak of tensors beside the weights.
-fn swept(nets: &[StuNet], device: &Device, plan: SweepPlan) -> (Vec<f32>, usize) {
+fn swept(nets: &[Network], device: &Device, plan: SweepPlan) -> (Vec<f32>, usize) {
     let (data, mut nothing) = (image(), ());
     let weights = device.memory().in_use;
     device.reset_peak();
@@ -121,7 +121,7 @@ fn swept(nets: &[StuNet], device: &Device, plan: SweepPlan) -> (Vec<f32>, usize)
         let lanes = sweep.channels() / nets.len();
         for v in plane.chunks_exact(sweep.channels()) {
             for c in 0..CLASSES {
-                let fold = |(f, net): (usize, &StuNet)| {
+                let fold = |(f, net): (usize, &Network)| {
                     let h = net.head();
                     let w = &h.weight[c * h.features..][..h.features];
                     h.bias[c] + w.iter().zip(&v[f * lanes..]).map(|(w, v)| w * v).sum::<f32>()
@@ -157,8 +157,7 @@ fn every_aggregation_gives_the_weighted_mean() {
                     let error = (f64::from(*g) - e).abs();
                     assert!(error <= tolerance, "{folds} folds, {gather:?}, value {i}: {g} against {e}");
                 }
-                let planned =
-                    plan.bytes() + nets[0].config().activation_bytes(PATCH, &device, false, nets[0].precision());
+                let planned = plan.bytes() + nets[0].activation_bytes(PATCH, &device, false);
                 // A recycled piece of memory may be a quarter larger than what was asked for (`Pool::take`).
                 assert!(peak <= planned + planned / 4, "{gather:?}: peak {peak} above the plan {planned}");
                 for threads in [1, 4] {

@@ -21,6 +21,8 @@ pub(super) struct Tile {
     pub(super) channel: usize,
     /// Bias of the output block, or null.
     pub(super) bias: *const f32,
+    /// Add to what the output holds, in place of the bias.
+    pub(super) add: bool,
     /// Where the first tap's results go: this, plus each voxel's place.
     pub(super) out: *mut f32,
     pub(super) places: *const usize,
@@ -30,9 +32,40 @@ pub(super) struct Tile {
     pub(super) stream: bool,
 }
 
+impl Tile {
+    /// Where the vector of a voxel and a tap goes.
+    ///
+    /// # Safety
+    /// The place of `v` is readable.
+    #[inline(always)]
+    unsafe fn output(&self, v: usize, k: usize) -> *mut [f32; BLOCK] {
+        // SAFETY: by contract.
+        let place = unsafe { *self.places.add(v) };
+        self.out.wrapping_add(place + k * self.second).cast()
+    }
+
+    /// Runs tiles side by side over `voxels` voxels; `tiles` are their widths with their functions, wide ones first and
+    /// the last of width one.
+    ///
+    /// # Safety
+    /// That of [`TileFn`], for all these voxels.
+    pub(super) unsafe fn row(mut self, tiles: &[(usize, TileFn)], voxels: usize) {
+        let mut left = voxels;
+        for &(width, f) in tiles {
+            while left >= width {
+                // SAFETY: by contract, with `width` of the voxels left.
+                unsafe { f(&self) };
+                self.input = self.input.wrapping_add(width * BLOCK);
+                self.places = self.places.wrapping_add(width);
+                left -= width;
+            }
+        }
+    }
+}
+
 /// # Safety
 /// The pointers of the tile lead to what their fields say, for the function's voxels and taps; no other thread touches
-/// the output vectors, which are aligned to 64 bytes where `stream` is set; the processor has the instruction set.
+/// the output vectors, which hold values where `add` is set, which are aligned to 64 bytes where `stream` is set; the processor has the instruction set.
 pub(super) type TileFn = unsafe fn(&Tile);
 
 /// The microkernels of one instruction set, per number of taps (one; two, where registers allow): numbers of voxels,
@@ -102,6 +135,14 @@ unsafe fn tile<S: Simd, const W: usize, const T: usize>(s: S, t: &Tile) {
         s.load(unsafe { &*t.bias.cast::<[f32; BLOCK]>() })
     };
     let mut sums = [[bias; T]; W];
+    if t.add {
+        for v in 0..W {
+            for k in 0..T {
+                // SAFETY: by contract W places are readable, and T vectors at each of them are ours.
+                sums[v][k] = unsafe { s.load(&*t.output(v, k)) };
+            }
+        }
+    }
     let (mut input, mut weights) = (t.input, t.filter);
     for i in 0..t.runs {
         let lanes = if i + 1 == t.runs { t.last } else { BLOCK };
@@ -127,7 +168,7 @@ unsafe fn tile<S: Simd, const W: usize, const T: usize>(s: S, t: &Tile) {
             // SAFETY: by contract W places are readable, and T vectors at each of them are ours to write, aligned where
             // `stream` is set.
             unsafe {
-                let out = t.out.wrapping_add(*t.places.add(v)).wrapping_add(k * t.second).cast::<[f32; BLOCK]>();
+                let out = t.output(v, k);
                 if t.stream {
                     s.stream(sums[v][k], out);
                 } else {

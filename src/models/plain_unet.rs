@@ -1,0 +1,38 @@
+//! The encoder of nnU-Net's `PlainConvUNet`: stages of convolutions, the first of each with the stage's stride.
+
+use super::UnetConfig;
+use super::unet::{ConvNorm, Loader, encoder_conv, stack};
+use crate::autograd::{Ctx, Var};
+use crate::error::Result;
+
+#[derive(Debug)]
+pub(super) struct PlainEncoder(Vec<Vec<ConvNorm>>);
+
+impl PlainEncoder {
+    pub(super) fn load(c: &UnetConfig, loader: Loader<'_>) -> Result<Self> {
+        let stage = |s: usize| {
+            let convs = c.block_inputs(s).into_iter().enumerate();
+            let load = |(i, inputs): (usize, usize)| {
+                loader.conv_norm(&encoder_conv(s, i), c.features[s], inputs, c.kernels[s], c.stride(s, i))
+            };
+            convs.map(load).collect()
+        };
+        (0..c.features.len()).map(stage).collect::<Result<_>>().map(Self)
+    }
+
+    /// The outputs of all stages, finest first.
+    pub(super) fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
+        let mut outs = Vec::with_capacity(self.0.len());
+        let mut x = x;
+        for convs in &self.0 {
+            let y = stack(cx, convs, x.into())?;
+            x = y.clone();
+            outs.push(y);
+        }
+        Ok(outs)
+    }
+
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.0.iter().flatten().map(ConvNorm::kept_bytes).sum()
+    }
+}

@@ -1,0 +1,325 @@
+//! nnU-Net's U-Nets (Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image
+//! segmentation", 2021): an encoder of either kind and the decoder that both share.
+
+use std::borrow::Cow;
+
+use super::plain_unet::PlainEncoder;
+use super::res_enc_unet::ResEncEncoder;
+use super::{Head, UnetConfig, UnetKind};
+use crate::autograd::{Ctx, Var};
+use crate::error::{Error, Result};
+use crate::nn::{Conv3d, ConvTranspose3d, InstanceNorm, Module, ParamSource};
+use crate::ops::{self, Affine, Source, Sources};
+use crate::tensor::{Device, Precision};
+
+const OP: &str = "unet";
+/// Negative slope of every leaky ReLU of the networks.
+pub(super) const SLOPE: f32 = 0.01;
+const ONE: [usize; 3] = [1; 3];
+
+/// First names of the modules in PyTorch's state dict.
+pub(super) const STEM: &str = "encoder.stem.convs.0";
+
+pub(super) fn encoder_conv(stage: usize, conv: usize) -> String {
+    format!("encoder.stages.{stage}.0.convs.{conv}")
+}
+
+pub(super) fn encoder_block(stage: usize, block: usize) -> String {
+    format!("encoder.stages.{stage}.blocks.{block}")
+}
+
+/// A block's 1x1x1 convolution, which comes after the pooling where there is one.
+pub(super) fn projection(block: &str, stride: [usize; 3]) -> String {
+    format!("{block}.skip.{}", usize::from(stride != ONE))
+}
+
+pub(super) fn decoder_conv(level: usize, conv: usize) -> String {
+    format!("decoder.stages.{level}.convs.{conv}")
+}
+
+pub(super) fn up(level: usize) -> String {
+    format!("decoder.transpconvs.{level}")
+}
+
+pub(super) fn head(level: usize) -> String {
+    format!("decoder.seg_layers.{level}")
+}
+
+/// Where layers come from, and how they are stored.
+#[derive(Clone, Copy)]
+pub(super) struct Loader<'a> {
+    source: &'a dyn ParamSource,
+    precision: Precision,
+    device: &'a Device,
+}
+
+impl Loader<'_> {
+    fn conv(&self, name: &str, out: usize, inputs: usize, kernel: [usize; 3], stride: [usize; 3]) -> Result<Conv3d> {
+        Conv3d::load_with(self.source, name, out, inputs, kernel, stride, self.precision, self.device)
+    }
+
+    pub(super) fn conv_norm(
+        &self,
+        name: &str,
+        out: usize,
+        inputs: usize,
+        kernel: [usize; 3],
+        stride: [usize; 3],
+    ) -> Result<ConvNorm> {
+        Ok(ConvNorm {
+            conv: self.conv(&format!("{name}.conv"), out, inputs, kernel, stride)?,
+            norm: InstanceNorm::load(self.source, &format!("{name}.norm"), out, self.device)?,
+        })
+    }
+}
+
+/// Filters of a 2D network, `[O, I, kH, kW]`, as those of one voxel along z.
+struct Planar<'a>(&'a dyn ParamSource);
+
+impl ParamSource for Planar<'_> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        let mut shape = self.0.shape(name)?;
+        if shape.len() == 4 {
+            shape.insert(2, 1);
+        }
+        Some(shape)
+    }
+
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
+        self.0.values(name)
+    }
+
+    fn error(&self, name: &str, what: String) -> Error {
+        self.0.error(name, what)
+    }
+}
+
+/// A convolution and a normalisation that is left to whoever reads the result.
+#[derive(Debug)]
+pub(super) struct ConvNorm {
+    conv: Conv3d,
+    norm: InstanceNorm,
+}
+
+impl ConvNorm {
+    /// The convolution's result, and what is still to be done to it: the norm, and leaky ReLU of `slope` where given.
+    pub(super) fn run<'m>(
+        &'m self,
+        cx: &mut Ctx<'m>,
+        x: impl Into<Sources>,
+        slope: Option<f32>,
+    ) -> Result<(Var, Affine)> {
+        let (y, moments) = self.conv.run_measured(cx, x)?;
+        let norm = self.norm.affine(&moments, slope)?;
+        Ok((y, norm))
+    }
+
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.conv.kept_bytes()
+    }
+}
+
+/// Convolutions in sequence, each with norm and leaky ReLU, of which all but the last are applied by the next convolution
+/// while it reads.
+pub(super) fn stack<'m>(cx: &mut Ctx<'m>, convs: &'m [ConvNorm], x: Sources) -> Result<Var> {
+    let (mut x, mut last) = (Some(x), None);
+    for conv in convs {
+        // Moved, so that a convolution that has the only use of its input may work in its place.
+        let input = match last.take() {
+            Some((y, norm)) => Some(Sources::One(Source::normalised(y, Affine::into(norm)))),
+            None => x.take(),
+        };
+        last = input.map(|x| conv.run(cx, x, Some(SLOPE))).transpose()?;
+    }
+    let (y, norm) = last.ok_or_else(|| Error::shape(OP, "a stage without a convolution"))?;
+    norm.apply(cx, y, None)
+}
+
+/// The way down: what differs between the two networks.
+#[derive(Debug)]
+enum Encoder {
+    Plain(PlainEncoder),
+    ResEnc(ResEncEncoder),
+}
+
+impl Encoder {
+    /// The outputs of all stages, finest first.
+    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
+        match self {
+            Encoder::Plain(e) => e.run(cx, x),
+            Encoder::ResEnc(e) => e.run(cx, x),
+        }
+    }
+
+    fn kept_bytes(&self) -> usize {
+        match self {
+            Encoder::Plain(e) => e.kept_bytes(),
+            Encoder::ResEnc(e) => e.kept_bytes(),
+        }
+    }
+}
+
+/// A U-Net of nnU-Net with its parameters.
+#[derive(Debug)]
+pub struct Unet {
+    config: UnetConfig,
+    precision: Precision,
+    encoder: Encoder,
+    /// From the coarsest level up.
+    up: Vec<ConvTranspose3d>,
+    decoder: Vec<Vec<ConvNorm>>,
+    heads: Vec<Conv3d>,
+    last_head: Head,
+}
+
+impl Unet {
+    pub(super) fn load(
+        config: &UnetConfig,
+        source: &dyn ParamSource,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self> {
+        config.validate()?;
+        let (c, planar) = (config, Planar(source));
+        let source = if c.planar { &planar } else { source };
+        let loader = Loader { source, precision, device };
+        let (f, levels) = (&c.features, c.features.len() - 1);
+        let last = head(levels - 1);
+        let mut weight = source.values(&format!("{last}.weight"))?.into_owned();
+        // Callers that apply the head themselves are to get what the layer gives.
+        weight.iter_mut().for_each(|w| *w = precision.round(*w));
+        let mut net = Self {
+            config: c.clone(),
+            precision,
+            encoder: match c.kind {
+                UnetKind::Plain => Encoder::Plain(PlainEncoder::load(c, loader)?),
+                UnetKind::ResEnc => Encoder::ResEnc(ResEncEncoder::load(c, loader)?),
+            },
+            up: Vec::new(),
+            decoder: Vec::new(),
+            heads: Vec::new(),
+            last_head: Head { weight, bias: source.values(&format!("{last}.bias"))?.into_owned(), features: f[0] },
+        };
+        for u in 0..levels {
+            let s = levels - 1 - u;
+            net.up.push(ConvTranspose3d::load(source, &up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
+            let convs = 0..c.decoder_depth[u];
+            let inputs = |conv: usize| if conv == 0 { 2 * f[s] } else { f[s] };
+            let load = |i: usize| loader.conv_norm(&decoder_conv(u, i), f[s], inputs(i), c.kernels[s], ONE);
+            net.decoder.push(convs.map(load).collect::<Result<_>>()?);
+            net.heads.push(loader.conv(&head(u), c.classes, f[s], ONE, ONE)?);
+        }
+        Ok(net)
+    }
+
+    /// Its sizes.
+    #[must_use]
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    /// Bytes of filters in other forms, which convolutions keep from the first pass on.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        self.encoder.kept_bytes() + self.decoder.iter().flatten().map(ConvNorm::kept_bytes).sum::<usize>()
+    }
+
+    /// How its filters, and the activations of a pass, are stored; transposed convolutions work in floats.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The full-resolution head.
+    #[must_use]
+    pub fn head(&self) -> &Head {
+        &self.last_head
+    }
+
+    /// The last decoder stage's output `[N, features[0], D, H, W]`: everything but the full-resolution head.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `x` has other channels, or sizes that the strides do not divide;
+    /// [`Error::OutOfMemory`].
+    pub fn features<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
+        self.run(cx, x, None)
+    }
+
+    /// The label of every voxel, `[N, D, H, W]`: the first class of the largest full-resolution logit. Logits are never in
+    /// memory, the features' go with the last of them.
+    ///
+    /// # Errors
+    /// As [`Unet::features`].
+    pub fn labels<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<u16>> {
+        let features = self.features(cx, x)?;
+        ops::head_labels(cx, features, &self.last_head.weight, &self.last_head.bias)
+    }
+
+    /// All heads' logits, the full resolution first (deep supervision's outputs), each `[N, classes, ...]`.
+    ///
+    /// # Errors
+    /// As [`Unet::features`].
+    pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
+        let mut outs = Vec::new();
+        let last = self.run(cx, x, Some(&mut outs))?;
+        outs.push(self.scores(cx, self.heads.len() - 1, last)?);
+        outs.reverse();
+        Ok(outs)
+    }
+
+    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, outs: Option<&mut Vec<Var>>) -> Result<Var> {
+        self.check(&x)?;
+        // Activations are stored as the filters are.
+        let before = cx.set_precision(self.precision);
+        let last = self.stages(cx, x, outs);
+        cx.set_precision(before);
+        last
+    }
+
+    fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
+        let mut skips = self.encoder.run(cx, x)?;
+        let mut skip = || skips.pop().ok_or_else(|| Error::shape(OP, "skip missing"));
+        let mut x = skip()?;
+        for (u, convs) in self.decoder.iter().enumerate() {
+            let up = self.up[u].forward(cx, x)?;
+            x = stack(cx, convs, Sources::Two(up.into(), skip()?.into()))?;
+            if u + 1 < self.decoder.len()
+                && let Some(outs) = &mut outs
+            {
+                outs.push(self.scores(cx, u, x.clone())?);
+            }
+        }
+        Ok(x)
+    }
+
+    /// What head `u` says: results, not activations, so not rounded.
+    fn scores<'m>(&'m self, cx: &mut Ctx<'m>, u: usize, x: Var) -> Result<Var> {
+        let before = cx.set_precision(Precision::F32);
+        let scores = self.heads[u].run(cx, x);
+        cx.set_precision(before);
+        scores
+    }
+
+    fn check(&self, x: &Var) -> Result<()> {
+        let d = x.value().dims();
+        let (c, div) = (&self.config, self.config.divisor());
+        if d.five()[1] != c.in_channels {
+            return Err(Error::shape(OP, format!("{} input channels, expected {}", d.five()[1], c.in_channels)));
+        }
+        if (0..3).any(|a| d.space()[a] == 0 || !d.space()[a].is_multiple_of(div[a])) {
+            return Err(Error::shape(OP, format!("patch {:?} is not a multiple of {div:?}", d.space())));
+        }
+        if c.planar && d.space()[0] != 1 {
+            return Err(Error::shape(OP, format!("patch {:?} of a 2D network, expected depth 1", d.space())));
+        }
+        Ok(())
+    }
+}
+
+impl Module for Unet {
+    /// The full-resolution logits `[N, classes, D, H, W]`.
+    fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
+        let f = self.features(cx, x)?;
+        self.scores(cx, self.heads.len() - 1, f)
+    }
+}
