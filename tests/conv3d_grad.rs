@@ -486,8 +486,8 @@ fn gradients_are_adjoint() {
         let (x, w, dy) = (p.x(), p.w(), p.dy());
         p.products(|o, i, k| absolute += f64::from((x[i] * w[k] * dy[o]).abs()));
         for device in devices() {
-            let mut cx = Ctx::infer(&device);
             let filter = testing::filter(&w, p.layer().w, &device).unwrap();
+            let mut cx = Ctx::infer(&device);
             let sources = p.read(&mut cx);
             let y = ops::conv3d(&mut cx, sources, &filter, None, p.how).unwrap();
             let forward = dot(&dy, &y.into_value().to_host().unwrap()).0;
@@ -615,12 +615,12 @@ fn normalised_while_read() {
         p.precision = precision;
         let positions = p.positions();
         for device in devices() {
-            let mut cx = Ctx::infer(&device);
             let dims = p.layer().x;
             let (one, b) = (values(20, 31), values(20, 32));
             let [one, b] = [&one, &b].map(|v| testing::vector(v, &device).unwrap());
             let identity: Vec<f32> = (0..400).map(|i| if i % 21 == 0 { 1.0 } else { 0.0 }).collect();
             let identity = testing::filter(&identity, [20, 20, 1, 1, 1], &device).unwrap();
+            let mut cx = Ctx::infer(&device);
             let x = activation(&mut cx, &p.x(), dims, true);
             let pointwise = Conv3d { stride: [1; 3], padding: [0; 3] };
             let (x, moments) = ops::conv3d_measured(&mut cx, x, &identity, None, pointwise).unwrap();

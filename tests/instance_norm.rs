@@ -8,6 +8,37 @@ use stunet::tensor::Device;
 use crate::common::bound::{Bounded, U, check, gamma};
 use crate::common::drive::{activation, bits, devices, result, soil, threaded_devices, values};
 
+/// Mean and one over the deviation of a channel, and how far off the operation's may be.
+pub struct Stats {
+    pub mean: f64,
+    pub mean_error: f64,
+    pub inverse: f64,
+    /// Relative.
+    pub inverse_error: f64,
+}
+
+impl Stats {
+    /// The operation takes sums in f32 over 256 voxels in four strands (68 roundings at most, twice), merged in f64.
+    pub fn of(x: &[f32], eps: f32) -> Self {
+        let sum = gamma(68);
+        let average = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / x.len() as f64;
+        let mean = average(&|v| v);
+        let variance = average(&|v| (v - mean).powi(2));
+        let size = average(&f64::abs);
+        let spread = average(&|v| (v - mean).abs());
+        // The first mean is off by this much; the deviations from it are what the final sums see.
+        let first = sum * size;
+        let variance_error = 2.0 * (sum + 2.0 * U) * (variance + 2.0 * first * spread + first * first);
+        let denominator = variance + f64::from(eps);
+        Self {
+            mean,
+            mean_error: (sum + U) * (spread + first) + U * size,
+            inverse: 1.0 / denominator.sqrt(),
+            inverse_error: 0.5 * variance_error / denominator + 2.0 * U,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Problem {
     dims: [usize; 5],
@@ -39,23 +70,14 @@ impl Problem {
     /// four strands (68 roundings at most, twice), merged in f64.
     fn reference(&self) -> Vec<Bounded> {
         let [n, c, d, h, w] = self.dims;
-        let (space, sum) = (d * h * w, gamma(68));
+        let space = d * h * w;
         let (x, residual, [gain, shift]) = (self.x(), self.residual(), self.affine());
         let mut out = Vec::with_capacity(x.len());
         for (nc, x) in x.chunks_exact(space).enumerate().take(n * c) {
+            let stats = Stats::of(x, self.how.eps);
+            let (mean, mean_error, scale_error) = (stats.mean, stats.mean_error, stats.inverse_error);
+            let (scale, bias) = (f64::from(gain[nc % c]) * stats.inverse, f64::from(shift[nc % c]));
             let x: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
-            let average = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(*v)).sum::<f64>() / space as f64;
-            let mean = average(&|v| v);
-            let variance = average(&|v| (v - mean).powi(2));
-            let size = average(&f64::abs);
-            let spread = average(&|v| (v - mean).abs());
-            // The first mean is off by this much; the deviations from it are what the final sums see.
-            let first = sum * size;
-            let mean_error = (sum + U) * (spread + first) + U * size;
-            let variance_error = 2.0 * (sum + 2.0 * U) * (variance + 2.0 * first * spread + first * first);
-            let denominator = variance + f64::from(self.how.eps);
-            let (scale, bias) = (f64::from(gain[nc % c]) / denominator.sqrt(), f64::from(shift[nc % c]));
-            let scale_error = 0.5 * variance_error / denominator + 2.0 * U;
             for (i, x) in x.iter().enumerate() {
                 let centred = x - mean;
                 let r = residual.as_ref().map_or(0.0, |r| f64::from(r[nc * space + i]));

@@ -4,6 +4,7 @@
 mod common;
 
 mod add;
+mod autograd;
 mod avg_pool;
 mod bad_input;
 mod cli;
@@ -16,7 +17,8 @@ mod golden_predict;
 mod golden_preprocess;
 mod golden_v1;
 mod head_labels;
-mod instance_norm;
+pub mod instance_norm;
+mod instance_norm_grad;
 #[cfg(feature = "cuda")]
 mod kernels;
 mod leaky_relu;

@@ -3,11 +3,13 @@
 
 use super::{Backward, Ctx, Grads, Tape, Var};
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::tensor::{Precision, Tensor};
 
 /// The way back of a part that runs again.
 struct Recompute<F> {
     inputs: Vec<Tensor>,
+    /// What results were stored in.
+    precision: Precision,
     part: F,
 }
 
@@ -28,7 +30,8 @@ impl<'m> Ctx<'m> {
         let inputs = inputs.into_iter().map(|v| Var { node: None, ..v }).collect();
         let y = part(self, inputs);
         self.tape = Some(tape);
-        Ok(self.record(y?.value, &nodes, || Box::new(Recompute { inputs: kept, part })))
+        let precision = self.precision;
+        Ok(self.record(y?.value, &nodes, || Box::new(Recompute { inputs: kept, precision, part })))
     }
 }
 
@@ -42,13 +45,15 @@ impl<'m, F: Fn(&mut Ctx<'m>, Vec<Var>) -> Result<Var> + Send> Backward<'m> for R
     }
 
     fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
-        let Self { inputs, part } = *self;
+        let Self { inputs, precision, part } = *self;
+        let before = cx.set_precision(precision);
         cx.tape = Some(Tape::new());
         let inputs: Vec<Var> = inputs.into_iter().map(|x| cx.variable(x)).collect();
         let nodes: Vec<_> = inputs.iter().map(|v| v.node).collect();
         let y = part(cx, inputs);
         // The walk around this one is not to be recorded either way.
-        let (tape, y) = (cx.tape.take(), y?);
+        let (tape, _) = (cx.tape.take(), cx.set_precision(before));
+        let y = y?;
         let (Some(tape), Some(root)) = (tape, y.node) else { return Ok(vec![None; nodes.len()]) };
         drop(y);
         let mut found = tape.walk(cx, vec![(root, dy)], grads)?;

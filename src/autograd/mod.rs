@@ -149,6 +149,14 @@ impl<'m> Ctx<'m> {
         Var { value, node }
     }
 
+    /// Runs `part` without recording it: for an operation that is made of others and has its own way back.
+    pub(crate) fn unrecorded<T>(&mut self, part: impl FnOnce(&mut Self) -> T) -> T {
+        let tape = self.tape.take();
+        let done = part(self);
+        self.tape = tape;
+        done
+    }
+
     /// True when operations have to keep what their way back needs.
     #[must_use]
     pub fn is_recorded(&self) -> bool {

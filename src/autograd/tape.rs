@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::{Ctx, Param, ParamId, Var};
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
-use crate::tensor::{Dims, Layout, Tensor};
+use crate::tensor::{BLOCK, Dims, Layout, Tensor};
 
 /// Where on which tape a value was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,7 +119,11 @@ fn add_to<K: Ord>(all: &mut BTreeMap<K, Tensor>, id: K, g: Tensor) -> Result<()>
                 to = copy;
             }
             let device = to.device().clone();
-            dispatch!(&device, add::forward(None, None, from.as_slice(), memory(&mut to)?))?;
+            // The sum's kernel knows whole channel blocks only; scalars are less.
+            let (from, rest) = from.as_slice().split_at(from.as_slice().len() / BLOCK * BLOCK);
+            let (sum, sum_rest) = memory(&mut to)?.split_at_mut(from.len());
+            dispatch!(&device, add::forward(None, None, from, sum))?;
+            sum_rest.iter_mut().zip(rest).for_each(|(a, b)| *a += b);
             to
         }
     };

@@ -1,10 +1,36 @@
 //! Layers: parameters bound to an operation.
 
 use super::{Module, ParamSource, filter, transposed_filter, vector};
-use crate::autograd::{Ctx, Param, Var};
+use crate::autograd::{Backward, Ctx, Grads, Param, Var};
 use crate::error::Result;
 use crate::ops::{self, Affine, Moments, Sources};
-use crate::tensor::{Device, Precision};
+use crate::tensor::{Device, Precision, Tensor};
+
+/// `y` as the result of something that `p` is a parameter of but does not change: its gradient is zero, which is not the
+/// same as none, for an optimizer with weight decay.
+fn without_effect<'m>(cx: &mut Ctx<'m>, y: Var, p: &'m Param) -> Var {
+    if !cx.is_recorded() {
+        return y;
+    }
+    let node = y.node();
+    cx.record(y.into_value(), &[node], || Box::new(WithoutEffect(p)))
+}
+
+struct WithoutEffect<'m>(&'m Param);
+
+impl<'m> Backward<'m> for WithoutEffect<'m> {
+    fn name(&self) -> &'static str {
+        "without effect"
+    }
+
+    fn saved<'s>(&'s self, _: &mut dyn FnMut(&'s Tensor)) {}
+
+    fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
+        let dims = *self.0.value().dims();
+        grads.add_param(self.0.id(), Tensor::from_host(&vec![0.0; dims.len()], dims, cx.device())?)?;
+        Ok(vec![Some(dy)])
+    }
+}
 
 /// 3D convolution with bias. The padding keeps the size at stride 1 (half the kernel per axis).
 #[derive(Debug)]
@@ -75,7 +101,8 @@ impl Conv3d {
     /// # Errors
     /// As [`Module::forward`].
     pub fn run_measured<'m>(&'m self, cx: &mut Ctx<'m>, x: impl Into<Sources>) -> Result<(Var, Moments)> {
-        ops::conv3d_measured(cx, x, &self.weight, None, self.how)
+        let (y, moments) = ops::conv3d_measured(cx, x, &self.weight, None, self.how)?;
+        Ok((self.bias.iter().fold(y, |y, b| without_effect(cx, y, b)), moments))
     }
 
     /// `leaky_relu(normalised(y) + run(x))`: the end of a residual block, in the memory of `y`.

@@ -1,7 +1,7 @@
 //! Elementwise sum.
 
 use super::{activation, floats, memory, processor};
-use crate::autograd::{Ctx, Var};
+use crate::autograd::{Backward, Ctx, Grads, Var};
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{Layout, Tensor};
@@ -17,6 +17,7 @@ pub fn add(cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
 
 pub(super) fn run(cx: &mut Ctx<'_>, a: Var, b: Var, name: Option<&str>) -> Result<Var> {
     processor("add", cx.device())?;
+    let nodes = [a.node(), b.node()];
     let (a, b) = (a.into_value(), b.into_value());
     activation("add", a.dims())?;
     if a.dims() != b.dims() {
@@ -27,9 +28,24 @@ pub(super) fn run(cx: &mut Ctx<'_>, a: Var, b: Var, name: Option<&str>) -> Resul
     let (mut a, b) = if a.is_unique() { (a, b) } else { (b, a) };
     if a.is_unique() {
         dispatch!(cx.device(), add::forward(name, None, b.as_slice(), memory("add", &mut a)?))?;
-        return Ok(cx.leaf(a));
+        return Ok(cx.record(a, &nodes, || Box::new(AddBackward)));
     }
     let mut out = Tensor::empty(*a.dims(), Layout::BLOCKED, cx.device())?;
     dispatch!(cx.device(), add::forward(name, Some(a.as_slice()), b.as_slice(), memory("add", &mut out)?))?;
-    Ok(cx.leaf(out))
+    Ok(cx.record(out, &nodes, || Box::new(AddBackward)))
+}
+
+/// The gradient of a sum is that of each of its parts.
+struct AddBackward;
+
+impl<'m> Backward<'m> for AddBackward {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn saved<'s>(&'s self, _: &mut dyn FnMut(&'s Tensor)) {}
+
+    fn backward(self: Box<Self>, _: &mut Ctx<'m>, _: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(dy.clone()), Some(dy)])
+    }
 }

@@ -1,7 +1,11 @@
 //! 3D convolution.
 
+mod backward;
+
+use backward::{ConvBackward, ResidualBackward};
+
 use super::lazy::{Affine, Moments, Source, Sources};
-use super::{activation, blocked, floats, memory, on_card, same_device, stored_memory};
+use super::{activation, blocked, floats, memory, on_card, processor, same_device, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Storage, Wish, packed_len};
 use crate::backend::{dispatch, no_implementation};
@@ -98,7 +102,29 @@ pub fn conv3d_residual<'m>(
     b: Option<&'m Param>,
     how: Conv3d,
 ) -> Result<Var> {
-    let mut inputs = x.into().into_vec();
+    let inputs = x.into().into_vec();
+    if !cx.is_recorded() {
+        return residual(cx, y, norm, inputs, w, b, how);
+    }
+    processor("training", cx.device())?;
+    let nodes: Vec<_> = [y.node()].into_iter().chain(inputs.iter().map(|s| s.value.node())).collect();
+    let (raw, sources) = (blocked(OP, y.value().clone())?, inputs.clone());
+    let out = cx.unrecorded(|cx| residual(cx, y, norm, inputs, w, b, how))?.into_value();
+    let conv = ConvBackward { sources, w, b, how };
+    let result = out.clone();
+    Ok(cx.record(out, &nodes, || Box::new(ResidualBackward { y: raw, norm: norm.clone(), result, conv })))
+}
+
+/// [`conv3d_residual`] of a pass that is not recorded.
+fn residual(
+    cx: &mut Ctx<'_>,
+    y: Var,
+    norm: &Affine,
+    mut inputs: Vec<Source>,
+    w: &Param,
+    b: Option<&Param>,
+    how: Conv3d,
+) -> Result<Var> {
     same_device(OP, cx.device(), y.value().device())?;
     all_here(cx, w, &inputs)?;
     let (mut g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
@@ -223,23 +249,34 @@ fn owned(y: Var) -> Result<Tensor> {
     Ok(copy)
 }
 
-pub(super) fn run(
-    cx: &mut Ctx<'_>,
+pub(super) fn run<'m>(
+    cx: &mut Ctx<'m>,
     x: Sources,
-    w: &Param,
-    b: Option<&Param>,
+    w: &'m Param,
+    b: Option<&'m Param>,
     how: Conv3d,
     name: Option<&str>,
     measure: bool,
 ) -> Result<(Var, Moments)> {
     let inputs = x.into_vec();
     all_here(cx, w, &inputs)?;
+    if cx.is_recorded() {
+        processor("training", cx.device())?;
+    }
     on_card!(cx.device(), {
         geometry(&concatenated(&inputs)?, w, b, how)?;
         super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
-    compute(cx, inputs, g, w, b, Wish { name, strict: cx.is_strict(), ..Wish::default() }, measure)
+    let wish = Wish { name, strict: cx.is_strict(), ..Wish::default() };
+    if !cx.is_recorded() {
+        return compute(cx, inputs, g, w, b, wish, measure);
+    }
+    let sources = inputs.clone();
+    let nodes: Vec<_> = sources.iter().map(|s| s.value.node()).collect();
+    let (y, moments) = cx.unrecorded(|cx| compute(cx, inputs, g, w, b, wish, measure))?;
+    let y = cx.record(y.into_value(), &nodes, || Box::new(ConvBackward { sources, w, b, how }));
+    Ok((y, moments))
 }
 
 /// Checks that filter and inputs are where the pass runs.

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use super::{activation, blocked, on_card, stored_memory};
-use crate::autograd::{Ctx, Param, Var};
+use super::{activation, blocked, memory, on_card, processor, stored_memory, unshared};
+use crate::autograd::{Backward, Ctx, Grads, Param, ParamId, Var};
 use crate::backend::cpu::conv3d::Norm;
 use crate::backend::cpu::instance_norm::{Operand, Problem};
+use crate::backend::cpu::instance_norm_grad::{self as grad, Mask};
 use crate::backend::cpu::moments::Moments as BlockMoments;
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
@@ -83,7 +84,11 @@ pub struct Affine {
     mean: Vec<f32>,
     scale: Vec<f32>,
     shift: Vec<f32>,
+    /// One over the deviation.
+    inverse: Vec<f32>,
     slope: f32,
+    /// Of weight and bias.
+    params: [ParamId; 2],
     /// f32 `[N][mean, scale, shift][padded channels]` on a card, which the vectors are not.
     #[cfg(feature = "cuda")]
     card: Option<Planes>,
@@ -127,6 +132,7 @@ impl Affine {
                 return Err(Error::shape(OP, format!("{what} of size {:?} for {c} channels", p.dims())));
             }
         }
+        let params = [w.id(), b.id()];
         let processor = moments.is_with_processor();
         if w.value().device().is_cpu() != processor || b.value().device().is_cpu() != processor {
             return Err(Error::Device { what: format!("{OP}: weights and moments of different devices") });
@@ -134,12 +140,21 @@ impl Affine {
         #[cfg(feature = "cuda")]
         if let Some(m) = &moments.card {
             let card = Some(Planes(super::cuda::affine(c, m, w, b, how.eps)?));
-            let [mean, scale, shift] = [(); 3].map(|()| Vec::new());
-            return Ok(Self { channels: c, mean, scale, shift, slope: how.slope.unwrap_or(1.0), card });
+            let [mean, scale, shift, inverse] = [(); 4].map(|()| Vec::new());
+            return Ok(Self {
+                channels: c,
+                mean,
+                scale,
+                shift,
+                inverse,
+                slope: how.slope.unwrap_or(1.0),
+                params,
+                card,
+            });
         }
         let (w, b) = (w.value().as_slice(), b.value().as_slice());
         let n = moments.blocks.len() / c.div_ceil(BLOCK);
-        let [mut mean, mut scale, mut shift] = [(); 3].map(|()| Vec::with_capacity(n * padded));
+        let [mut mean, mut scale, mut shift, mut inverse] = [(); 4].map(|()| Vec::with_capacity(n * padded));
         for (i, m) in moments.blocks.iter().enumerate() {
             let first = i % c.div_ceil(BLOCK) * BLOCK;
             for lane in 0..BLOCK {
@@ -147,6 +162,7 @@ impl Affine {
                 let deviation = (m.squares[lane] / m.count + f64::from(how.eps)).sqrt();
                 scale.push((f64::from(w[first + lane]) / deviation) as f32);
                 shift.push(b[first + lane]);
+                inverse.push((1.0 / deviation) as f32);
             }
         }
         Ok(Self {
@@ -154,7 +170,9 @@ impl Affine {
             mean,
             scale,
             shift,
+            inverse,
             slope: how.slope.unwrap_or(1.0),
+            params,
             #[cfg(feature = "cuda")]
             card: None,
         })
@@ -202,10 +220,17 @@ impl Affine {
             let (x, r) = (x.value().dims(), r.value().dims());
             return Err(Error::shape(OP, format!("input {x:?} and residual {r:?}, expected equal sizes")));
         }
+        if cx.is_recorded() {
+            processor("training", cx.device())?;
+        }
         on_card!(cx.device(), super::cuda::apply(cx, x, self, residual));
         let clock = cx.clock();
         let dims = *x.value().dims();
+        let nodes = [x.node(), residual.as_ref().and_then(Var::node)];
         let mut x = blocked(OP, x.into_value())?;
+        // Kept by a second owner, so that it is not overwritten.
+        let kept = cx.is_recorded().then(|| x.clone());
+        let added = residual.is_some();
         let mut residual = residual.map(|r| blocked(OP, r.into_value())).transpose()?;
         let mut p =
             Problem { space: dims.space().iter().product(), norm: self.norm(), x: Operand::Out, residual: None };
@@ -230,7 +255,95 @@ impl Affine {
             out
         };
         cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{dims:?}"));
-        Ok(cx.leaf(out))
+        let Some(x) = kept else { return Ok(cx.leaf(out)) };
+        let result = added.then(|| out.clone());
+        Ok(cx.record(out, &nodes, || Box::new(AffineBackward { norm: self.clone(), x, result })))
+    }
+
+    /// The gradient of the activation `x` by that of its normalised form, in whose memory it is. Those of weight and bias go
+    /// to `grads`. The moments are taken as functions of `x`.
+    pub(super) fn backward(&self, cx: &mut Ctx<'_>, grads: &mut Grads, x: &Tensor, dy: Tensor) -> Result<Tensor> {
+        const OP: &str = "instance_norm backward";
+        self.fits(OP, x.dims())?;
+        let clock = cx.clock();
+        let p = self.problem(x, Mask::Normalised);
+        let mut dy = unshared(OP, dy)?;
+        let to = memory(OP, &mut dy)?;
+        let sums = dispatch!(cx.device(), instance_norm_grad::sums(&p, to));
+        self.learn(cx, grads, &sums)?;
+        dispatch!(cx.device(), instance_norm_grad::input(&p, &sums, None, to));
+        cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{:?}", x.dims()));
+        Ok(dy)
+    }
+
+    /// As [`Affine::backward`] where something was added before leaky ReLU gave `result`: the gradient of `x`, that of what
+    /// was added, and the sum of the latter over voxels and samples, per channel padded to blocks.
+    pub(super) fn backward_added(
+        &self,
+        cx: &mut Ctx<'_>,
+        grads: &mut Grads,
+        x: &Tensor,
+        result: &Tensor,
+        dy: Tensor,
+    ) -> Result<(Tensor, Tensor, Vec<f32>)> {
+        const OP: &str = "instance_norm backward";
+        self.fits(OP, x.dims())?;
+        let clock = cx.clock();
+        let p = self.problem(x, Mask::Result(result.stored()));
+        let mut g = unshared(OP, dy)?;
+        let to = memory(OP, &mut g)?;
+        let sums = dispatch!(cx.device(), instance_norm_grad::sums(&p, to));
+        let summed = self.learn(cx, grads, &sums)?;
+        let mut dx = Tensor::empty(*x.dims(), Layout::BLOCKED, cx.device())?;
+        let to = memory(OP, &mut dx)?;
+        dispatch!(cx.device(), instance_norm_grad::input(&p, &sums, Some(g.as_slice()), to));
+        cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{:?} added", x.dims()));
+        Ok((dx, g, summed))
+    }
+
+    fn problem<'a>(&'a self, x: &'a Tensor, mask: Mask<'a>) -> grad::Problem<'a> {
+        let space = x.dims().space().iter().product();
+        grad::Problem { space, norm: self.norm(), inverse: &self.inverse, x: x.stored(), mask }
+    }
+
+    /// Adds the gradients of weight and bias; returns the latter.
+    fn learn(&self, cx: &Ctx<'_>, grads: &mut Grads, sums: &[grad::Sums]) -> Result<Vec<f32>> {
+        let blocks = self.channels.div_ceil(BLOCK);
+        let total = |part: fn(&grad::Sums) -> &[f64; BLOCK]| -> Vec<f32> {
+            let of = |i: usize| sums.iter().skip(i / BLOCK).step_by(blocks).map(|s| part(s)[i % BLOCK]).sum::<f64>();
+            // Lanes past the channels belong to no one.
+            (0..blocks * BLOCK).map(|i| if i < self.channels { of(i) as f32 } else { 0.0 }).collect()
+        };
+        let (w, b) = (total(|s| &s.gh), total(|s| &s.g));
+        for (p, g) in self.params.into_iter().zip([&w, &b]) {
+            grads.add_param(p, Tensor::from_host(g, Dims::from([g.len()]), cx.device())?)?;
+        }
+        Ok(b)
+    }
+}
+
+struct AffineBackward {
+    norm: Affine,
+    x: Tensor,
+    /// With what was added; none if nothing was.
+    result: Option<Tensor>,
+}
+
+impl<'m> Backward<'m> for AffineBackward {
+    fn name(&self) -> &'static str {
+        "instance_norm"
+    }
+
+    fn saved<'s>(&'s self, visit: &mut dyn FnMut(&'s Tensor)) {
+        visit(&self.x);
+        self.result.iter().for_each(visit);
+    }
+
+    fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
+        let Self { norm, x, result } = *self;
+        let Some(result) = result else { return Ok(vec![Some(norm.backward(cx, grads, &x, dy)?), None]) };
+        let (dx, added, _) = norm.backward_added(cx, grads, &x, &result, dy)?;
+        Ok(vec![Some(dx), Some(added)])
     }
 }
 
@@ -310,6 +423,16 @@ pub enum Sources {
 }
 
 impl Sources {
+    /// One or two.
+    pub(super) fn of(sources: Vec<Source>) -> Result<Self> {
+        let mut sources = sources.into_iter();
+        match (sources.next(), sources.next(), sources.next()) {
+            (Some(a), None, _) => Ok(Sources::One(a)),
+            (Some(a), Some(b), None) => Ok(Sources::Two(a, b)),
+            _ => Err(Error::shape("conv3d", "no source, or more than two")),
+        }
+    }
+
     pub(super) fn into_vec(self) -> Vec<Source> {
         match self {
             Sources::One(a) => vec![a],

@@ -99,6 +99,16 @@ fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
+/// A gradient that no one else has, to be overwritten.
+fn unshared(op: &'static str, g: Tensor) -> Result<Tensor> {
+    if g.is_unique() {
+        return Ok(g);
+    }
+    let mut copy = Tensor::empty(*g.dims(), g.layout(), g.device())?;
+    memory(op, &mut copy)?.copy_from_slice(g.as_slice());
+    Ok(copy)
+}
+
 /// The memory of a tensor that has just been made or found unshared, as it is stored.
 fn stored_memory<'t>(op: &'static str, x: &'t mut Tensor) -> Result<StoredMut<'t>> {
     x.stored_mut().ok_or_else(|| Error::shape(op, "the output's memory is shared"))

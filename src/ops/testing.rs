@@ -80,12 +80,12 @@ pub fn implementations(device: &Device) -> Vec<&'static str> {
 }
 
 /// [`super::conv3d`] by one implementation.
-pub fn conv3d(
+pub fn conv3d<'m>(
     name: &str,
-    cx: &mut Ctx<'_>,
+    cx: &mut Ctx<'m>,
     x: impl Into<Sources>,
-    w: &Param,
-    b: Option<&Param>,
+    w: &'m Param,
+    b: Option<&'m Param>,
     how: Conv3d,
 ) -> Result<(Var, Moments)> {
     super::conv3d::run(cx, x.into(), w, b, how, Some(name), true)

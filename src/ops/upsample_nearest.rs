@@ -1,7 +1,7 @@
 //! Nearest-neighbour upsampling.
 
 use super::{activation, floats, memory, processor};
-use crate::autograd::{Ctx, Var};
+use crate::autograd::{Backward, Ctx, Grads, Var};
 use crate::backend::cpu::upsample_nearest::Problem;
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
@@ -25,6 +25,7 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&st
     if factor == [1; 3] {
         return Ok(x);
     }
+    let nodes = [x.node()];
     let x = floats("upsample_nearest", x.into_value())?;
     let dims =
         Dims::from([n, c, d.saturating_mul(factor[0]), h.saturating_mul(factor[1]), w.saturating_mul(factor[2])]);
@@ -32,5 +33,33 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&st
     let p = Problem { space: [d, h, w], factor };
     let to = memory("upsample_nearest", &mut out)?;
     dispatch!(cx.device(), upsample_nearest::forward(name, &p, x.as_slice(), to))?;
-    Ok(cx.leaf(out))
+    Ok(cx.record(out, &nodes, || Box::new(UpsampleBackward { dims: *x.dims(), factor })))
+}
+
+/// The gradient of a voxel is the sum of those of its repetitions.
+struct UpsampleBackward {
+    /// Sizes of the input.
+    dims: Dims,
+    factor: [usize; 3],
+}
+
+impl<'m> Backward<'m> for UpsampleBackward {
+    fn name(&self) -> &'static str {
+        "upsample_nearest"
+    }
+
+    fn saved<'s>(&'s self, _: &mut dyn FnMut(&'s Tensor)) {}
+
+    fn backward(self: Box<Self>, cx: &mut Ctx<'m>, _: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(summed(cx, dy, self.dims, self.factor)?)])
+    }
+}
+
+/// The sum over the voxels that repeat each voxel of `dims`.
+pub(super) fn summed(cx: &Ctx<'_>, dy: Tensor, dims: Dims, factor: [usize; 3]) -> Result<Tensor> {
+    let mut dx = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
+    let p = Problem { space: dims.space(), factor };
+    let to = memory("upsample_nearest", &mut dx)?;
+    dispatch!(cx.device(), upsample_nearest::backward(&p, dy.as_slice(), to));
+    Ok(dx)
 }

@@ -108,16 +108,16 @@ impl<'a> Operand<'a> {
 
 /// `(x - mean) * scale + shift`, which, unlike `x * scale + shift'`, loses nothing when the mean is large.
 #[derive(Clone, Copy)]
-struct Affine {
-    mean: [f32; BLOCK],
-    scale: [f32; BLOCK],
-    shift: [f32; BLOCK],
-    slope: f32,
+pub(super) struct Affine {
+    pub(super) mean: [f32; BLOCK],
+    pub(super) scale: [f32; BLOCK],
+    pub(super) shift: [f32; BLOCK],
+    pub(super) slope: f32,
 }
 
 impl Affine {
     /// That of one channel block.
-    fn of(norm: &Norm<'_>, block: usize) -> Self {
+    pub(super) fn of(norm: &Norm<'_>, block: usize) -> Self {
         let part = |v: &[f32]| v.as_chunks::<BLOCK>().0[block];
         Self { mean: part(norm.mean), scale: part(norm.scale), shift: part(norm.shift), slope: norm.slope }
     }

@@ -38,6 +38,8 @@ pub(crate) trait Simd: Copy {
     fn sum(self, v: Self::V) -> f32;
     /// The largest of the sixteen; none may be NaN.
     fn largest(self, v: Self::V) -> f32;
+    /// The gradient of `leaky_relu(x, slope)`: `dy` where `x > 0`, else `dy * slope`.
+    fn leaky_relu_grad(self, x: Self::V, slope: Self::V, dy: Self::V) -> Self::V;
     /// `a * b + c` of single numbers, rounded once where the set can: for loops that the compiler turns into vectors.
     fn fma_f64(self, a: f64, b: f64, c: f64) -> f64;
 }
@@ -135,6 +137,13 @@ impl Simd for Scalar {
     #[inline(always)]
     fn largest(self, v: Self::V) -> f32 {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn leaky_relu_grad(self, x: Self::V, slope: Self::V, mut dy: Self::V) -> Self::V {
+        for i in 0..BLOCK {
+            dy[i] = if x[i] > 0.0 { dy[i] } else { dy[i] * slope[i] };
+        }
+        dy
     }
     #[inline(always)]
     fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
@@ -270,6 +279,18 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn leaky_relu_grad(self, x: Self::V, slope: Self::V, dy: Self::V) -> Self::V {
+            let mut out = dy;
+            for i in 0..2 {
+                // SAFETY: `self` proves AVX2.
+                out[i] = unsafe {
+                    let positive = _mm256_cmp_ps::<_CMP_GT_OQ>(x[i], _mm256_setzero_ps());
+                    _mm256_mul_ps(dy[i], _mm256_blendv_ps(slope[i], _mm256_set1_ps(1.0), positive))
+                };
+            }
+            out
+        }
+        #[inline(always)]
         fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {
             a.mul_add(b, c)
         }
@@ -366,6 +387,14 @@ mod x86 {
         fn largest(self, v: Self::V) -> f32 {
             // SAFETY: `self` proves AVX-512.
             unsafe { _mm512_reduce_max_ps(v) }
+        }
+        #[inline(always)]
+        fn leaky_relu_grad(self, x: Self::V, slope: Self::V, dy: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe {
+                let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_setzero_ps());
+                _mm512_mask_blend_ps(positive, _mm512_mul_ps(dy, slope), dy)
+            }
         }
         #[inline(always)]
         fn fma_f64(self, a: f64, b: f64, c: f64) -> f64 {

@@ -25,6 +25,15 @@ fn run(isa: Isa, x: Option<&[f32]>, slope: f32, out: &mut [f32]) {
     });
 }
 
+/// `dx = dy` where `y > 0`, else `slope * dy`, or in place of `dy` when that is `None`. `y` is the input, or the result for
+/// a slope that keeps the sign.
+pub(crate) fn backward(isa: Isa, y: &[f32], slope: f32, dy: Option<&[f32]>, dx: &mut [f32]) {
+    par::chunks_mut(dx, PIECE, |i, dx| {
+        let range = i * PIECE..i * PIECE + dx.len();
+        back::on(isa, &y[range.clone()], slope, dy.map(|dy| &dy[range]), dx);
+    });
+}
+
 simd_entry!(piece = leaky_relu_piece(x: Option<&[f32]>, slope: f32, out: &mut [f32]));
 
 #[inline(always)]
@@ -42,5 +51,17 @@ fn leaky_relu_piece<S: Simd>(s: S, x: Option<&[f32]>, slope: f32, out: &mut [f32
                 s.store(s.leaky_relu(s.load(o), slope), o);
             }
         }
+    }
+}
+
+simd_entry!(back = leaky_relu_back(y: &[f32], slope: f32, dy: Option<&[f32]>, dx: &mut [f32]));
+
+#[inline(always)]
+fn leaky_relu_back<S: Simd>(s: S, y: &[f32], slope: f32, dy: Option<&[f32]>, dx: &mut [f32]) {
+    let slope = s.splat(slope);
+    let dy = dy.map(|dy| dy.as_chunks::<BLOCK>().0);
+    for (i, (y, dx)) in y.as_chunks::<BLOCK>().0.iter().zip(dx.as_chunks_mut::<BLOCK>().0).enumerate() {
+        let g = s.load(dy.map_or(&*dx, |dy| &dy[i]));
+        s.store(s.leaky_relu_grad(s.load(y), slope, g), dx);
     }
 }

@@ -15,6 +15,7 @@ pub(crate) mod head;
 pub(crate) mod head_argmax;
 pub(crate) mod head_labels;
 pub(crate) mod instance_norm;
+pub(crate) mod instance_norm_grad;
 pub(crate) mod isa;
 pub(crate) mod lanes;
 pub(crate) mod leaky_relu;

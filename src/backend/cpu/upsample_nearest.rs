@@ -36,6 +36,17 @@ fn run(isa: Isa, p: &Problem, x: &[f32], out: &mut [f32]) {
     });
 }
 
+/// Writes to every voxel of `dx` the sum of `dy` over the voxels that repeat it, in their order; both blocked.
+pub(crate) fn backward(isa: Isa, p: &Problem, dy: &[f32], dx: &mut [f32]) {
+    let ([d, h, w], [fd, fh, fw]) = (p.space, p.factor);
+    let slice = h * fh * w * fw * BLOCK;
+    par::chunks_mut(dx, h * w * BLOCK, |i, dx| {
+        let (block, z) = (i / d, i % d);
+        let dy = &dy[(block * d + z) * fd * slice..][..fd * slice];
+        back::on(isa, p, dy, dx);
+    });
+}
+
 simd_entry!(slice = upsample_slice(w: usize, fh: usize, fw: usize, x: &[f32], out: &mut [f32]));
 
 #[inline(always)]
@@ -51,5 +62,26 @@ fn upsample_slice<S: Simd>(s: S, w: usize, fh: usize, fw: usize, x: &[f32], out:
                 }
             }
         }
+    }
+}
+
+simd_entry!(back = sum_slice(p: &Problem, dy: &[f32], dx: &mut [f32]));
+
+#[inline(always)]
+fn sum_slice<S: Simd>(s: S, p: &Problem, dy: &[f32], dx: &mut [f32]) {
+    let ([_, h, w], [fd, fh, fw]) = (p.space, p.factor);
+    let (dy, _) = dy.as_chunks::<BLOCK>();
+    let (dx, _) = dx.as_chunks_mut::<BLOCK>();
+    for (i, dx) in dx.iter_mut().enumerate() {
+        let (y, x) = (i / w, i % w);
+        let mut sum = s.splat(0.0);
+        for z in 0..fd {
+            for row in 0..fh {
+                for v in &dy[((z * h * fh + y * fh + row) * w + x) * fw..][..fw] {
+                    sum = s.add(sum, s.load(v));
+                }
+            }
+        }
+        s.store(sum, dx);
     }
 }
