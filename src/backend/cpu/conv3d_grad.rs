@@ -177,7 +177,7 @@ pub(crate) struct WgradChoice {
 }
 
 enum WgradPlan {
-    Winograd(WeightPlan),
+    Winograd(Box<WeightPlan>),
     Direct(wgrad::Plan),
     Reference,
 }
@@ -190,7 +190,7 @@ impl WgradChoice {
                 let scheme = Scheme::of(g, z, xy)?;
                 let plan = WeightPlan::new(scheme, algorithm.isa, g, from.channels, from.precision);
                 let cycles = plan.cycles();
-                (WgradPlan::Winograd(plan), cycles)
+                (WgradPlan::Winograd(Box::new(plan)), cycles)
             }
             How::Direct(_) => {
                 let plan = wgrad::Plan::new(g, from.channels, from.lazy || from.precision != Precision::F32);

@@ -18,7 +18,7 @@ const OWN_TILES: usize = 24;
 const SHARED_TILES: usize = 128;
 
 /// Bytes of transformed inputs that threads share, at most: they should stay in a level-3 cache.
-pub(super) const SHARED_BYTES: usize = 24 << 20;
+const SHARED_BYTES: usize = 24 << 20;
 
 /// An output takes its input's place only where its layers have so many blocks that threads seldom wait for the end of one,
 /// and the two that wait take half of what is saved at most.

@@ -6,7 +6,6 @@
 //! weights and not the many more points.
 
 use super::axis::Kind;
-use super::plan::SHARED_BYTES;
 use super::run::{Block, inputs_along_z, inputs_in_plane};
 use super::{Plan, Scheme};
 use crate::backend::cpu::Shared;
@@ -20,6 +19,9 @@ use crate::tensor::{BLOCK, Isa, Layout, Precision, Stored};
 
 /// Tiles of a block, at most: sums of so many products lose little in f32.
 const TILES: usize = 1024;
+
+/// Bytes of both transforms, at most: a small part of a level-3 cache, and a point's panels fit a level-2 cache.
+const BYTES: usize = 8 << 20;
 
 /// Bytes of the sums of pairs of channel blocks that are made at a time: small against a level-3 cache.
 const SUMS_BYTES: usize = 8 << 20;
@@ -55,7 +57,7 @@ impl WeightPlan {
             row += BLOCK;
         }
         x.shared = true;
-        let most = (SHARED_BYTES / (4 * scheme.points() * (x.row + row))).clamp(8, TILES);
+        let most = (BYTES / (4 * scheme.points() * (x.row + row))).clamp(8, TILES);
         x.cut(|b| b.iter().product::<usize>() <= most);
         let mut dy = x.clone();
         dy.g.input = g.output;
@@ -88,13 +90,15 @@ impl WeightPlan {
         let size = |v: &[usize; 3]| v.iter().product::<usize>() as f64;
         let tiles = size(&x.tiles) * x.g.batch as f64;
         let (i, o) = (x.in_blocks as f64, x.out_blocks as f64);
-        // Lines that pass through a level-3 cache, six cycles each: all are written once, and read for each pair.
-        let lines = i + o + 0.5 * i * o;
-        let tile =
-            i * x.inputs_cycles() + o * dy.inputs_cycles() + points * (BLOCK as f64 * i * o * 1.15 + 6.0 * lines);
-        // Back to weights, a dozen operations for each point.
-        let back = size(&x.blocks) * x.g.batch as f64 * i * o * BLOCK as f64 * 12.0 * points;
-        tiles * tile + back
+        // Lines that pass through a level-3 cache: all are written once, and read for each round of pairs.
+        let lines = (i + o) * (1.0 + i * o / self.together as f64);
+        let products = points * (BLOCK as f64 * i * o * 1.6 + 12.0 * lines);
+        let tile = i * x.inputs_cycles() + o * dy.inputs_cycles() + products;
+        // Back to weights, for each point of each input channel.
+        let back = size(&x.blocks) * x.g.batch as f64 * i * o * BLOCK as f64 * 40.0 * points;
+        // At stride 2 a pair's sums are larger than a level-2 cache: as measured.
+        let share = if x.g.stride == [1; 3] { 1.0 } else { 2.0 };
+        share * (tiles * tile + back)
     }
 }
 
@@ -156,7 +160,7 @@ pub(in crate::backend::cpu) fn weight_gradient(plan: &WeightPlan, p: &Wgrad<'_>,
         par::for_each((plan.x.in_blocks + plan.x.out_blocks) * b.tiles[0], |i| job.transform(&b, i));
         for first in (0..pairs).step_by(plan.together) {
             let n = plan.together.min(pairs - first);
-            par::for_each(n * points, |i| job.products(&b, i / points, first + i / points, i % points));
+            par::for_each(points, |row| job.products(&b, row, first, n));
             let add = p.add || i > 0;
             par::for_each(n * BLOCK / BACK, |i| {
                 job.back(i * BACK / BLOCK, first + i * BACK / BLOCK, i * BACK % BLOCK, add);
@@ -199,12 +203,15 @@ impl Job<'_> {
         self.work.ptr().wrapping_add(first + slot * self.plan.x.scheme.points() * POINT)
     }
 
-    /// The sums of products of one row of points.
-    fn products(&self, b: &Block, slot: usize, pair: usize, row: usize) {
+    /// The sums of products of one row of points, for `n` pairs from pair `first` on.
+    fn products(&self, b: &Block, row: usize, first: usize, n: usize) {
         let (x, dy) = (&self.plan.x, &self.plan.dy);
-        let lane = self.inputs[pair / x.out_blocks].2;
-        let out_lane = pair % x.out_blocks * BLOCK;
-        for point in row * x.side()..(row + 1) * x.side() {
+        let points = row * x.side()..(row + 1) * x.side();
+        // All pairs of a point, whose panels stay in the cache.
+        for (point, slot) in points.flat_map(|p| (0..n).map(move |slot| (p, slot))) {
+            let pair = first + slot;
+            let lane = self.inputs[pair / x.out_blocks].2;
+            let out_lane = pair % x.out_blocks * BLOCK;
             let from = self.work.ptr().wrapping_add(point * x.inputs_point(b.len()) + lane);
             let with = self.work.ptr().wrapping_add(x.common() + point * dy.inputs_point(b.len()) + out_lane);
             for &(channel, function) in &self.kernels {
