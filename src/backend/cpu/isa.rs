@@ -234,10 +234,12 @@ mod x86 {
         #[inline(always)]
         fn power_of_two(self, t: Self::V) -> Self::V {
             // SAFETY: `self` proves AVX2.
-            t.map(|t| unsafe {
-                let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
-                _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_castps_si256(_mm256_set1_ps(1.0))))
-            })
+            unsafe {
+                let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
+                let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(t[0]));
+                let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(t[1]));
+                [_mm256_castsi256_ps(_mm256_add_epi32(low, one)), _mm256_castsi256_ps(_mm256_add_epi32(high, one))]
+            }
         }
         #[inline(always)]
         fn div(self, a: Self::V, b: Self::V) -> Self::V {
