@@ -314,3 +314,19 @@ fn texts_that_are_decoded_again_and_again_are_counted() {
     assert!(e.contains("too large"), "{e}");
     assert!(clock.elapsed().as_secs() < 20, "{:?}", clock.elapsed());
 }
+
+/// A safetensors header may have any length, also one that begins with the first bytes of a pickle or an archive.
+#[test]
+fn safetensors_of_any_header_length() {
+    let folder = tempfile::tempdir().unwrap();
+    for length in [0x80_usize, 0x5480, 0x4b50] {
+        let mut file = (length as u64).to_le_bytes().to_vec();
+        let mut header = br#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#.to_vec();
+        header.resize(length, b' ');
+        file.extend(header);
+        file.extend(2.5f32.to_le_bytes());
+        let path = folder.path().join("w.safetensors");
+        std::fs::write(&path, file).unwrap();
+        assert_eq!(*Weights::open(&path).unwrap().values("w").unwrap(), [2.5], "{length:#x}");
+    }
+}

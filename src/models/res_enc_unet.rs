@@ -42,7 +42,8 @@ impl Block {
 
 #[derive(Debug)]
 pub(super) struct ResEncEncoder {
-    stem: [ConvNorm; 1],
+    /// One convolution.
+    stem: Vec<ConvNorm>,
     stages: Vec<Vec<Block>>,
 }
 
@@ -60,7 +61,7 @@ impl ResEncEncoder {
             })
         };
         let stage = |s: usize| c.block_inputs(s).into_iter().enumerate().map(|(b, i)| block(s, b, i)).collect();
-        Ok(Self { stem: [stem], stages: (0..c.features.len()).map(stage).collect::<Result<_>>()? })
+        Ok(Self { stem: vec![stem], stages: (0..c.features.len()).map(stage).collect::<Result<_>>()? })
     }
 
     /// The outputs of all stages, finest first.

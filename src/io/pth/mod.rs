@@ -70,7 +70,11 @@ type Fault = (String, String);
 
 /// True when the file looks like one of `torch.save`'s containers.
 pub(crate) fn is_torch(file: &[u8]) -> bool {
-    file.starts_with(b"PK") || file.first() == Some(&0x80)
+    // The length that a safetensors file begins with may have the same first bytes; no container of `torch.save` has a
+    // length that its file could hold there.
+    let header = file.first_chunk().map_or(u64::MAX, |n| u64::from_le_bytes(*n));
+    let safetensors = header < file.len() as u64 && file.get(8) == Some(&b'{');
+    !safetensors && (file.starts_with(b"PK") || file.first() == Some(&0x80))
 }
 
 impl TorchFile {
