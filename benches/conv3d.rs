@@ -46,9 +46,9 @@ pub fn bench(c: &mut Criterion) {
         let dims = [width, 2 * width, 1, 1, 1];
         let w = testing::filter(&vec![0.01; dims.iter().product()], dims, &device).expect("memory for a filter");
         let v = testing::vector(&vec![0.5; width], &device).expect("memory for a vector");
+        let one = testing::filter(&identity(width), [width, width, 1, 1, 1], &device).expect("memory for a filter");
         let mut cx = Ctx::infer(&device);
         let [low, skip, y] = [side / 2, side, side].map(|n| activation(&mut cx, [1, width, n, n, n]));
-        let one = testing::filter(&identity(width), [width, width, 1, 1, 1], &device).expect("memory for a filter");
         let (y, moments) = ops::conv3d_measured(&mut cx, y, &one, None, how).expect("memory for an output");
         let norm = InstanceNorm { eps: 1e-5, slope: Some(0.01) };
         let norm = Affine::new(&moments, &v, &v, norm).expect("a vector per channel");

@@ -158,9 +158,9 @@ fn bytes_do_not_depend_on_threads() {
 #[test]
 fn constant_input_gives_the_bias() {
     for device in devices() {
-        let mut cx = Ctx::infer(&device);
         let [gain, shift] = [1, 2].map(|s| values(3, s));
         let (w, b) = (testing::vector(&gain, &device).unwrap(), testing::vector(&shift, &device).unwrap());
+        let mut cx = Ctx::infer(&device);
         let x = activation(&mut cx, &[1.7; 3 * 60], [1, 3, 3, 4, 5], true);
         let y = ops::instance_norm(&mut cx, x, &w, &b, None, InstanceNorm { eps: 1e-5, slope: None }).unwrap();
         for (i, v) in result(y).into_iter().enumerate() {
@@ -174,8 +174,8 @@ fn constant_input_gives_the_bias() {
 #[test]
 fn in_place_in_the_input_or_the_residual() {
     for device in devices() {
-        let mut cx = Ctx::infer(&device);
         let w = testing::vector(&[1.0; 16], &device).unwrap();
+        let mut cx = Ctx::infer(&device);
         let how = InstanceNorm { eps: 1e-5, slope: None };
         let [x, r] = [1, 2].map(|s| activation(&mut cx, &values(64, s), [1, 16, 1, 2, 2], true));
         let (kept, at) = (x.clone(), testing::address(r.value()));
@@ -190,8 +190,8 @@ fn in_place_in_the_input_or_the_residual() {
 #[test]
 fn misfits_are_errors() {
     let device = Device::cpu();
-    let mut cx = Ctx::infer(&device);
     let w = testing::vector(&[1.0; 3], &device).unwrap();
+    let mut cx = Ctx::infer(&device);
     let how = InstanceNorm { eps: 1e-5, slope: None };
     let x = activation(&mut cx, &[0.0; 16], [1, 2, 2, 2, 2], true);
     let e = ops::instance_norm(&mut cx, x, &w, &w, None, how).unwrap_err().to_string();

@@ -25,12 +25,12 @@ fn var(cx: &mut Ctx<'_>, values: &[f32], dims: [usize; 5], precision: Precision)
 /// A normalisation of `channels`, not of any tensor's own moments.
 fn norm(device: &Device, batch: usize, channels: usize) -> Affine {
     let dims = [batch, channels, 3, 4, 5];
-    let mut cx = Ctx::infer(device);
-    let x = var(&mut cx, &values(dims.iter().product(), 77), dims, Precision::F32);
     let identity: Vec<f32> =
         (0..channels * channels).map(|i| if i % (channels + 1) == 0 { 1.0 } else { 0.0 }).collect();
     let w = testing::filter(&identity, [channels, channels, 1, 1, 1], device).unwrap();
     let how = Conv3d { stride: [1; 3], padding: [0; 3] };
+    let mut cx = Ctx::infer(device);
+    let x = var(&mut cx, &values(dims.iter().product(), 77), dims, Precision::F32);
     let (_, moments) = ops::conv3d_measured(&mut cx, x, &w, None, how).unwrap();
     let [w, b] = [1, 2].map(|s| testing::vector(&values(channels, s), device).unwrap());
     Affine::new(&moments, &w, &b, InstanceNorm { eps: 1e-5, slope: Some(0.01) }).unwrap()

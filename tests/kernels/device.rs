@@ -214,6 +214,13 @@ pub(super) fn ptx_operands_are_what_they_are_taken_for() {
     let residual = |device: &Device, precision: Precision| {
         let w = testing::stored_filter(&random(20 * 56, 8), [20, 56, 1, 1, 1], precision, device).unwrap();
         let [weight, bias] = [1, 2].map(|s| testing::vector(&random(20, s), device).unwrap());
+        let identity = testing::stored_filter(
+            &(0..400).map(|i| if i % 21 == 0 { 1.0 } else { 0.0 }).collect::<Vec<_>>(),
+            [20, 20, 1, 1, 1],
+            precision,
+            device,
+        )
+        .unwrap();
         let mut cx = Ctx::infer(device);
         let tensor = |dims: [usize; 5], seed| {
             let n = dims.iter().product();
@@ -222,13 +229,6 @@ pub(super) fn ptx_operands_are_what_they_are_taken_for() {
         };
         let [low, skip, y] = [([1, 28, 2, 2, 3], 9), ([1, 28, 4, 4, 6], 10), ([1, 20, 4, 4, 6], 11)];
         let [low, skip, y] = [low, skip, y].map(|(d, s)| cx.leaf(tensor(d, s)));
-        let identity = testing::stored_filter(
-            &(0..400).map(|i| if i % 21 == 0 { 1.0 } else { 0.0 }).collect::<Vec<_>>(),
-            [20, 20, 1, 1, 1],
-            precision,
-            device,
-        )
-        .unwrap();
         let how1 = Conv3d { stride: [1; 3], padding: [0; 3] };
         let (y, moments) = ops::conv3d_measured(&mut cx, y, &identity, None, how1).unwrap();
         let norm = Affine::new(&moments, &weight, &bias, how).unwrap();

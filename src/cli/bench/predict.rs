@@ -42,6 +42,7 @@ impl Args {
         let mut cx = options.ctx(&device);
         let x = cx.leaf(input(config.in_channels, patch, &device)?);
         device.install(|| net.features(&mut cx, x).map(drop))?;
+        drop(cx);
         let mut cx = options.ctx(&device).traced();
         let x = cx.leaf(input(config.in_channels, patch, &device)?);
         device.install(|| net.features(&mut cx, x).map(drop))?;
