@@ -14,6 +14,7 @@ mod golden_predict;
 mod golden_preprocess;
 mod golden_v1;
 mod head_labels;
+mod init;
 mod instance_norm;
 #[cfg(feature = "cuda")]
 mod kernels;
@@ -21,6 +22,8 @@ mod leaky_relu;
 mod model_folder;
 mod models;
 mod nifti;
+mod optim;
+mod params;
 mod phantom;
 mod preprocess;
 mod pth;

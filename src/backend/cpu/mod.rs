@@ -15,6 +15,7 @@ pub(crate) mod isa;
 pub(crate) mod lanes;
 pub(crate) mod leaky_relu;
 pub(crate) mod moments;
+pub(crate) mod optim;
 pub(crate) mod probe;
 pub(crate) mod relayout;
 pub(crate) mod resample;

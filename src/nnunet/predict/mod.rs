@@ -354,7 +354,7 @@ impl Predictor {
         let classes = self.plan.heads;
         let (mut weight, mut bias) = (vec![0.0; classes * k], vec![0.0; classes]);
         for (fold, net) in self.nets.iter().enumerate() {
-            let h = net.head();
+            let h = net.head()?;
             for c in 0..classes {
                 bias[c] += h.bias[c] / n as f32;
                 let row = &mut weight[c * k + fold * lanes..][..h.features];

@@ -203,10 +203,10 @@ impl<'a> Sweep<'a> {
             }
         };
         let heads = nets.iter().map(|n| {
-            let head = n.head();
-            PackedHead::new(&head.weight, &head.bias, head.features, plan.features)
+            let head = n.head()?;
+            Ok(PackedHead::new(&head.weight, &head.bias, head.features, plan.features))
         });
-        let heads = heads.collect();
+        let heads = heads.collect::<Result<_>>()?;
         Ok(Self {
             plan,
             nets,
