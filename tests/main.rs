@@ -5,6 +5,7 @@ mod common;
 
 mod add;
 mod bad_input;
+mod checkpoint;
 mod cli;
 mod conv3d;
 mod conv3d_fused;
