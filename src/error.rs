@@ -66,6 +66,12 @@ pub enum Error {
         /// The shapes found and expected.
         what: String,
     },
+    /// A number that training cannot go on with: NaN or infinite.
+    #[error("{what}: not finite")]
+    NotFinite {
+        /// Where it was found.
+        what: String,
+    },
     /// A device cannot be used.
     #[error("device: {what}")]
     Device {
@@ -96,7 +102,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Io { .. } | Error::Shape { .. } => 1,
+            Error::Io { .. } | Error::Shape { .. } | Error::NotFinite { .. } => 1,
             Error::Usage { .. } => 2,
             Error::Image { .. } | Error::Input { .. } => 3,
             Error::Model { .. } | Error::Unsupported { .. } => 4,

@@ -6,7 +6,7 @@ mod tape;
 
 use std::time::Instant;
 
-pub use param::{Param, ParamId};
+pub use param::{Param, ParamId, ParamKind};
 pub use tape::{Backward, Grads, NodeId, Saved};
 
 use crate::error::Result;

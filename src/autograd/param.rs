@@ -17,6 +17,17 @@ impl ParamId {
     }
 }
 
+/// What a parameter is to its operation, which decides the order of its values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParamKind {
+    /// `[O, I, kD, kH, kW]`, of a convolution.
+    Filter,
+    /// `[I, O, kD, kH, kW]`, of a transposed convolution.
+    TransposedFilter,
+    /// `[C]`: a bias, or the weight of a normalisation.
+    Vector,
+}
+
 /// A parameter of a model: its values, in the order its device computes with.
 #[derive(Debug)]
 pub struct Param {
@@ -24,14 +35,22 @@ pub struct Param {
     name: String,
     value: Tensor,
     dims: Dims,
+    kind: ParamKind,
     /// Other forms of the values that an operation keeps, by its key.
     derived: Mutex<Vec<(u64, Arc<Tensor>)>>,
 }
 
 impl Param {
-    /// `value` holds the parameter `name` of logical size `dims`, packed for its device.
+    /// `value` holds the parameter `name` of logical size `dims`, packed for its device: a vector if it has one axis, else
+    /// the filter of a convolution.
     pub(crate) fn new(name: impl Into<String>, value: Tensor, dims: Dims) -> Self {
-        Self { id: ParamId::next(), name: name.into(), value, dims, derived: Mutex::default() }
+        let kind = if dims.as_slice().len() == 1 { ParamKind::Vector } else { ParamKind::Filter };
+        Self { id: ParamId::next(), name: name.into(), value, dims, kind, derived: Mutex::default() }
+    }
+
+    /// The same as the filter of a transposed convolution.
+    pub(crate) fn transposed(self) -> Self {
+        Self { kind: ParamKind::TransposedFilter, ..self }
     }
 
     /// Who it is, to find its gradient.
@@ -50,6 +69,12 @@ impl Param {
     #[must_use]
     pub fn dims(&self) -> &Dims {
         &self.dims
+    }
+
+    /// What it is to its operation.
+    #[must_use]
+    pub fn kind(&self) -> ParamKind {
+        self.kind
     }
 
     /// How the values are stored.

@@ -5,6 +5,7 @@ mod export;
 mod forward;
 mod predict;
 mod record;
+mod train_step;
 
 use std::time::Instant;
 
@@ -18,7 +19,7 @@ use stunet::{Device, Error, Precision, Result};
 use self::record::Record;
 use super::args::{DeviceArgs, PrecisionChoice};
 
-/// Time a layer, a network or a whole prediction with random weights on this machine
+/// Time a layer, a network, a training step or a whole prediction with random weights on this machine
 ///
 /// Rates are effective: the multiplications and additions of plain convolutions, divided by the time. Winograd's
 /// algorithm does fewer, so that the share of the roofline, which is what this machine reaches with multiply-additions in
@@ -29,6 +30,7 @@ Examples:
   stunet bench conv3d --model base --patch 96 160 128 --all
   stunet bench forward --model base --runs 3 --json
   stunet bench forward --strict --isa avx2 --threads 1
+  stunet bench train-step --patch 64 --batch 2
   stunet bench predict --shape 224 202 244 --json
   stunet bench export --classes 105")]
 pub(super) struct Args {
@@ -40,6 +42,7 @@ pub(super) struct Args {
 enum What {
     Conv3d(conv3d::Args),
     Forward(forward::Args),
+    TrainStep(train_step::Args),
     Predict(predict::Args),
     Export(export::Args),
 }
@@ -48,6 +51,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match &args.what {
         What::Conv3d(a) => a.run(),
         What::Forward(a) => a.run(),
+        What::TrainStep(a) => a.run(),
         What::Predict(a) => a.run(),
         What::Export(a) => a.run(),
     }

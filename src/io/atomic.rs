@@ -20,6 +20,55 @@ const BUFFER: usize = 256 << 10;
 /// refuses (full disk, no permission, no such folder), and any error of `write`. The temporary file is removed.
 #[doc(hidden)]
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let temporary = write_beside(path, create, write)?;
+    temporary.rename(path).map_err(|e| Error::io("write", path, e))?;
+    sync_folder(folder_of(path));
+    Ok(())
+}
+
+/// As [`write_atomically`]; what had the name before is `previous` afterwards. At every moment there is a whole file of the
+/// name, or, on file systems without hard links, of one of the two names. The temporary file has the same name every time,
+/// so that what a killed process leaves is overwritten by the next: only one process at a time may write the file.
+///
+/// # Errors
+/// As [`write_atomically`].
+pub(crate) fn write_keeping(
+    path: &Path,
+    previous: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
+) -> Result<()> {
+    let hidden = |ending: &str| {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(ending);
+        path.with_file_name(name)
+    };
+    let part = |_: &Path| {
+        let path = hidden(".part");
+        Ok((File::create(&path)?, Temporary { path: Some(path) }))
+    };
+    let failed = |e| Error::io("write", path, e);
+    let temporary = write_beside(path, part, write)?;
+    if path.exists() {
+        let link = hidden(".link");
+        let _ = fs::remove_file(&link);
+        match fs::hard_link(path, &link) {
+            Ok(()) => fs::rename(&link, previous),
+            Err(_) => fs::rename(path, previous),
+        }
+        .map_err(failed)?;
+    }
+    temporary.rename(path).map_err(failed)?;
+    sync_folder(folder_of(path));
+    Ok(())
+}
+
+/// Writes a whole file under the temporary name that `create` makes in the folder of `path`, down to the disk.
+fn write_beside(
+    path: &Path,
+    create: impl FnOnce(&Path) -> std::io::Result<(File, Temporary)>,
+    write: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
+) -> Result<Temporary> {
     if path.file_name().is_none() {
         return Err(Error::usage(format!("cannot write \"{}\": expected the name of a file", path.display())));
     }
@@ -28,23 +77,25 @@ pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) ->
         return Err(Error::usage(format!("cannot write {}: it exists and is not a regular file", path.display())));
     }
     let failed = |e| Error::io("write", path, e);
-    let folder = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    let (file, temporary) = create(folder).map_err(failed)?;
+    let (file, temporary) = create(folder_of(path)).map_err(failed)?;
     let mut buffered = BufWriter::with_capacity(BUFFER, file);
     write(&mut buffered)?;
     // Dropping a BufWriter would swallow the error of its last bytes: a full disk shows up here for small files.
     buffered.flush().map_err(failed)?;
     buffered.get_ref().sync_all().map_err(failed)?;
     drop(buffered);
-    temporary.rename(path).map_err(failed)?;
-    // The file is whole by now; file systems that cannot sync a folder are no reason to fail.
+    Ok(temporary)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The file is whole by now; file systems that cannot sync a folder are no reason to fail.
+fn sync_folder(folder: &Path) {
     if let Ok(folder) = File::open(folder) {
         let _ = folder.sync_all();
     }
-    Ok(())
 }
 
 /// A new, empty file with a name of its own in `folder`.
@@ -107,6 +158,21 @@ mod tests {
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
         assert_eq!(names(dir.path()), ["a.b.c"]);
+    }
+
+    #[test]
+    fn the_previous_file_is_kept_and_what_a_killed_process_left_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, previous) = (dir.path().join("a"), dir.path().join("a.previous"));
+        for left in [".a.part", ".a.link"] {
+            fs::write(dir.path().join(left), "left by a killed process, longer than what comes").unwrap();
+        }
+        for text in ["1", "2", "3"] {
+            write_keeping(&path, &previous, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io("write", &path, e)))
+                .unwrap();
+        }
+        assert_eq!([&path, &previous].map(|p| fs::read_to_string(p).unwrap()), ["3", "2"]);
+        assert_eq!(names(dir.path()), ["a", "a.previous"]);
     }
 
     #[test]

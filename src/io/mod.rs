@@ -5,6 +5,7 @@ pub mod image;
 pub mod nifti;
 pub mod npz;
 pub(crate) mod pth;
+pub(crate) mod sealed;
 pub mod weights;
 
 pub use image::{Geometry, Image, LabelData, Segmentation};

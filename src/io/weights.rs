@@ -47,16 +47,29 @@ impl Weights {
 
     /// As [`Weights::open`], with the rest of a PyTorch checkpoint.
     pub(crate) fn open_checkpoint(path: &Path) -> Result<(Self, Option<Pickle>)> {
+        Self::open_with(path, |_| Ok(Vec::new()))
+    }
+
+    /// As [`Weights::open_checkpoint`], with the tensors that `more` finds in a PyTorch checkpoint beside its weights.
+    pub(crate) fn open_with(
+        path: &Path,
+        more: impl FnOnce(View<'_>) -> Result<Vec<(String, View<'_>)>>,
+    ) -> Result<(Self, Option<Pickle>)> {
         let map = map_file(path)?;
         let mut out = Self { path: path.into(), map, names: vec![], places: HashMap::new(), globals: vec![] };
         if pth::is_torch(&out.map) {
             let TorchFile { object, mut storages } = TorchFile::open(path, &out.map)?;
             let dict = state_dict(path, object.root())?;
+            let mut tensors = Vec::new();
             for (name, tensor) in dict.entries().into_iter().flatten() {
                 let name = name.str().ok_or_else(|| Error::model(path, "state_dict", "a tensor name is no text"))?;
+                tensors.push((name.to_string(), tensor));
+            }
+            tensors.extend(more(object.root())?);
+            for (name, tensor) in tensors {
                 let place =
-                    storages.tensor(&out.map, tensor).map_err(|what| Error::model(path, printable(name), what))?;
-                out.insert(name, place)?;
+                    storages.tensor(&out.map, tensor).map_err(|what| Error::model(path, printable(&name), what))?;
+                out.insert(&name, place)?;
             }
             out.globals.clone_from(&object.globals);
             out.check_any()?;
@@ -153,6 +166,18 @@ impl Weights {
     #[must_use]
     pub fn globals(&self) -> &[String] {
         &self.globals
+    }
+
+    /// All bytes of the file.
+    pub(super) fn file(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// The texts in the header of a safetensors file.
+    pub(super) fn texts(&self) -> Result<HashMap<String, String>> {
+        let broken = |e: String| Error::model(&self.path, "safetensors header", printable(&e));
+        let (_, metadata) = SafeTensors::read_metadata(&self.map).map_err(|e| broken(e.to_string()))?;
+        Ok(metadata.metadata().clone().unwrap_or_default())
     }
 
     /// Size of the file in bytes.

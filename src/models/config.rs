@@ -1,8 +1,8 @@
 //! The sizes of a STU-Net, and what follows from them.
 
-use super::{RandomParams, StuNet};
+use super::StuNet;
 use crate::error::Result;
-use crate::nn::ParamSource;
+use crate::nn::{ParamSource, RandomParams};
 use crate::ops;
 use crate::tensor::{BLOCK, Device, Precision};
 

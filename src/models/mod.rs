@@ -3,7 +3,6 @@
 mod config;
 mod network;
 mod plain_unet;
-mod random;
 mod res_enc_unet;
 mod stunet;
 mod unet;
@@ -11,7 +10,6 @@ mod unet_config;
 
 pub use config::StuNetConfig;
 pub use network::{Network, NetworkConfig};
-pub use random::RandomParams;
 pub use stunet::{Head, StuNet};
 pub use unet::Unet;
 pub use unet_config::{UnetConfig, UnetKind};

@@ -1,9 +1,9 @@
 //! Any of the networks, behind one type.
 
-use super::{Head, RandomParams, StuNet, StuNetConfig, Unet, UnetConfig};
-use crate::autograd::{Ctx, Var};
+use super::{Head, StuNet, StuNetConfig, Unet, UnetConfig};
+use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
-use crate::nn::{Module, ParamSource};
+use crate::nn::{Module, ParamSource, RandomParams};
 use crate::tensor::{Device, Precision};
 
 /// The sizes of a network.
@@ -151,6 +151,21 @@ impl Network {
         each!(Network, self, n => n.config().in_channels)
     }
 
+    /// Output channels, background included.
+    #[must_use]
+    pub fn classes(&self) -> usize {
+        each!(Network, self, n => n.config().classes)
+    }
+
+    /// Channels that the full-resolution head reads.
+    #[must_use]
+    pub fn head_features(&self) -> usize {
+        match self {
+            Network::StuNet(n) => n.config().dims[0],
+            Network::Unet(n) => n.config().features[0],
+        }
+    }
+
     /// Name and shape of every parameter; see [`NetworkConfig::parameters`].
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
@@ -197,8 +212,10 @@ impl Network {
     }
 
     /// The full-resolution head.
-    #[must_use]
-    pub fn head(&self) -> &Head {
+    ///
+    /// # Errors
+    /// As [`StuNet::head`].
+    pub fn head(&self) -> Result<&Head> {
         each!(Network, self, n => n.head())
     }
 
@@ -230,6 +247,14 @@ impl Network {
 impl Module for Network {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         each!(Network, self, n => n.forward(cx, x))
+    }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        each!(Network, self, n => n.params(visit));
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        each!(Network, self, n => n.params_mut(visit));
     }
 }
 

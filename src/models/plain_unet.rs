@@ -2,7 +2,7 @@
 
 use super::UnetConfig;
 use super::unet::{ConvNorm, Loader, encoder_conv, stack};
-use crate::autograd::{Ctx, Var};
+use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 
 #[derive(Debug)]
@@ -34,5 +34,13 @@ impl PlainEncoder {
 
     pub(super) fn kept_bytes(&self) -> usize {
         self.0.iter().flatten().map(ConvNorm::kept_bytes).sum()
+    }
+
+    pub(super) fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        self.0.iter().flatten().for_each(|c| c.params(visit));
+    }
+
+    pub(super) fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        self.0.iter_mut().flatten().for_each(|c| c.params_mut(visit));
     }
 }

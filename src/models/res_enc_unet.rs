@@ -4,7 +4,7 @@
 
 use super::UnetConfig;
 use super::unet::{ConvNorm, Loader, SLOPE, STEM, encoder_block, projection, stack};
-use crate::autograd::{Ctx, Var};
+use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 use crate::ops::{self, Source};
 
@@ -80,5 +80,16 @@ impl ResEncEncoder {
     pub(super) fn kept_bytes(&self) -> usize {
         let stem = self.stem.iter().map(ConvNorm::kept_bytes).sum::<usize>();
         stem + self.stages.iter().flatten().map(Block::kept_bytes).sum::<usize>()
+    }
+
+    pub(super) fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        let blocks = self.stages.iter().flatten().flat_map(|b| [&b.conv1, &b.conv2].into_iter().chain(&b.projection));
+        self.stem.iter().chain(blocks).for_each(|c| c.params(visit));
+    }
+
+    pub(super) fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        let blocks = self.stages.iter_mut().flatten();
+        let blocks = blocks.flat_map(|b| [&mut b.conv1, &mut b.conv2].into_iter().chain(&mut b.projection));
+        self.stem.iter_mut().chain(blocks).for_each(|c| c.params_mut(visit));
     }
 }

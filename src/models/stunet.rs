@@ -1,10 +1,12 @@
 //! STU-Net (Huang et al., "STU-Net: Scalable and Transferable Medical Image Segmentation Models Empowered by
 //! Large-Scale Supervised Pre-training", 2023): a residual U-Net of fixed topology that scales in width and depth.
 
+use std::sync::OnceLock;
+
 use super::StuNetConfig;
-use crate::autograd::{Ctx, Var};
+use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
-use crate::nn::{Conv3d, InstanceNorm, Module, ParamSource};
+use crate::nn::{self, Conv3d, InstanceNorm, Module, ParamSource};
 use crate::ops::{self, Source, Sources};
 use crate::tensor::{Device, Precision};
 
@@ -67,6 +69,24 @@ impl ResBlock {
     }
 }
 
+impl Module for ResBlock {
+    fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
+        self.run(cx, x.into())
+    }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        let parts: [&dyn Module; 4] = [&self.conv1, &self.norm1, &self.conv2, &self.norm2];
+        parts.into_iter().for_each(|p| p.params(visit));
+        self.conv3.iter().for_each(|c| c.params(visit));
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        let parts: [&mut dyn Module; 4] = [&mut self.conv1, &mut self.norm1, &mut self.conv2, &mut self.norm2];
+        parts.into_iter().for_each(|p| p.params_mut(visit));
+        self.conv3.iter_mut().for_each(|c| c.params_mut(visit));
+    }
+}
+
 /// Blocks in sequence.
 #[derive(Debug)]
 struct Stage(Vec<ResBlock>);
@@ -114,7 +134,8 @@ pub struct StuNet {
     up: Vec<Conv3d>,
     decoder: Vec<Stage>,
     heads: Vec<Conv3d>,
-    last_head: Head,
+    /// Until the parameters change.
+    last_head: OnceLock<Head>,
     recompute: bool,
 }
 
@@ -127,6 +148,17 @@ pub struct Head {
     pub bias: Vec<f32>,
     /// Feature channels.
     pub features: usize,
+}
+
+impl Head {
+    /// Of a layer with so many classes and feature channels.
+    pub(super) fn of(layer: &Conv3d, classes: usize, features: usize) -> Result<Self> {
+        let mut values = Vec::new();
+        layer.params(&mut |p| values.push(nn::values(p)));
+        let mut values = values.into_iter();
+        let mut next = || values.next().unwrap_or_else(|| Ok(vec![0.0; classes]));
+        Ok(Self { weight: next()?, bias: next()?, features })
+    }
 }
 
 impl StuNet {
@@ -147,9 +179,11 @@ impl StuNet {
             up: Vec::new(),
             decoder: Vec::new(),
             heads: Vec::new(),
-            last_head: Head { weight, bias: source.values("seg_outputs.4.bias")?.into_owned(), features: c.dims[0] },
+            last_head: OnceLock::new(),
             recompute: false,
         };
+        let bias = source.values("seg_outputs.4.bias")?.into_owned();
+        net.last_head.get_or_init(|| Head { weight, bias, features: c.dims[0] });
         for s in 0..6 {
             let name = format!("conv_blocks_context.{s}");
             let (input, stride) = if s == 0 { (c.in_channels, ONE) } else { (c.dims[s - 1], c.strides[s - 1]) };
@@ -195,9 +229,15 @@ impl StuNet {
     }
 
     /// The full-resolution head.
-    #[must_use]
-    pub fn head(&self) -> &Head {
-        &self.last_head
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] on a card after its parameters were changed there.
+    pub fn head(&self) -> Result<&Head> {
+        if let Some(head) = self.last_head.get() {
+            return Ok(head);
+        }
+        let head = Head::of(&self.heads[4], self.config.classes, self.config.dims[0])?;
+        Ok(self.last_head.get_or_init(|| head))
     }
 
     /// The last decoder stage's output `[N, dims[0], D, H, W]`: everything but the full-resolution head.
@@ -216,7 +256,8 @@ impl StuNet {
     /// As [`StuNet::features`].
     pub fn labels<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<u16>> {
         let features = self.features(cx, x)?;
-        ops::head_labels(cx, features, &self.last_head.weight, &self.last_head.bias)
+        let head = self.head()?;
+        ops::head_labels(cx, features, &head.weight, &head.bias)
     }
 
     /// All five heads' logits, the full resolution first (deep supervision's outputs), each `[N, classes, ...]`.
@@ -304,5 +345,21 @@ impl Module for StuNet {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         let f = self.features(cx, x)?;
         self.scores(cx, 4, f)
+    }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        let blocks = |stages: &'m [Stage]| stages.iter().flat_map(|s| &s.0);
+        blocks(&self.encoder).for_each(|b| b.params(visit));
+        self.up.iter().for_each(|c| c.params(visit));
+        blocks(&self.decoder).for_each(|b| b.params(visit));
+        self.heads.iter().for_each(|c| c.params(visit));
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        self.last_head.take();
+        self.encoder.iter_mut().flat_map(|s| &mut s.0).for_each(|b| b.params_mut(visit));
+        self.up.iter_mut().for_each(|c| c.params_mut(visit));
+        self.decoder.iter_mut().flat_map(|s| &mut s.0).for_each(|b| b.params_mut(visit));
+        self.heads.iter_mut().for_each(|c| c.params_mut(visit));
     }
 }

@@ -2,11 +2,12 @@
 //! segmentation", 2021): an encoder of either kind and the decoder that both share.
 
 use std::borrow::Cow;
+use std::sync::OnceLock;
 
 use super::plain_unet::PlainEncoder;
 use super::res_enc_unet::ResEncEncoder;
 use super::{Head, UnetConfig, UnetKind};
-use crate::autograd::{Ctx, Var};
+use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Conv3d, ConvTranspose3d, InstanceNorm, Module, ParamSource};
 use crate::ops::{self, Affine, Source, Sources};
@@ -117,6 +118,16 @@ impl ConvNorm {
     pub(super) fn kept_bytes(&self) -> usize {
         self.conv.kept_bytes()
     }
+
+    pub(super) fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        self.conv.params(visit);
+        self.norm.params(visit);
+    }
+
+    pub(super) fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        self.conv.params_mut(visit);
+        self.norm.params_mut(visit);
+    }
 }
 
 /// Convolutions in sequence, each with norm and leaky ReLU, of which all but the last are applied by the next convolution
@@ -157,6 +168,20 @@ impl Encoder {
             Encoder::ResEnc(e) => e.kept_bytes(),
         }
     }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        match self {
+            Encoder::Plain(e) => e.params(visit),
+            Encoder::ResEnc(e) => e.params(visit),
+        }
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        match self {
+            Encoder::Plain(e) => e.params_mut(visit),
+            Encoder::ResEnc(e) => e.params_mut(visit),
+        }
+    }
 }
 
 /// A U-Net of nnU-Net with its parameters.
@@ -169,7 +194,8 @@ pub struct Unet {
     up: Vec<ConvTranspose3d>,
     decoder: Vec<Vec<ConvNorm>>,
     heads: Vec<Conv3d>,
-    last_head: Head,
+    /// Until the parameters change.
+    last_head: OnceLock<Head>,
 }
 
 impl Unet {
@@ -198,8 +224,10 @@ impl Unet {
             up: Vec::new(),
             decoder: Vec::new(),
             heads: Vec::new(),
-            last_head: Head { weight, bias: source.values(&format!("{last}.bias"))?.into_owned(), features: f[0] },
+            last_head: OnceLock::new(),
         };
+        let bias = source.values(&format!("{last}.bias"))?.into_owned();
+        net.last_head.get_or_init(|| Head { weight, bias, features: f[0] });
         for u in 0..levels {
             let s = levels - 1 - u;
             net.up.push(ConvTranspose3d::load(source, &up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
@@ -231,9 +259,16 @@ impl Unet {
     }
 
     /// The full-resolution head.
-    #[must_use]
-    pub fn head(&self) -> &Head {
-        &self.last_head
+    ///
+    /// # Errors
+    /// As [`super::StuNet::head`].
+    pub fn head(&self) -> Result<&Head> {
+        if let Some(head) = self.last_head.get() {
+            return Ok(head);
+        }
+        let last = self.heads.last().ok_or_else(|| Error::shape(OP, "no head"))?;
+        let head = Head::of(last, self.config.classes, self.config.features[0])?;
+        Ok(self.last_head.get_or_init(|| head))
     }
 
     /// The last decoder stage's output `[N, features[0], D, H, W]`: everything but the full-resolution head.
@@ -252,7 +287,8 @@ impl Unet {
     /// As [`Unet::features`].
     pub fn labels<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<u16>> {
         let features = self.features(cx, x)?;
-        ops::head_labels(cx, features, &self.last_head.weight, &self.last_head.bias)
+        let head = self.head()?;
+        ops::head_labels(cx, features, &head.weight, &head.bias)
     }
 
     /// All heads' logits, the full resolution first (deep supervision's outputs), each `[N, classes, ...]`.
@@ -321,5 +357,20 @@ impl Module for Unet {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         let f = self.features(cx, x)?;
         self.scores(cx, self.heads.len() - 1, f)
+    }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        self.encoder.params(visit);
+        self.decoder.iter().flatten().for_each(|c| c.params(visit));
+        self.up.iter().for_each(|c| c.params(visit));
+        self.heads.iter().for_each(|c| c.params(visit));
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        self.last_head.take();
+        self.encoder.params_mut(visit);
+        self.decoder.iter_mut().flatten().for_each(|c| c.params_mut(visit));
+        self.up.iter_mut().for_each(|c| c.params_mut(visit));
+        self.heads.iter_mut().for_each(|c| c.params_mut(visit));
     }
 }

@@ -118,6 +118,16 @@ impl Module for Conv3d {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         self.run(cx, x)
     }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        visit(&self.weight);
+        self.bias.iter().for_each(visit);
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        visit(&mut self.weight);
+        self.bias.iter_mut().for_each(visit);
+    }
 }
 
 /// Transposed 3D convolution whose kernel is its stride: every voxel becomes a block of `stride` voxels (nnU-Net's way
@@ -156,6 +166,16 @@ impl ConvTranspose3d {
 impl Module for ConvTranspose3d {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         ops::conv_transpose3d(cx, x, &self.weight, self.bias.as_ref(), self.how)
+    }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        visit(&self.weight);
+        self.bias.iter().for_each(visit);
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        visit(&mut self.weight);
+        self.bias.iter_mut().for_each(visit);
     }
 }
 
@@ -200,5 +220,13 @@ impl InstanceNorm {
 impl Module for InstanceNorm {
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         self.run(cx, x, None, None)
+    }
+
+    fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
+        [&self.weight, &self.bias].into_iter().for_each(visit);
+    }
+
+    fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
+        [&mut self.weight, &mut self.bias].into_iter().for_each(visit);
     }
 }

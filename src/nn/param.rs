@@ -1,11 +1,11 @@
-//! Where parameter values come from.
+//! Where parameter values come from, and how they go back.
 
 use std::borrow::Cow;
 
-use crate::autograd::Param;
+use crate::autograd::{Param, ParamKind};
 use crate::error::{Error, Result};
 use crate::ops;
-use crate::tensor::{Device, Precision};
+use crate::tensor::{Device, Precision, Tensor};
 
 /// A named source of parameter values: a weight file, an initialiser, a test.
 pub trait ParamSource {
@@ -44,7 +44,7 @@ pub fn filter(
 /// As [`filter`].
 pub fn transposed_filter(source: &dyn ParamSource, name: &str, dims: [usize; 5], device: &Device) -> Result<Param> {
     let values = expect(source, name, &dims)?;
-    Ok(Param::new(name, ops::pack_transposed_filter(&values, dims, device)?, dims.into()))
+    Ok(Param::new(name, ops::pack_transposed_filter(&values, dims, device)?, dims.into()).transposed())
 }
 
 /// Reads a vector `[C]`, padded with zeros to whole channel blocks.
@@ -54,6 +54,52 @@ pub fn transposed_filter(source: &dyn ParamSource, name: &str, dims: [usize; 5],
 pub fn vector(source: &dyn ParamSource, name: &str, len: usize, device: &Device) -> Result<Param> {
     let values = expect(source, name, &[len])?;
     Ok(Param::new(name, ops::pack_vector(&values, device)?, [len].into()))
+}
+
+/// The values of a parameter in PyTorch's order, as [`ParamSource::values`] gives them.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a parameter on a card.
+pub fn values(p: &Param) -> Result<Vec<f32>> {
+    unpack(p, p.value())
+}
+
+/// Replaces the values of a parameter by others in PyTorch's order.
+///
+/// # Errors
+/// [`Error::Shape`] when their number is another; [`Error::OutOfMemory`].
+pub fn set_values(p: &mut Param, values: &[f32]) -> Result<()> {
+    let value = pack(p, values, p.precision())?;
+    *p.value_mut() = value;
+    Ok(())
+}
+
+/// Values that lie as those of `p` do, its gradient for one, in PyTorch's order.
+///
+/// # Errors
+/// [`Error::Shape`] when `packed` lies otherwise; [`Error::Unsupported`] on a card.
+pub fn unpack(p: &Param, packed: &Tensor) -> Result<Vec<f32>> {
+    match p.kind() {
+        ParamKind::Filter => ops::unpack_filter(packed, p.dims().five()),
+        ParamKind::TransposedFilter => ops::unpack_transposed_filter(packed, p.dims().five()),
+        ParamKind::Vector => ops::unpack_vector(packed, p.dims().len()),
+    }
+}
+
+/// Values in PyTorch's order as those of `p` lie, filters stored in `precision`.
+///
+/// # Errors
+/// [`Error::Shape`] when their number is another; [`Error::OutOfMemory`].
+pub fn pack(p: &Param, values: &[f32], precision: Precision) -> Result<Tensor> {
+    let device = p.value().device();
+    if values.len() != p.dims().len() {
+        return Err(Error::shape("pack", format!("{} values for {:?}: {}", values.len(), p.dims(), p.name())));
+    }
+    device.unplanned(|| match p.kind() {
+        ParamKind::Filter => ops::pack_filter(values, p.dims().five(), precision, device),
+        ParamKind::TransposedFilter => ops::pack_transposed_filter(values, p.dims().five(), device),
+        ParamKind::Vector => ops::pack_vector(values, device),
+    })
 }
 
 fn expect<'s>(source: &'s dyn ParamSource, name: &str, dims: &[usize]) -> Result<Cow<'s, [f32]>> {

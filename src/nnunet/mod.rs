@@ -1,6 +1,7 @@
 //! Floor 7: the nnU-Net pipeline, in the order it runs.
 
 pub mod cases;
+pub mod checkpoint;
 pub mod lookup;
 pub mod loss;
 pub mod model;

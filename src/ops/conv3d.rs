@@ -493,3 +493,31 @@ pub fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
     pad.fill(0.0);
     Ok(out)
 }
+
+/// The values of a filter of sizes `[O, I, kD, kH, kW]` from [`pack_filter`], in that order. What was stored as bf16 comes
+/// back rounded.
+///
+/// # Errors
+/// [`Error::Shape`] when `packed` is no packed filter of these sizes; [`Error::Unsupported`] on a card.
+pub fn unpack_filter(packed: &Tensor, dims: [usize; 5]) -> Result<Vec<f32>> {
+    processor("unpack_filter", packed.device())?;
+    if packed.stored().len() != packed_len(dims) {
+        return Err(Error::shape("unpack_filter", format!("{} values for a filter {dims:?}", packed.stored().len())));
+    }
+    let mut out = vec![0.0; dims.iter().product()];
+    dispatch!(packed.device(), conv3d::unpack_filter(packed.stored(), dims, &mut out));
+    Ok(out)
+}
+
+/// The `len` values of a vector from [`pack_vector`].
+///
+/// # Errors
+/// [`Error::Shape`] when `packed` is no padded vector of this length; [`Error::Unsupported`] on a card.
+pub fn unpack_vector(packed: &Tensor, len: usize) -> Result<Vec<f32>> {
+    processor("unpack_vector", packed.device())?;
+    let values = packed.stored();
+    if values.len() != Layout::BLOCKED.padded(len) {
+        return Err(Error::shape("unpack_vector", format!("{} values for a vector of {len}", values.len())));
+    }
+    Ok(values.part(0..len).into_owned())
+}

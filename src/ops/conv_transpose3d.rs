@@ -5,7 +5,7 @@ use crate::autograd::{Backward, Ctx, Grads, Param, Var};
 use crate::backend::cpu::conv_transpose3d::{Geometry, Gradient, Problem, gradient_room, packed_len};
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Dims, Layout, Tensor};
+use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
 const OP: &str = "conv_transpose3d";
 
@@ -187,5 +187,19 @@ pub fn pack_transposed_filter(values: &[f32], dims: [usize; 5], device: &Device)
     let mut out = Tensor::empty(Dims::from([packed_len(dims)]), Layout::PLAIN, device)?;
     let to = memory("pack_transposed_filter", &mut out)?;
     dispatch!(device, conv_transpose3d::pack_filter(values, dims, to));
+    Ok(out)
+}
+
+/// The values of a filter of sizes `[I, O, kD, kH, kW]` from [`pack_transposed_filter`], in that order.
+///
+/// # Errors
+/// [`Error::Shape`] when `packed` is no packed filter of these sizes; [`Error::Unsupported`] on a card.
+pub fn unpack_transposed_filter(packed: &Tensor, dims: [usize; 5]) -> Result<Vec<f32>> {
+    processor("unpack_transposed_filter", packed.device())?;
+    if packed.precision() != Precision::F32 || packed.as_slice().len() != packed_len(dims) {
+        return Err(Error::shape("unpack_transposed_filter", format!("{:?} for a filter {dims:?}", packed.dims())));
+    }
+    let mut out = vec![0.0; dims.iter().product()];
+    dispatch!(packed.device(), conv_transpose3d::unpack_filter(packed.as_slice(), dims, &mut out));
     Ok(out)
 }

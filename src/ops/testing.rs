@@ -181,12 +181,25 @@ pub fn stored_filter(values: &[f32], dims: [usize; 5], precision: Precision, dev
 
 /// A filter parameter of a transposed convolution from values in `[I, O, kD, kH, kW]` order.
 pub fn transposed_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
-    Ok(Param::new("filter", super::pack_transposed_filter(values, dims, device)?, dims.into()))
+    Ok(Param::new("filter", super::pack_transposed_filter(values, dims, device)?, dims.into()).transposed())
 }
 
 /// A vector parameter.
 pub fn vector(values: &[f32], device: &Device) -> Result<Param> {
     Ok(Param::new("vector", super::pack_vector(values, device)?, [values.len()].into()))
+}
+
+/// Implementations of the steps of optimizers on `device`.
+#[must_use]
+pub fn optim_implementations(device: &Device) -> Vec<&'static str> {
+    names(&cpu::optim::SGD, device.isa(), &())
+}
+
+/// The whole memory of a parameter, pad lanes included.
+#[must_use]
+pub fn memory_of(p: &Param) -> Vec<f32> {
+    let values = p.value().stored();
+    values.part(0..values.len()).into_owned()
 }
 
 /// The tensor in the layout in which activations pass between operations.

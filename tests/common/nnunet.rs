@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
-use stunet::models::{RandomParams, StuNetConfig};
+use stunet::models::StuNetConfig;
 use stunet::nn::ParamSource;
+use stunet::nn::RandomParams;
 
 use super::pickle::{Py, call, dict, ints, pickle, s};
 use super::torch::{Tensor, state_dict, storages, torch_zip};

@@ -8,7 +8,7 @@ mod packed;
 pub(super) mod tile;
 pub(super) mod winograd;
 
-pub(crate) use self::packed::pack_filter;
+pub(crate) use self::packed::{pack_filter, unpack_filter};
 use self::winograd::{Plan, Scheme};
 use super::moments::{Moments, moments};
 use crate::base::par;

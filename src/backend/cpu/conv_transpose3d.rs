@@ -272,6 +272,20 @@ pub(crate) fn pack_filter(_: Isa, values: &[f32], [i, o, kd, kh, kw]: [usize; 5]
     });
 }
 
+/// Writes a filter packed by [`pack_filter`] to `out` in `[I, O, kD, kH, kW]` order.
+pub(crate) fn unpack_filter(_: Isa, packed: &[f32], [i, o, kd, kh, kw]: [usize; 5], out: &mut [f32]) {
+    let taps = kd * kh * kw;
+    let pair = if taps.is_multiple_of(2) { 2 } else { 1 };
+    par::chunks_mut(out, o * taps, |c, out| {
+        for (channel, out) in out.chunks_exact_mut(taps).enumerate() {
+            let start = channel / BLOCK * i * taps * BLOCK + channel % BLOCK;
+            for (t, v) in out.iter_mut().enumerate() {
+                *v = packed[start + ((t / pair * i + c) * pair + t % pair) * BLOCK];
+            }
+        }
+    });
+}
+
 /// The definition: every input voxel's products, one tap after the other.
 fn reference(p: &Problem<'_>, out: &mut [f32]) {
     let g = &p.geometry;

@@ -32,6 +32,8 @@ pub(crate) trait Simd: Copy {
     fn power_of_two(self, t: Self::V) -> Self::V;
     /// `a / b`.
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Square roots, correctly rounded.
+    fn sqrt(self, a: Self::V) -> Self::V;
     /// `x` where `x > 0`, else `x * slope`.
     fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V;
     /// The sum of the sixteen, halves added to halves.
@@ -117,6 +119,10 @@ impl Simd for Scalar {
             a[i] /= b[i];
         }
         a
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        a.map(f32::sqrt)
     }
     #[inline(always)]
     fn leaky_relu(self, mut x: Self::V, slope: Self::V) -> Self::V {
@@ -247,6 +253,11 @@ mod x86 {
             unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
         }
         #[inline(always)]
+        fn sqrt(self, a: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX2.
+            unsafe { [_mm256_sqrt_ps(a[0]), _mm256_sqrt_ps(a[1])] }
+        }
+        #[inline(always)]
         fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V {
             let mut out = x;
             for i in 0..2 {
@@ -371,6 +382,11 @@ mod x86 {
         fn div(self, a: Self::V, b: Self::V) -> Self::V {
             // SAFETY: `self` proves AVX-512.
             unsafe { _mm512_div_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sqrt(self, a: Self::V) -> Self::V {
+            // SAFETY: `self` proves AVX-512.
+            unsafe { _mm512_sqrt_ps(a) }
         }
         #[inline(always)]
         fn leaky_relu(self, x: Self::V, slope: Self::V) -> Self::V {

@@ -21,6 +21,7 @@ pub(crate) mod lanes;
 pub(crate) mod leaky_relu;
 pub(crate) mod loss;
 pub(crate) mod moments;
+pub(crate) mod optim;
 pub(crate) mod probe;
 pub(crate) mod relayout;
 pub(crate) mod resample;

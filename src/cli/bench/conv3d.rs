@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use stunet::autograd::{Param, Var};
-use stunet::models::RandomParams;
 use stunet::nn::ParamSource;
+use stunet::nn::RandomParams;
 use stunet::ops::{Conv3d, Sources, testing};
 use stunet::tensor::Precision;
 use stunet::{Device, Error, Result};

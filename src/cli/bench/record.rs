@@ -6,6 +6,7 @@ use stunet::{Device, Error, Result};
 
 use super::super::{output, system};
 use super::Seconds;
+use super::train_step::Training;
 
 /// One run of a benchmark.
 #[derive(Debug, Default, Serialize)]
@@ -36,6 +37,8 @@ pub(super) struct Record {
     pub(super) peak_process_bytes: Option<u64>,
     #[serde(flatten)]
     pub(super) prediction: Option<Prediction>,
+    #[serde(flatten)]
+    pub(super) training: Option<Training>,
     pub(super) layers: Vec<Layer>,
 }
 
@@ -126,6 +129,9 @@ impl Record {
                 .map(|(n, s)| format!("{n} {:.2} s", s.as_f64().unwrap_or_default()))
                 .collect();
             output::line(format!("image {z} x {y} x {x}: {windows}; {}", stages.join(", ")))?;
+        }
+        for line in self.training.iter().flat_map(|t| t.lines(system::human)) {
+            output::line(line)?;
         }
         self.layers.iter().try_for_each(print_layer)?;
         let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);

@@ -5,6 +5,7 @@ mod numpy;
 mod pickle;
 mod text;
 mod value;
+pub(crate) mod write;
 mod zip;
 
 use std::collections::HashMap;
@@ -68,7 +69,8 @@ fn parse(path: &Path, part: &str, bytes: &[u8]) -> Result<Pickle> {
 /// Part of a file at fault, and what is wrong with it.
 type Fault = (String, String);
 
-/// True when the file looks like one of `torch.save`'s containers.
+/// True when the file looks like one of `torch.save`'s containers. The length that a safetensors file begins with may have
+/// any bytes, but a brace follows it, which stands there in neither container.
 pub(crate) fn is_torch(file: &[u8]) -> bool {
     // The length that a safetensors file begins with may have the same first bytes; no container of `torch.save` has a
     // length that its file could hold there.

@@ -131,7 +131,7 @@ impl<'a> View<'a> {
         }
     }
 
-    pub(super) fn int(self) -> Option<i64> {
+    pub(crate) fn int(self) -> Option<i64> {
         match self.node() {
             Node::Int(i) => Some(*i),
             _ => None,

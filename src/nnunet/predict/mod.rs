@@ -354,7 +354,7 @@ impl Predictor {
         let classes = self.plan.heads;
         let (mut weight, mut bias) = (vec![0.0; classes * k], vec![0.0; classes]);
         for (fold, net) in self.nets.iter().enumerate() {
-            let h = net.head();
+            let h = net.head()?;
             for c in 0..classes {
                 bias[c] += h.bias[c] / n as f32;
                 let row = &mut weight[c * k + fold * lanes..][..h.features];
@@ -400,7 +400,7 @@ impl Predictor {
         let activations = if self.device.is_cpu() { self.activations() } else { 0 };
         let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
         // Features that travel are there as the card sends them, as floats, in order and in blocks.
-        let features = self.nets.iter().map(|n| n.head().features.next_multiple_of(16)).max().unwrap_or(0);
+        let features = self.nets.iter().map(|n| n.head_features().next_multiple_of(16)).max().unwrap_or(0);
         let travels = !self.device.is_cpu() && !sweep.sums_on_card;
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);

@@ -15,7 +15,7 @@ impl Predictor {
     #[doc(hidden)]
     pub fn stand_in(net: impl Into<Network>, patch: [usize; 3], spacing_mm: [f64; 3], device: &Device) -> Result<Self> {
         let net = net.into();
-        let classes = net.head().bias.len();
+        let classes = net.classes();
         let mut strides = [[1; 3]; 5];
         strides.iter_mut().zip(net.strides()).for_each(|(to, s)| *to = *s);
         let intensity = Intensity { mean: 0.0, std: 0.5, percentile_00_5: -1.0, percentile_99_5: 1.0 };

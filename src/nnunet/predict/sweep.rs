@@ -65,7 +65,7 @@ impl SweepPlan {
         nets: &[Network],
         activation: Activation,
     ) -> Result<Self> {
-        let head = nets.first().map(Network::head).ok_or_else(|| Error::usage("a model without a fold"))?;
+        let first = nets.first().ok_or_else(|| Error::usage("a model without a fold"))?;
         let padded = [0, 1, 2].map(|a| shape[a].max(patch[a]));
         let starts = [0, 1, 2].map(|a| starts(padded[a], patch[a], step));
         let mut plan = Self {
@@ -78,8 +78,8 @@ impl SweepPlan {
             strict: false,
             sums_on_card: false,
             folds: nets.len(),
-            features: head.features.next_multiple_of(BLOCK),
-            classes: head.bias.len(),
+            features: first.head_features().next_multiple_of(BLOCK),
+            classes: first.classes(),
         };
         let choices = match activation {
             Activation::Identity => [Gather::Features, Gather::Scores(activation)],
@@ -203,10 +203,10 @@ impl<'a> Sweep<'a> {
             }
         };
         let heads = nets.iter().map(|n| {
-            let head = n.head();
-            PackedHead::new(&head.weight, &head.bias, head.features, plan.features)
+            let head = n.head()?;
+            Ok(PackedHead::new(&head.weight, &head.bias, head.features, plan.features))
         });
-        let heads = heads.collect();
+        let heads = heads.collect::<Result<_>>()?;
         Ok(Self {
             plan,
             nets,

@@ -122,7 +122,7 @@ fn swept(nets: &[Network], device: &Device, plan: SweepPlan) -> (Vec<f32>, usize
         for v in plane.chunks_exact(sweep.channels()) {
             for c in 0..CLASSES {
                 let fold = |(f, net): (usize, &Network)| {
-                    let h = net.head();
+                    let h = net.head().unwrap();
                     let w = &h.weight[c * h.features..][..h.features];
                     h.bias[c] + w.iter().zip(&v[f * lanes..]).map(|(w, v)| w * v).sum::<f32>()
                 };

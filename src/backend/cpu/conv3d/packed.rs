@@ -1,7 +1,7 @@
-//! Packing of filters.
+//! Packing of filters, and back.
 
 use crate::base::par;
-use crate::tensor::{BLOCK, Isa, StoredMut, narrowed};
+use crate::tensor::{BLOCK, Isa, Stored, StoredMut, narrowed};
 
 /// Packs `values` in `[O, I, kD, kH, kW]` order into `out` of [`super::packed_len`] values. Lanes past O become zero.
 pub(crate) fn pack_filter(_: Isa, values: &[f32], dims: [usize; 5], out: StoredMut<'_>) {
@@ -28,6 +28,22 @@ fn pack<T: Copy + Default + Send>(
                 for (t, v) in from.iter().enumerate() {
                     out[(t * i + c) * width + lane] = stored(*v);
                 }
+            }
+        }
+    });
+}
+
+/// Writes a filter packed by [`pack_filter`] to `out` in `[O, I, kD, kH, kW]` order.
+pub(crate) fn unpack_filter(_: Isa, packed: Stored<'_>, [o, i, kd, kh, kw]: [usize; 5], out: &mut [f32]) {
+    let taps = kd * kh * kw;
+    let lanes = o.next_multiple_of(BLOCK);
+    par::chunks_mut(out, i * taps, |row, out| {
+        let group = row / (2 * BLOCK) * 2 * BLOCK;
+        let width = (lanes - group).min(2 * BLOCK);
+        let start = group * i * taps + row - group;
+        for (c, out) in out.chunks_exact_mut(taps).enumerate() {
+            for (t, v) in out.iter_mut().enumerate() {
+                *v = packed.get(start + (t * i + c) * width);
             }
         }
     });
