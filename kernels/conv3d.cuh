@@ -5,6 +5,9 @@
 // ldmatrix is given. Filters stream beside it, one plane of taps at a time. The input may be two tensors one after the
 // other in channels, the first of them repeated along axes, each normalised as it is loaded: neither a concatenation, nor
 // an upsampled nor a normalised tensor is ever in memory. Sums for the next normalisation are taken from the f32 results.
+//
+// Where there are too few bricks to keep a card busy, the grid's second dimension cuts channels and planes of taps into
+// parts, each of which leaves its sums in memory.
 #pragma once
 #include "common.cuh"
 
@@ -12,7 +15,7 @@ struct Conv3dParams {
     Source a, b;
     u64 weight;     // [slab of 16 channels][tap][filter][16]
     u64 bias;       // f32 [filters], or 0
-    u64 out;
+    u64 out;        // [N][voxel][filters]; of a grid of several parts f32 [part][N][voxel][filters]
     u64 partials;   // f32 [N][tile][count, mean, squares][filters], or 0
     int filters;    // padded
     int d, h, w;    // input, as it is read
@@ -161,6 +164,25 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
     }
 }
 
+// Writes a part's sums as they are, for conv3d_sum.cu: four lanes fill a sector.
+template <int WN, int MI, int NI, int STEP>
+__device__ __forceinline__ void leave(const Conv3dParams& p, const Tile& t, const float (&acc)[MI][NI][4], int fragment) {
+    const int lane = threadIdx.x & 31, wn = (threadIdx.x >> 5) % WN;
+    const int column = t.first + wn * NI * 8 + (lane & 3) * 2;
+    const u64 sample = (u64)blockIdx.y * p.batch + t.n;
+    #pragma unroll
+    for (int i = 0; i < MI; ++i)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int z, y, x;
+            if (!voxel_of(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x)) continue;
+            float* to = (float*)p.out + (((sample * p.out_d + z) * p.out_h + y) * p.out_w + x) * p.filters + column;
+            #pragma unroll
+            for (int j = 0; j < NI; ++j)
+                if (column + j * 8 < p.filters) *(float2*)(to + j * 8) = make_float2(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
+        }
+}
+
 // PLANE: stride 1 and 3 x 3 taps in the plane, known to the compiler; WM x WN warps have MI fragments of 16 voxels and NI of 8
 // filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis. GROUP: as PLANE, by warp groups of compute
 // capability 9.0, whose matrix instructions read both operands from shared memory: MI planes of 64 voxels by all filters.
@@ -304,41 +326,46 @@ struct Brick {
         const int row = ((f >> 2) * sz * rows + ((f & 3) * 2 + (r >> 3)) * sy) * pitch + (r & 7);
         const u32 filter = swizzle<ROW>((wn * NI * 8 + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16);
         float acc[MI][NI][4] = {};
-        const int count = slabs();
-        u32 real = load(0, start), next = 0;
-        load_weights(0, 0, start + weights);
+        // A stage is a plane of taps of a slab; a part has a range of them.
+        int stage = slabs() * p.kernel_z * blockIdx.y / gridDim.y;
+        const int end = slabs() * p.kernel_z * (blockIdx.y + 1) / gridDim.y;
+        int slab = stage / p.kernel_z, tz = stage % p.kernel_z;
+        u32 real = load(slab, start + (p.bricks == 2 ? slab & 1 : 0) * brick_bytes);
+        load_weights(slab, tz, start + weights + (stage & 1) * weight_bytes);
         copy_commit();
-        int stage = 0;
-        for (int slab = 0; slab < count; ++slab) {
+        for (bool fresh = true, asked = false; stage < end; ++stage) {
             const int buffer = p.bricks == 2 ? slab & 1 : 0;
-            if (slab > 0 && p.bricks == 1) {
-                __syncthreads();                            // the only buffer is read no more
-                next = load(slab, start);
+            // The second plane of taps needs its filters but not yet the next brick, which was asked for after them.
+            if (asked && !fresh) copy_wait<1>();
+            else copy_wait<0>();
+            if (fresh) normalise(slab, shared + buffer * brick_bytes, real);
+            if (WAY == GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncthreads();                                // loaded by all, and the stage before is done by all
+            const bool last = tz + 1 == p.kernel_z, more = stage + 1 < end;
+            if (more) {
+                load_weights(last ? slab + 1 : slab, last ? 0 : tz + 1, start + weights + (~stage & 1) * weight_bytes);
                 copy_commit();
             }
-            if (slab > 0) real = next;
-            for (int tz = 0; tz < p.kernel_z; ++tz, ++stage) {
-                // The second plane of taps needs its filters but not yet the next brick, which was asked for after them.
-                if (tz == 1 && p.bricks == 2 && slab + 1 < count) copy_wait<1>();
-                else copy_wait<0>();
-                if (tz == 0) normalise(slab, shared + buffer * brick_bytes, real);
-                if (WAY == GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                __syncthreads();                            // loaded by all, and the stage before is done by all
-                const bool last = tz + 1 == p.kernel_z;
-                if (!last || slab + 1 < count) {
-                    load_weights(last ? slab + 1 : slab, last ? 0 : tz + 1, start + weights + (~stage & 1) * weight_bytes);
-                    copy_commit();
-                }
-                if (tz == 0 && p.bricks == 2 && slab + 1 < count) {
-                    next = load(slab + 1, start + (buffer ^ 1) * brick_bytes);
-                    copy_commit();
-                }
-                const u32 brick = start + buffer * brick_bytes, weight = start + weights + (stage & 1) * weight_bytes;
-                if constexpr (WAY == GROUP) multiply_group(acc, brick, weight, plane + tz * rows * pitch);
-                else multiply(acc, brick, weight + filter, row + tz * rows * pitch);
+            asked = fresh && p.bricks == 2 && stage - tz + p.kernel_z < end;
+            if (asked) {
+                real = load(slab + 1, start + (buffer ^ 1) * brick_bytes);
+                copy_commit();
+            }
+            const u32 brick = start + buffer * brick_bytes, weight = start + weights + (stage & 1) * weight_bytes;
+            if constexpr (WAY == GROUP) multiply_group(acc, brick, weight, plane + tz * rows * pitch);
+            else multiply(acc, brick, weight + filter, row + tz * rows * pitch);
+            fresh = last, tz = last ? 0 : tz + 1;
+            if (!last || !more) continue;
+            ++slab;
+            if (p.bricks == 1) {
+                __syncthreads();                            // the only buffer is read no more
+                real = load(slab, start);
+                copy_commit();
             }
         }
-        finish<T, WAY, WM, WN, MI, NI, WAY == GROUP ? 4 : 1>(p, t, acc, f, shared);
+        constexpr int STEP = WAY == GROUP ? 4 : 1;
+        if (gridDim.y > 1) leave<WN, MI, NI, STEP>(p, t, acc, f);
+        else finish<T, WAY, WM, WN, MI, NI, STEP>(p, t, acc, f, shared);
     }
 };
 

@@ -211,10 +211,8 @@ pub fn conv3d_memory(
     let [d, h, width] = input;
     let x = Dims::from([1, channels.iter().sum(), d, h, width]);
     let g = sizes(&x, &w.into(), &how.output_dims(&x, &w.into())?, how);
-    // On a card, all that is needed beside is moments of tiles: three floats for 256 voxels or more.
     on_card!(device, {
-        let voxels: usize = how.output_dims(&x, &w.into())?.space().iter().product();
-        let working = voxels.div_ceil(128).saturating_mul(12 * w[0].next_multiple_of(16));
+        let working = super::cuda::conv3d_memory(device, precision, channels, w, input, how)?;
         Ok(Conv3dMemory { working, kept: 0, in_place: false })
     });
     let wish = Wish { strict, ..Wish::default() };

@@ -3,6 +3,8 @@
 //! Activations are `[N][D][H][W][channels padded to 16]`, in the 16 bits (or f32, the plain reference) in which the filters
 //! are stored. Normalisations are applied while they are read, nothing is upsampled or concatenated in memory.
 
+mod conv3d;
+
 use std::time::Instant;
 
 use super::lazy::{Affine, CardMoments, Moments, Source};
@@ -13,6 +15,8 @@ use crate::backend::cuda::{Storage, conv3d as kernels, padded};
 use crate::error::{Error, Result};
 use crate::tensor::cuda::{Driver, Memory};
 use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
+
+pub(super) use conv3d::{conv3d_memory, conv3d_variants};
 
 /// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
 const FIRST: usize = kernels::first::CHANNELS;
@@ -114,6 +118,11 @@ impl Form {
             Form::Halves => i.is_multiple_of(2) && !(i / 2).is_multiple_of(backend::BLOCK),
             Form::First => i <= FIRST && precision != Precision::F32,
         }
+    }
+
+    /// Whether an input of planes is convolved in this form at that stride.
+    fn takes(self, dims: [usize; 5], precision: Precision, stride: [usize; 3]) -> bool {
+        self == Form::First && self.exists(dims, precision) && stride == [1; 3]
     }
 
     /// Input channels with their padding, all taps together.
@@ -218,40 +227,6 @@ impl Inputs {
     }
 }
 
-/// The variants that can convolve inputs of `channels` each and sizes `[batch, _, D, H, W]` together with `w`, and which of
-/// them is taken.
-pub(super) fn conv3d_variants(
-    device: &Device,
-    [batch, _, space @ ..]: [usize; 5],
-    channels: &[usize],
-    w: &Param,
-    how: Conv3d,
-) -> Result<(Vec<&'static str>, &'static str)> {
-    const OP: &str = "conv3d";
-    let [filters, _, kernel @ ..] = w.dims().five();
-    if Form::First.exists(w.dims().five(), w.precision()) && how.stride == [1; 3] && channels.len() == 1 {
-        return Ok((vec![FIRST_NAME], FIRST_NAME));
-    }
-    // Nothing runs, so that there is room everywhere.
-    let anywhere = Memory { address: 0, bytes: usize::MAX };
-    let sources: Vec<_> = channels.iter().map(|c| backend::Source::plain(anywhere, *c, space)).collect();
-    let measured = w.precision() != Precision::F32;
-    let p = kernels::Problem {
-        storage: storage(w.precision()),
-        batch,
-        sources: &sources,
-        weight: anywhere,
-        bias: None,
-        filters,
-        kernel,
-        stride: how.stride,
-        out: anywhere,
-        partials: measured.then_some(anywhere),
-    };
-    let driver = card(OP, device)?;
-    Ok((kernels::variants(driver, &p, measured), kernels::chosen(driver, &p)?))
-}
-
 /// See [`super::conv3d`] and [`super::conv3d_measured`]; by the variant `name` if there is one.
 pub(super) fn conv3d(
     cx: &mut Ctx<'_>,
@@ -274,8 +249,7 @@ pub(super) fn conv3d(
         return unsupported(OP, &format!("strictly, stored as {}; expected f32", precision.name()));
     }
     // The image as it arrives; inner layers of so few channels have voxels.
-    let first = Form::First.exists(w.dims().five(), precision)
-        && how.stride == [1; 3]
+    let first = Form::First.takes(w.dims().five(), precision, how.stride)
         && sources.iter().all(|s| s.is_plain() && s.value.value().layout() == Layout::PLAIN);
     let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let form = if first { Form::First } else { Form::of(OP, &each)? };
@@ -327,14 +301,16 @@ pub(super) fn conv3d(
             stride: how.stride,
             out: to,
             partials: None,
+            workspace: None,
         };
-        if measure && storage != Storage::F32 {
-            let tiles = kernels::tiles(driver, &p, name)?;
-            let t = partials(tiles)?;
+        let measure = measure && storage != Storage::F32;
+        let plan = kernels::plan(driver, &p, measure, kernels::Wish { variant: name, parts: None })?;
+        if measure {
+            let t = partials(plan.tiles())?;
             p.partials = Some(memory(OP, device, &t)?);
-            moments = Some((t, tiles));
+            moments = Some((t, plan.tiles()));
         }
-        kernels::run(driver, &p, name)?
+        run(device, driver, p, &plan)?
     };
     let (what, macs) = describe(w.dims().five(), how.stride, &out);
     note(cx, OP, clock, kernel_name, macs, || what)?;
@@ -345,6 +321,14 @@ pub(super) fn conv3d(
         None => return Ok((out, Moments::new(filters, Vec::new()))),
     };
     Ok((out, Moments::on_card(filters, moments)))
+}
+
+/// Runs a convolution with memory for sums in parts, which goes back to the pool: what comes after runs after it.
+fn run(device: &Device, driver: &dyn Driver, p: kernels::Problem<'_>, plan: &kernels::Plan) -> Result<&'static str> {
+    let work = (plan.workspace() > 0).then(|| plain(plan.workspace() / 4, device)).transpose()?;
+    let workspace = work.as_ref().map(|t| memory("conv3d", device, t)).transpose()?;
+    kernels::run(driver, &kernels::Problem { workspace, ..p }, plan)?;
+    Ok(plan.name())
 }
 
 /// Moments of a tensor that is in memory.
@@ -495,8 +479,11 @@ fn pointwise(cx: &mut Ctx<'_>, x: Source, w: &Param, weight: Memory, start: usiz
         stride: [1; 3],
         out: memory(OP, device, &out)?,
         partials: None,
+        workspace: None,
     };
-    let name = kernels::run(card(OP, device)?, &p, None)?;
+    let driver = card(OP, device)?;
+    let plan = kernels::plan(driver, &p, false, kernels::Wish::default())?;
+    let name = run(device, driver, p, &plan)?;
     let (what, macs) = describe([filters, channels, 1, 1, 1], [1; 3], &out);
     note(cx, OP, clock, name, macs, || what)?;
     Ok(cx.leaf(out))

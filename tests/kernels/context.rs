@@ -25,6 +25,7 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_faults_in_conv3d_are_found", "finds what a card does not find"),
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
+    ("ptx_conv3d_is_cut_where_a_card_would_idle", "runs nothing"),
     ("ptx_operands_are_what_they_are_taken_for", "has several cards of two generations"),
 ];
 
@@ -44,6 +45,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     conv3d::ptx_conv3d_reads_two_sources_the_first_repeated,
     conv3d::ptx_conv3d_on_cards_before_ampere,
     conv3d::ptx_conv3d_of_one_voxel,
+    conv3d::ptx_conv3d_in_parts,
     conv3d_first::ptx_conv3d_first,
     conv_transpose3d::ptx_conv_transpose3d,
     moments::ptx_moments_of_a_tensor,

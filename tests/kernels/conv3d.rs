@@ -1,7 +1,8 @@
 //! Convolution from halo bricks.
 
 use rayon::prelude::*;
-use stunet::backend_testing::cuda::{Source, Storage, conv3d, padded};
+use stunet::backend_testing::cuda::conv3d::{self, Wish};
+use stunet::backend_testing::cuda::{Source, Storage, padded};
 use stunet::tensor::cuda::Driver;
 
 use super::sim::Sim;
@@ -118,6 +119,11 @@ fn merged(partials: &[f32], tiles: usize, filters: usize, n: usize, f: usize) ->
 
 /// Runs the case by every variant that supports it, under several schedules.
 fn check(c: &Case) {
+    check_in(c, &[1]);
+}
+
+/// As [`check`], in so many parts each, as far as there are as many.
+fn check_in(c: &Case, parts: &[usize]) {
     let (weight, bias) = (c.weight(), c.bias());
     let dims = [c.filters, c.channels().iter().sum(), c.kernel[0], c.kernel[1], c.kernel[2]];
     let terms = dims[1..].iter().product::<usize>();
@@ -126,7 +132,7 @@ fn check(c: &Case) {
     let packed = conv3d::pack_weight(&weight, dims, &c.channels(), c.storage).unwrap();
 
     // Output and moments of one variant under one schedule; without a variant all names and the inputs.
-    let run = |seed: u64, name: &str, measured: bool| {
+    let run = |seed: u64, name: &str, parts: usize, measured: bool| {
         let sim = Sim::of(seed, c.card);
         let inputs = c.inputs(&sim);
         let sources: Vec<Source> = inputs.iter().map(|i| i.source).collect();
@@ -141,29 +147,35 @@ fn check(c: &Case) {
             stride: c.stride,
             out: room(&sim, c.batch * voxels * filters, c.storage),
             partials: None,
+            workspace: None,
         };
         if name.is_empty() {
-            return (inputs, conv3d::variants(&sim, &p, measured), Vec::new(), Vec::new(), 0);
+            return Some((inputs, conv3d::variants(&sim, &p, measured), Vec::new(), Vec::new(), 0));
         }
-        let tiles = if measured { conv3d::tiles(&sim, &p, Some(name)).unwrap() } else { 0 };
+        let plan = conv3d::plan(&sim, &p, measured, Wish { variant: Some(name), parts: Some(parts) }).ok()?;
+        let tiles = if measured { plan.tiles() } else { 0 };
         p.partials = measured.then(|| room(&sim, c.batch * tiles * 3 * filters, Storage::F32));
-        conv3d::run(&sim, &p, Some(name)).unwrap_or_else(|e| panic!("{c:?} {name}: {e}"));
-        (inputs, Vec::new(), sim.bytes(p.out), p.partials.map_or(Vec::new(), |m| sim.bytes(m)), tiles)
+        p.workspace = (plan.workspace() > 0).then(|| room(&sim, plan.workspace() / 4, Storage::F32));
+        assert_eq!((plan.parts(), p.workspace.is_some()), (parts, parts > 1));
+        conv3d::run(&sim, &p, &plan).unwrap_or_else(|e| panic!("{c:?} {name}: {e}"));
+        Some((inputs, Vec::new(), sim.bytes(p.out), p.partials.map_or(Vec::new(), |m| sim.bytes(m)), tiles))
     };
-    let (inputs, with_moments, ..) = run(0, "", true);
-    let (_, all, ..) = run(0, "", false);
-    assert!(!all.is_empty());
+    let (inputs, with_moments, ..) = run(0, "", 1, true).unwrap();
+    let (_, all, ..) = run(0, "", 1, false).unwrap();
     let expected = reference(c, &inputs, &weight, &bias);
-    for name in all {
-        let what = format!("{c:?} {name}");
-        let measured = with_moments.contains(&name);
-        let (_, _, out, moments, tiles) = run(SEEDS[0], name, measured);
+    let mut solved = 0;
+    for (name, &parts) in all.iter().flat_map(|name| parts.iter().map(move |parts| (name, parts))) {
+        let what = format!("{c:?} {name} in {parts} parts");
+        let measured = with_moments.contains(name);
+        let Some((_, _, out, moments, tiles)) = run(SEEDS[0], name, parts, measured) else { continue };
+        solved += 1;
         check_values(&what, c, &out, &moments, &expected, terms, tiles);
         for seed in &SEEDS[1..] {
-            let (_, _, again, again_moments, _) = run(*seed, name, measured);
+            let (_, _, again, again_moments, _) = run(*seed, name, parts, measured).unwrap();
             assert!(again == out && again_moments == moments, "{what}: bytes depend on the schedule");
         }
     }
+    assert!(solved >= parts.len(), "{c:?}: no variant, or not in {parts:?} parts");
 }
 
 /// Values within their bounds, and moments of tiles that add up to those of the values.
@@ -284,8 +296,12 @@ pub(super) fn ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere() {
         stride: [1; 3],
         out: memory,
         partials: None,
+        workspace: None,
     };
-    let refused = conv3d::run(&sim, &p, None).unwrap_err().to_string();
+    let refused = conv3d::plan(&sim, &p, false, Wish::default())
+        .and_then(|plan| conv3d::run(&sim, &p, &plan))
+        .unwrap_err()
+        .to_string();
     assert!(refused.contains("7.5"), "{refused}");
 }
 
@@ -311,16 +327,23 @@ pub(super) fn ptx_conv3d_wastes_no_bank_and_no_sector() {
             stride,
             out: room(&sim, c.out().iter().product::<usize>() * 64, c.storage),
             partials: None,
+            workspace: None,
         };
         for name in conv3d::variants(&sim, &p, false) {
-            conv3d::run(&sim, &p, Some(name)).unwrap();
+            for parts in [1, 3] {
+                let wish = Wish { variant: Some(name), parts: Some(parts) };
+                let Ok(plan) = conv3d::plan(&sim, &p, false, wish) else { continue };
+                let workspace = (plan.workspace() > 0).then(|| room(&sim, plan.workspace() / 4, Storage::F32));
+                conv3d::run(&sim, &conv3d::Problem { workspace, ..p }, &plan).unwrap();
+            }
         }
         let entries = sim.reports.lock().unwrap().keys().cloned().collect::<Vec<_>>();
         assert!(entries.len() >= 3, "{entries:?}");
         for entry in entries {
             for (what, site) in [("ldmatrix", true), ("cp.async", false), ("st.global", false), ("st.shared", true)] {
                 let t = sim.traffic(&entry, what);
-                assert!(t.requests > 0, "{entry}: no {what}");
+                // What adds parts up multiplies nothing.
+                assert!(t.requests > 0 || entry.starts_with("conv3d_sum"), "{entry}: no {what}");
                 let (used, ideal) =
                     if site { (t.wavefronts, t.ideal_wavefronts) } else { (t.sectors, t.ideal_sectors) };
                 // Chunks of padding read no sector.
@@ -363,12 +386,65 @@ pub(super) fn ptx_conv3d_refuses_memory_that_is_too_small() {
         stride: [1; 3],
         out,
         partials: None,
+        workspace: None,
     };
+    let whole = conv3d::plan(&sim, &good, false, Wish { parts: Some(1), ..Wish::default() }).unwrap();
     let mut small = good;
     small.out.bytes -= 1;
-    let refused = conv3d::run(&sim, &small, None).unwrap_err().to_string();
-    assert!(refused.contains("the result"), "{refused}");
-    let mut more = good;
-    more.batch = 2;
-    assert!(conv3d::run(&sim, &more, None).unwrap_err().to_string().contains("a source"));
+    let refused = |p: &conv3d::Problem<'_>, plan: &conv3d::Plan| conv3d::run(&sim, p, plan).unwrap_err().to_string();
+    assert!(refused(&small, &whole).contains("the result"));
+    let more = conv3d::Problem { batch: 2, ..good };
+    assert!(refused(&more, &whole).contains("a source"));
+    let parts = conv3d::plan(&sim, &good, false, Wish { parts: Some(3), ..Wish::default() }).unwrap();
+    assert_eq!(parts.workspace(), 3 * 64 * 16 * 4);
+    assert!(refused(&good, &parts).contains("the workspace"));
+    let workspace = Some(sim.alloc(parts.workspace()).unwrap());
+    assert!(refused(&conv3d::Problem { workspace, ..small }, &parts).contains("the result"));
+    let other = conv3d::Problem { kernel: [1, 3, 3], workspace, ..good };
+    assert!(refused(&other, &parts).contains("another problem"));
+    assert!(conv3d::plan(&sim, &good, false, Wish { parts: Some(4), ..Wish::default() }).is_err());
+}
+
+/// A part is a range of planes of taps, whose ends lie anywhere in a slab of channels.
+#[test]
+pub(super) fn ptx_conv3d_in_parts() {
+    let c = Case { batch: 2, bias: true, ..Case::new([5, 9, 10], 0, 40) };
+    check_in(&Case { sources: vec![(20, [1; 3], true), (36, [1; 3], false)], ..c.clone() }, &[2, 5, 12]);
+    check_in(&Case { sources: vec![(72, [1; 3], true)], storage: Storage::F16, stride: [2; 3], ..c.clone() }, &[4, 15]);
+    check_in(&Case { sources: vec![(40, [1; 3], false)], kernel: [1, 3, 3], ..c.clone() }, &[3]);
+    let old = Case { storage: Storage::F16, card: [7, 5], ..c.clone() };
+    check_in(&Case { sources: vec![(16, [2, 1, 2], true), (48, [1; 3], true)], space: [4, 3, 8], ..old }, &[7]);
+    check_in(&Case { sources: vec![(48, [1; 3], true)], card: [9, 0], filters: 72, space: [4; 3], ..c }, &[4]);
+}
+
+/// Few bricks are cut into parts until the card is busy, many are not; the same for the same card.
+#[test]
+pub(super) fn ptx_conv3d_is_cut_where_a_card_would_idle() {
+    let anywhere = stunet::tensor::cuda::Memory { address: 0, bytes: usize::MAX };
+    let plan = |multiprocessors: usize, space: [usize; 3], channels: usize, kernel: [usize; 3]| {
+        let sim = Sim::new(0).with_multiprocessors(multiprocessors);
+        let p = conv3d::Problem {
+            storage: Storage::Bf16,
+            batch: 1,
+            sources: &[Source::plain(anywhere, channels, space)],
+            weight: anywhere,
+            bias: None,
+            filters: channels,
+            kernel,
+            stride: [1; 3],
+            out: anywhere,
+            partials: None,
+            workspace: None,
+        };
+        conv3d::plan(&sim, &p, true, Wish::default()).unwrap()
+    };
+    for multiprocessors in [108, 132] {
+        let deep = plan(multiprocessors, [4; 3], 512, [3; 3]);
+        assert!((8..=33).contains(&deep.parts()), "{deep:?}");
+        assert_eq!(deep.workspace(), deep.parts() * 64 * 512 * 4);
+        assert!(plan(multiprocessors, [8; 3], 256, [3; 3]).parts() >= 4);
+    }
+    assert_eq!(plan(132, [32; 3], 128, [3; 3]).parts(), 1);
+    assert_eq!(plan(1, [8; 3], 256, [3; 3]).parts(), 1);
+    assert_eq!(plan(132, [4; 3], 16, [1, 3, 3]).parts(), 1);
 }

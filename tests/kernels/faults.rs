@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use stunet::Result;
-use stunet::backend_testing::cuda::{Source, Storage, conv3d};
+use stunet::backend_testing::cuda::conv3d::{self, Wish};
+use stunet::backend_testing::cuda::{Source, Storage};
 use stunet::tensor::cuda::{Driver, Launch, Memory, Module};
 
 use super::conv3d::{Case, reference};
@@ -96,8 +97,10 @@ fn run(name: &'static str, variant: &str, edit: &(dyn Fn(&str) -> String + Sync)
         stride: [1; 3],
         out: room(&sim, 5 * 81 * 32, c.storage),
         partials: None,
+        workspace: None,
     };
-    if let Err(e) = conv3d::run(&faulty, &p, Some(variant)) {
+    let plan = conv3d::plan(&faulty, &p, false, Wish { variant: Some(variant), parts: Some(1) }).unwrap();
+    if let Err(e) = conv3d::run(&faulty, &p, &plan) {
         return Some(e.to_string());
     }
     let mut bytes = vec![0; p.out.bytes];

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use stunet::autograd::Ctx;
-use stunet::backend_testing::cuda::conv3d::{self, first};
+use stunet::backend_testing::cuda::conv3d::{self, Wish, first};
 use stunet::backend_testing::cuda::{Norm, Source, Storage, head_labels, instance_norm, moments, padded, relayout};
 use stunet::models::StuNetConfig;
 use stunet::nn::ParamSource;
@@ -96,11 +96,14 @@ impl Net<'_> {
             stride,
             out: room(self.sim, self.batch * voxels * padded(o), self.storage),
             partials: None,
+            workspace: None,
         };
-        let tiles =
-            if norm.is_some() && self.storage != Storage::F32 { conv3d::tiles(self.sim, &p, None).unwrap() } else { 0 };
-        p.partials = (tiles > 0).then(|| room(self.sim, self.batch * tiles * 3 * padded(o), Storage::F32));
-        conv3d::run(self.sim, &p, None).unwrap();
+        let measured = norm.is_some() && self.storage != Storage::F32;
+        let plan = conv3d::plan(self.sim, &p, measured, Wish::default()).unwrap();
+        let tiles = plan.tiles();
+        p.partials = measured.then(|| room(self.sim, self.batch * tiles * 3 * padded(o), Storage::F32));
+        p.workspace = (plan.workspace() > 0).then(|| room(self.sim, plan.workspace() / 4, Storage::F32));
+        conv3d::run(self.sim, &p, &plan).unwrap();
         self.normalised(Source::plain(p.out, o, out), norm, p.partials.map(|m| (m, tiles)))
     }
 

@@ -43,6 +43,7 @@ pub struct Sim {
     machine: Mutex<Machine>,
     options: Options,
     capability: [u32; 2],
+    multiprocessors: usize,
     total: usize,
     card: Option<Arc<dyn Driver>>,
     /// Memory of the card that is given back at the end.
@@ -69,13 +70,20 @@ impl Sim {
         // Tests run side by side on threads of their own.
         let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
         let (machine, held, reports) = (Mutex::new(Machine::new()), Mutex::default(), Mutex::default());
-        Sim { machine, options, capability, total: 1 << 32, card, held, reports }
+        Sim { machine, options, capability, multiprocessors: 4, total: 1 << 32, card, held, reports }
     }
 
     /// The same with so much memory, as it says.
     pub fn with_total(self, total: usize) -> Sim {
         let mut new = self;
         new.total = total;
+        new
+    }
+
+    /// The same with so many multiprocessors, as it says.
+    pub fn with_multiprocessors(self, multiprocessors: usize) -> Sim {
+        let mut new = self;
+        new.multiprocessors = multiprocessors;
         new
     }
 
@@ -143,7 +151,7 @@ impl Driver for Sim {
     }
 
     fn multiprocessors(&self) -> usize {
-        self.card.as_ref().map_or(4, |c| c.multiprocessors())
+        self.card.as_ref().map_or(self.multiprocessors, |c| c.multiprocessors())
     }
 
     fn name(&self) -> String {

@@ -2,6 +2,7 @@
 //! plain reference in f32.
 
 pub mod first;
+mod sum;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -11,6 +12,13 @@ use crate::error::{Error, Result};
 
 const OP: &str = "conv3d";
 const THREADS: u32 = 256;
+
+/// Products of 16 bits that a multiprocessor of compute capability 8.0 adds up in a cycle.
+const PRODUCTS: f64 = 1024.0;
+/// Bytes that it moves in a cycle from and to the second-level cache, in which the sums of parts stay.
+const BYTES: f64 = 32.0;
+/// Cycles from the end of a kernel to the work of the next: some 3 microseconds.
+const LAUNCH: f64 = 4000.0;
 
 static BF16: Files = files!("conv3d_bf16", bf16);
 static F16: Files = files!("conv3d_f16");
@@ -42,6 +50,55 @@ pub struct Problem<'a> {
     pub out: Memory,
     /// f32 `[N][tiles][count, mean, squares][padded filters]`: moments of the tiles, from f32 results.
     pub partials: Option<Memory>,
+    /// [`Plan::workspace`] bytes, if there are any. Its contents do not matter and are lost.
+    pub workspace: Option<Memory>,
+}
+
+/// What [`plan`] is to take; what is left open, it chooses.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wish<'a> {
+    /// The variant of that name.
+    pub variant: Option<&'a str>,
+    /// So many parts, see [`Plan::parts`].
+    pub parts: Option<usize>,
+}
+
+/// How a problem is solved.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    variant: &'static Variant,
+    parts: usize,
+    tiles: usize,
+    workspace: usize,
+}
+
+impl Plan {
+    /// Its variant.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.variant.name
+    }
+
+    /// Into how many parts the sum over channels and planes of taps is cut, each with blocks of its own: more than one where
+    /// there are too few bricks for the card. Parts are added in their order, so that the bytes of a result depend on their
+    /// number, which is the same for the same problem and number of multiprocessors, and on nothing else.
+    #[must_use]
+    pub fn parts(&self) -> usize {
+        self.parts
+    }
+
+    /// Tiles of a sample, each with its own moments: [`Problem::partials`] holds `N * tiles * 3 * padded filters` floats.
+    /// None for f32, which is measured by [`super::moments::tiles`] instead.
+    #[must_use]
+    pub fn tiles(&self) -> usize {
+        self.tiles
+    }
+
+    /// Bytes of [`Problem::workspace`].
+    #[must_use]
+    pub fn workspace(&self) -> usize {
+        self.workspace
+    }
 }
 
 /// `Conv3dParams` of `kernels/conv3d.cuh`.
@@ -78,6 +135,7 @@ enum Kind {
     Plain,
 }
 
+#[derive(Debug)]
 struct Variant {
     name: &'static str,
     /// Filters of a block.
@@ -133,7 +191,35 @@ impl Variant {
         }
     }
 
-    /// Blocks, and voxels of each.
+    /// Slabs of channels times planes of taps: what can be cut into parts.
+    fn stages(&self, p: &Problem<'_>) -> usize {
+        match self.kind {
+            Kind::Brick(_) | Kind::AnyBrick(_) | Kind::GroupBrick(_) => slabs(p) * p.kernel[0],
+            Kind::Pointwise | Kind::Plain => 1,
+        }
+    }
+
+    /// Estimate of the cycles that it takes in so many parts: waves of blocks times the work of a block, and for what is added
+    /// up afterwards another launch and the traffic of all parts.
+    fn cycles(&self, p: &Problem<'_>, out: [usize; 3], multiprocessors: usize, parts: usize) -> f64 {
+        let (blocks, voxels) = self.blocks(p, out);
+        let taps = p.kernel.iter().product::<usize>() * BLOCK * slabs(p);
+        let part = taps as f64 / self.stages(p) as f64 * self.stages(p).div_ceil(parts) as f64;
+        let waves = (blocks * parts).div_ceil(multiprocessors) as f64;
+        let products = waves * (self.filters * voxels) as f64 * part / (PRODUCTS * self.efficiency);
+        if parts == 1 {
+            return products;
+        }
+        let sums = p.batch * out.iter().product::<usize>() * padded(p.filters) * parts;
+        products + LAUNCH + (2 * 4 * sums) as f64 / (BYTES * multiprocessors as f64)
+    }
+
+    /// Numbers of parts to choose from: as many as there are stages, and until every multiprocessor has two blocks.
+    fn parts(&self, p: &Problem<'_>, out: [usize; 3], multiprocessors: usize) -> std::ops::RangeInclusive<usize> {
+        1..=(2 * multiprocessors / self.blocks(p, out).0.max(1)).clamp(1, self.stages(p))
+    }
+
+    /// Blocks of a part, and voxels of each.
     fn blocks(&self, p: &Problem<'_>, out: [usize; 3]) -> (usize, usize) {
         let groups = padded(p.filters).div_ceil(self.filters);
         let voxels = p.batch * out.iter().product::<usize>();
@@ -168,6 +254,10 @@ impl Variant {
     }
 }
 
+fn slabs(p: &Problem<'_>) -> usize {
+    p.sources.iter().map(|s| padded(s.channels) / BLOCK).sum()
+}
+
 /// D, H, W of the result.
 #[must_use]
 pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -> [usize; 3] {
@@ -180,42 +270,30 @@ pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'s
     VARIANTS.iter().filter(|v| v.supports(p, measured, driver)).map(|v| v.name).collect()
 }
 
-/// The variant of that name, or the one expected to be done first: waves of blocks times the work of a block.
-fn choose(
-    p: &Problem<'_>,
-    out: [usize; 3],
-    measured: bool,
-    driver: &dyn Driver,
-    name: Option<&str>,
-) -> Result<&'static Variant> {
+/// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`.
+///
+/// # Errors
+/// As [`run`]; [`Error::Unsupported`] when nothing fits the wish.
+pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>) -> Result<Plan> {
+    let out = output_space(check(p)?, p.kernel, p.stride);
     let multiprocessors = driver.multiprocessors().max(1);
-    let cost = |v: &Variant| {
-        let (blocks, voxels) = v.blocks(p, out);
-        (blocks.div_ceil(multiprocessors) * v.filters * voxels) as f64 / v.efficiency
-    };
-    let asked = |v: &Variant| name.map_or(!matches!(v.kind, Kind::GroupBrick(_)), |n| n == v.name);
+    let asked = |v: &Variant| wish.variant.map_or(!matches!(v.kind, Kind::GroupBrick(_)), |n| n == v.name);
     let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, driver) && asked(v));
-    fit.min_by(|a, b| cost(a).total_cmp(&cost(b)))
-        .ok_or_else(|| Error::unsupported(format!("{OP} has no variant {} for this problem", name.unwrap_or("at all"))))
-}
-
-/// The variant that [`run`] takes without a name.
-///
-/// # Errors
-/// As [`run`].
-pub fn chosen(driver: &dyn Driver, p: &Problem<'_>) -> Result<&'static str> {
-    let out = output_space(check(p)?, p.kernel, p.stride);
-    Ok(choose(p, out, p.partials.is_some(), driver, None)?.name)
-}
-
-/// Tiles of a sample, each with its own moments: [`Problem::partials`] holds `N * tiles * 3 * padded filters` floats.
-/// None for f32, which is measured by [`super::moments::tiles`] instead.
-///
-/// # Errors
-/// As [`run`].
-pub fn tiles(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<usize> {
-    let out = output_space(check(p)?, p.kernel, p.stride);
-    Ok(choose(p, out, true, driver, name)?.tiles(out).iter().product())
+    let ways = fit.flat_map(|v| {
+        let all = wish.parts.map_or_else(|| v.parts(p, out, multiprocessors), |n| n..=n);
+        all.filter(|n| (1..=v.stages(p)).contains(n)).map(move |parts| (v, parts))
+    });
+    let cycles = |(v, parts): &(&Variant, usize)| v.cycles(p, out, multiprocessors, *parts);
+    let best = ways.min_by(|a, b| cycles(a).total_cmp(&cycles(b)));
+    let Some((variant, parts)) = best else {
+        return Err(Error::unsupported(format!("{OP} has no variant for {wish:?} of this problem")));
+    };
+    let voxels = voxels(OP, p.batch, out)?;
+    let (tiles, workspace) = match parts {
+        1 => (variant.tiles(out).iter().product(), 0),
+        _ => (sum::tiles(voxels / p.batch), parts * voxels * padded(p.filters) * 4),
+    };
+    Ok(Plan { variant, parts, tiles, workspace })
 }
 
 /// Filters `[O, I, kD, kH, kW]` as the kernel reads them, `[slab of 16 channels][tap][padded filter][16]`; `channels` are
@@ -260,32 +338,44 @@ fn check(p: &Problem<'_>) -> Result<[usize; 3]> {
     Ok(p.sources[0].read_space())
 }
 
-/// Runs the convolution by the variant of that name, or by the one expected to be fastest; returns its name.
+/// Runs the convolution as it was planned.
 ///
 /// # Errors
-/// [`Error::Shape`] for sizes, kernels and strides that are not supported or do not fit the memory; [`Error::Device`].
-pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<&'static str> {
+/// [`Error::Shape`] for sizes, kernels and strides that are not supported or do not fit the memory or the plan;
+/// [`Error::Device`].
+pub fn run(driver: &dyn Driver, p: &Problem<'_>, plan: &Plan) -> Result<()> {
     let space = check(p)?;
     let out = output_space(space, p.kernel, p.stride);
-    let v = choose(p, out, p.partials.is_some(), driver, name)?;
+    let (v, parts) = (plan.variant, plan.parts);
+    if !v.supports(p, p.partials.is_some(), driver) || parts > v.stages(p) {
+        return Err(Error::shape(OP, format!("another problem was planned for {} in {parts} parts", v.name)));
+    }
     if v.kind == Kind::Pointwise {
-        return pointwise(driver, p, v, out).map(|()| v.name);
+        return pointwise(driver, p, v, out);
     }
     let filters = padded(p.filters);
-    let channels: Vec<usize> = p.sources.iter().map(|s| padded(s.channels)).collect();
-    let slabs = channels.iter().sum::<usize>() / BLOCK;
-    let taps: usize = p.kernel.iter().product();
-    let (shared, bricks) = v.shared(p, slabs, shared_limit(driver));
+    let (slabs, taps) = (slabs(p), p.kernel.iter().product::<usize>());
+    // A part may begin with the last plane of a slab.
+    let most = (v.stages(p).div_ceil(parts) + 2 * (p.kernel[0] - 1)) / p.kernel[0];
+    let (shared, bricks) = v.shared(p, if parts == 1 { slabs } else { most.min(slabs) }, shared_limit(driver));
     let tiles = v.tiles(out);
     let size = p.storage.bytes();
     let ints = |n| ints(OP, n);
     let count = p.batch * tiles.iter().product::<usize>();
+    let all = voxels(OP, p.batch, out)?;
+    // What a whole convolution writes itself, one in parts leaves to the kernel that adds them up.
+    let (to, bias, partials) = if parts == 1 {
+        (p.out.at_least(all * filters * size, OP, "the result")?, p.bias, p.partials)
+    } else {
+        let room = p.workspace.unwrap_or(Memory { address: 0, bytes: 0 });
+        (room.at_least(parts * all * filters * 4, OP, "the workspace")?, None, None)
+    };
     let params = Params {
         sources: sources(OP, p.storage, p.batch, p.sources)?,
         weight: p.weight.at_least(slabs * taps * filters * BLOCK * size, OP, "the filter")?,
-        bias: p.bias.map_or(Ok(0), |b| b.at_least(filters * 4, OP, "the bias"))?,
-        out: p.out.at_least(voxels(OP, p.batch, out)? * filters * size, OP, "the result")?,
-        partials: p.partials.map_or(Ok(0), |m| m.at_least(count * 3 * filters * 4, OP, "the moments"))?,
+        bias: bias.map_or(Ok(0), |b| b.at_least(filters * 4, OP, "the bias"))?,
+        out: to,
+        partials: partials.map_or(Ok(0), |m| m.at_least(count * 3 * filters * 4, OP, "the moments"))?,
         filters: int(OP, filters)?,
         space: ints(space)?,
         out_space: ints(out)?,
@@ -297,9 +387,12 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, name: Option<&str>) -> Result<&
     };
     let (blocks, _) = v.blocks(p, out);
     let blocks = if v.kind == Kind::Plain { blocks.div_ceil(THREADS as usize) } else { blocks };
-    let launch = Launch::line(blocks, THREADS, shared)?;
+    let mut launch = Launch::line(blocks, THREADS, shared)?;
+    launch.grid[1] = int(OP, parts)?.unsigned_abs();
+    // What is refused is refused before anything runs.
+    let end = (parts > 1).then(|| sum::Sum::new(p, parts, all)).transpose()?;
     files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))?;
-    Ok(v.name)
+    end.map_or(Ok(()), |s| s.run(driver))
 }
 
 fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3]) -> Result<()> {
@@ -329,7 +422,7 @@ fn entry(v: &Variant, storage: Storage) -> String {
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    let mut all = first::entries();
+    let mut all = [first::entries(), sum::entries()].concat();
     for v in &VARIANTS {
         let params = if v.kind == Kind::Pointwise { size_of::<gemm::Params>() } else { size_of::<Params>() };
         let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };
