@@ -6,6 +6,7 @@ mod common;
 mod add;
 mod bad_input;
 mod cli;
+mod cohort;
 mod conv3d;
 mod conv3d_fused;
 mod conv_transpose3d;
