@@ -366,7 +366,7 @@ impl Predictor {
         plan.strict = o.strict;
         // On a card if there is room beside the networks; else every window's features travel.
         plan.sums_on_card = plan.gather == Gather::Features
-            && room.is_some_and(|room| self.activations().saturating_add(plan.bytes()) <= room);
+            && room.is_some_and(|room| self.activations().saturating_add(plan.bytes_on_card()) <= room);
         Ok(plan)
     }
 
