@@ -94,7 +94,7 @@ impl Predictor {
 
 /// A case on its way to the network.
 enum Loaded<'f> {
-    Ready(Ticket<'f>, Input),
+    Ready(Ticket<'f>, Box<Input>),
     /// There is no room for it beside others, or there were none: all threads read it when its turn has come.
     Unread(Ticket<'f>),
     LeftOut,
@@ -207,7 +207,7 @@ impl Cohort<'_> {
                     let Some((ticket, fits)) = flight.enter(case, grid, needs) else { return };
                     if fits {
                         match threads.install(|| self.input(&ticket)) {
-                            Ok(input) => Loaded::Ready(ticket, input),
+                            Ok(input) => Loaded::Ready(ticket, Box::new(input)),
                             Err(e) => Loaded::Failed(e),
                         }
                     } else {
@@ -251,7 +251,7 @@ impl Cohort<'_> {
         // Whoever loads ends early only by a panic, which goes on where its thread is joined.
         let case = case.or_else(|| loaded.recv().ok()).ok_or(Error::Cancelled)?;
         let (ticket, input) = match case {
-            Loaded::Ready(ticket, input) => (ticket, input),
+            Loaded::Ready(ticket, input) => (ticket, *input),
             Loaded::Unread(ticket) => {
                 flight.wait_for_earlier(ticket.case);
                 let input = device.install(|| self.input(&ticket))?;
