@@ -9,6 +9,7 @@ mod avg_pool;
 mod bad_input;
 mod checkpoint;
 mod cli;
+mod cohort;
 mod conv3d;
 mod conv3d_fused;
 mod conv3d_grad;

@@ -13,8 +13,11 @@ use super::progress::above_bar;
 
 /// Writes `text` as it stands to standard output.
 pub(super) fn text(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    let written = above_bar(|| {
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush())
+    });
+    match written {
         Err(e) if e.kind() != ErrorKind::BrokenPipe => {
             Err(Error::Io { path: "standard output".into(), action: "write", source: e })
         }

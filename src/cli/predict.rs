@@ -10,11 +10,11 @@ use half::f16;
 use stunet::nnunet::cases::{self, Case};
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::ModelFolder;
-use stunet::nnunet::plans::Rules;
-use stunet::nnunet::predict::Probabilities;
+use stunet::nnunet::plans::{Channel, Rules};
+use stunet::nnunet::predict::{Finished, Probabilities, Sink, Source};
 use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
 use stunet::preview::{self, PreviewOptions};
-use stunet::{Error, Image, Mode, PredictOptions, Prediction, Predictor, Result, io};
+use stunet::{Error, Geometry, Image, Mode, PredictOptions, Prediction, Predictor, Progress, Result, io};
 
 use super::args::{DeviceArgs, ModelArgs, PrecisionChoice, bytes, step_size};
 use super::output::{self, say_error, say_warning};
@@ -180,7 +180,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
     predictor.validate()?;
 
-    let mut report = if args.report.is_some() || args.json {
+    let report = if args.report.is_some() || args.json {
         let files = ModelFolder::open(&model, &opening)?.sources;
         let record = ModelRecord::of(&model, &files, predictor.plan())?.precision(precision);
         let mut report = RunReport::new(record, &device, &options);
@@ -193,32 +193,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.is_cohort() {
         cases::copy_descriptions(&model, &args.output)?;
     }
-    let mut failed = Vec::new();
+    let source = Images { args, jobs: &jobs, channels: predictor.plan().channels.clone() };
+    let rules = predictor.plan().rules;
+    let mut results = Results { args, jobs: &jobs, rules, report, failed: Vec::new() };
+    let mut bar = |i: usize| -> Box<dyn Progress> {
+        let title = format!("{}/{} {}", i + 1, jobs.len(), jobs[i].case.name);
+        Box::new(Bar::new(&title, !args.no_progress, args.quiet))
+    };
     // What ends the run early; the report is written all the same.
-    let mut end = None;
-    for (i, job) in jobs.iter().enumerate() {
-        let title = format!("{}/{} {}", i + 1, jobs.len(), job.case.name);
-        let record = match args.case(&mut predictor, job, &title) {
-            Ok(record) => record,
-            Err(e @ Error::Cancelled) => {
-                end = Some(e);
-                break;
-            }
-            Err(e) => {
-                let record = CaseRecord::failed(&job.case.name, &e);
-                if args.is_cohort() {
-                    say_error(&format!("case {}: {e}", job.case.name));
-                    failed.push(job.case.name.as_str());
-                } else {
-                    end = Some(e);
-                }
-                record
-            }
-        };
-        if let Some(r) = &mut report {
-            r.cases.push(record);
-        }
-    }
+    let end = predictor.predict_all(&source, &mut results, &mut bar).err();
+    let Results { mut report, failed, .. } = results;
     if let Some(r) = &mut report {
         r.interrupted = matches!(end, Some(Error::Cancelled));
         r.seconds = start.elapsed().as_secs_f64();
@@ -394,46 +378,6 @@ impl Args {
         Ok(())
     }
 
-    /// Reads, predicts and writes one case.
-    fn case(&self, predictor: &mut Predictor, job: &Job, title: &str) -> Result<CaseRecord> {
-        if progress::interrupted() {
-            return Err(Error::Cancelled);
-        }
-        if self.resume && job.is_complete() {
-            return Ok(CaseRecord::new(&job.case.name, Outcome::Skipped));
-        }
-        let mut bar = Bar::new(title, !self.no_progress, self.quiet);
-        let begin = Instant::now();
-        // The grid tells what the prediction will take: nothing is read that could not be predicted.
-        if let Some(first) = job.case.paths().first() {
-            let geometry = io::read_nifti_header(first)?;
-            let channels = predictor.plan().channels.len();
-            predictor.check_memory(&geometry, channels).map_err(|e| job.case.name_file(e))?;
-        }
-        // Files are packed and unpacked by the device's threads, too.
-        let device = predictor.device().clone();
-        let image = device.install(|| job.case.read(&predictor.plan().channels))?;
-        let read = begin.elapsed().as_secs_f64();
-        let mut prediction = predictor.predict_with(&image, &mut bar).map_err(|e| job.case.name_file(e))?;
-        let begin = Instant::now();
-        let rules = predictor.plan().rules;
-        let written = device.install(|| self.write(job, &image, &prediction, rules))?;
-        let write = begin.elapsed().as_secs_f64();
-        drop(bar);
-        if !self.json {
-            written.iter().try_for_each(|f| output::path(f))?;
-        }
-        let mut record = CaseRecord::new(&job.case.name, Outcome::Done);
-        if self.report.is_some() || self.json {
-            prediction.report.seconds.insert(0, ("read".into(), read));
-            prediction.report.seconds.push(("write".into(), write));
-            record = record.with(&prediction.segmentation, &prediction.report);
-            record.inputs = job.case.paths().iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
-            record.outputs = written.iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
-        }
-        Ok(record)
-    }
-
     /// Writes a case's files, the segmentation last: where it is, the others are too.
     fn write(&self, job: &Job, image: &Image, prediction: &Prediction, rules: Rules) -> Result<Vec<PathBuf>> {
         if let (Some(p), Some(path)) = (&prediction.probabilities, &job.probabilities) {
@@ -445,6 +389,92 @@ impl Args {
         }
         io::write_nifti(&job.output, &prediction.segmentation)?;
         Ok(job.outputs().cloned().collect())
+    }
+}
+
+/// Where the images are.
+struct Images<'a> {
+    args: &'a Args,
+    jobs: &'a [Job],
+    channels: Vec<Channel>,
+}
+
+impl Source for Images<'_> {
+    fn cases(&self) -> usize {
+        self.jobs.len()
+    }
+
+    fn grid(&self, case: usize) -> Result<Option<Geometry>> {
+        let job = &self.jobs[case];
+        if self.args.resume && job.is_complete() {
+            return Ok(None);
+        }
+        let paths = job.case.paths();
+        let first = paths.first().ok_or_else(|| Error::Usage { what: "a case without a file".into() })?;
+        io::read_nifti_header(first).map(Some)
+    }
+
+    fn read(&self, case: usize) -> Result<Image> {
+        self.jobs[case].case.read(&self.channels)
+    }
+}
+
+/// Where the results go, and what is said of them.
+struct Results<'a> {
+    args: &'a Args,
+    jobs: &'a [Job],
+    rules: Rules,
+    report: Option<RunReport>,
+    failed: Vec<&'a str>,
+}
+
+impl Results<'_> {
+    /// Writes a case's files and names them.
+    fn write(&self, job: &Job, done: Finished) -> Result<CaseRecord> {
+        let Finished { image, mut prediction, .. } = done;
+        let begin = Instant::now();
+        let written = self.args.write(job, &image, &prediction, self.rules)?;
+        let write = begin.elapsed().as_secs_f64();
+        if !self.args.json {
+            written.iter().try_for_each(|f| output::path(f))?;
+        }
+        let mut record = CaseRecord::new(&job.case.name, Outcome::Done);
+        if self.report.is_some() {
+            prediction.report.seconds.push(("write".into(), write));
+            record = record.with(&prediction.segmentation, &prediction.report);
+            record.inputs = job.case.paths().iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
+            record.outputs = written.iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
+        }
+        Ok(record)
+    }
+}
+
+impl Sink for Results<'_> {
+    fn put(&mut self, case: usize, outcome: Result<Option<Finished>>) -> Result<()> {
+        let job = &self.jobs[case];
+        let name = &job.case.name;
+        let record = match outcome {
+            Ok(Some(done)) => self.write(job, done),
+            Ok(None) => Ok(CaseRecord::new(name, Outcome::Skipped)),
+            Err(e) => Err(job.case.name_file(e)),
+        };
+        let (record, end) = match record {
+            Ok(record) => (record, Ok(())),
+            Err(e) => {
+                let record = CaseRecord::failed(name, &e);
+                if self.args.is_cohort() {
+                    say_error(&format!("case {name}: {e}"));
+                    self.failed.push(name);
+                    (record, Ok(()))
+                } else {
+                    (record, Err(e))
+                }
+            }
+        };
+        if let Some(r) = &mut self.report {
+            r.cases.push(record);
+        }
+        end
     }
 }
 

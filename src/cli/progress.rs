@@ -32,7 +32,7 @@ pub(super) fn interrupted() -> bool {
 static SHOWN: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
 /// Runs `print` with the bar out of the way.
-pub(super) fn above_bar(print: impl FnOnce()) {
+pub(super) fn above_bar<R>(print: impl FnOnce() -> R) -> R {
     let shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match shown {
         Some(bar) => bar.suspend(print),

@@ -34,12 +34,12 @@ fn storage(precision: Precision) -> Storage {
     }
 }
 
-fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
+pub(super) fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
     device.driver().ok_or_else(|| Error::Device { what: format!("{op}: {} is no card", device.name()) })
 }
 
 /// Where a tensor of `device` is.
-fn memory(op: &'static str, device: &Device, t: &Tensor) -> Result<Memory> {
+pub(super) fn memory(op: &'static str, device: &Device, t: &Tensor) -> Result<Memory> {
     same_device(op, device, t.device())?;
     t.cuda().ok_or_else(|| Error::shape(op, format!("a tensor of {} on a card", t.device().name())))
 }
@@ -75,7 +75,7 @@ fn voxels(op: &'static str, dims: Dims, precision: Precision, device: &Device) -
 }
 
 /// f32 in no order but its own.
-fn plain(floats: usize, device: &Device) -> Result<Tensor> {
+pub(super) fn plain(floats: usize, device: &Device) -> Result<Tensor> {
     Tensor::empty(Dims::from([floats]), Layout::PLAIN, device)
 }
 
@@ -518,11 +518,13 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
 }
 
 /// Adds a window's features `[1, C, D, H, W]`, times `scale` and the window's importance if there is one, to the sums of an
-/// image: `[ring][H][W][channels]` of size `ring`, of whose channels the features' begin at `first`.
+/// image: `[ring][H][W][channels]` of size `ring`, of whose channels the features' begin at `first`; and the importance to
+/// `counted`, `[ring][H][W]`.
 pub(crate) fn aggregate(
     features: &Tensor,
     importance: Option<&Tensor>,
     sum: &Tensor,
+    counted: Option<&Tensor>,
     ring: [usize; 3],
     [channels, first]: [usize; 2],
     start: [usize; 3],
@@ -537,7 +539,7 @@ pub(crate) fn aggregate(
         features: backend::Source::plain(memory(OP, device, features)?, c, space),
         importance: importance.map(|t| memory(OP, device, t)).transpose()?,
         sum: memory(OP, device, sum)?,
-        weight: None,
+        weight: counted.map(|t| memory(OP, device, t)).transpose()?,
         ring,
         channels: [channels, first],
         start,
@@ -548,7 +550,7 @@ pub(crate) fn aggregate(
 }
 
 /// Some of the floats of a tensor, from place `at` on.
-fn part(t: &Tensor, at: usize, floats: usize) -> Result<Memory> {
+pub(super) fn part(t: &Tensor, at: usize, floats: usize) -> Result<Memory> {
     let all = memory("part", t.device(), t)?;
     if (at + floats) * 4 > all.bytes {
         return Err(Error::shape("part", format!("{floats} floats from {at} of {} bytes", all.bytes)));

@@ -13,6 +13,7 @@ use stunet::{Device, Error, Precision};
 use super::sim::{Sim, on_card};
 use super::{
     aggregate, conv_transpose3d, conv3d, conv3d_first, device, head_labels, instance_norm, moments, network, relayout,
+    resample,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -57,11 +58,15 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     head_labels::ptx_head_labels_of_equal_scores,
     head_labels::ptx_head_labels_of_sums_over_windows,
     aggregate::ptx_aggregate_adds_windows_in_order,
+    resample::ptx_resample_labels,
+    resample::ptx_resample_labels_paints_regions,
+    resample::ptx_resample_labels_of_odd_and_of_equal_values,
     network::ptx_network_in_f32_is_the_cpus,
     network::ptx_network_in_16_bit_is_near_the_cpus,
     device::ptx_stunet_through_the_library,
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,
+    device::ptx_prediction_on_another_grid_through_the_library,
     device::ptx_variants_through_the_library,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,

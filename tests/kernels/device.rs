@@ -162,6 +162,38 @@ pub(super) fn ptx_prediction_through_the_library() {
     }
 }
 
+/// From the network's grid to finer and coarser ones on the card: the labels that the processor's own way gives, which is
+/// taken where probabilities are asked for, and those of a prediction without a card.
+#[test]
+pub(super) fn ptx_prediction_on_another_grid_through_the_library() {
+    // More classes than features: those are what is summed.
+    let config = StuNetConfig { dims: [16; 6], ..StuNetConfig::small(1, 24) }.with_strides([[1; 3]; 5]);
+    let patch = [4, 8, 8];
+    let agreement = |a: &[u16], b: &[u16]| a.iter().zip(b).filter(|(a, b)| a == b).count() as f64 / a.len() as f64;
+    // Several windows along every axis; one window, wider than the image; an axis that is resampled apart.
+    for (shape, spacing) in
+        [([5, 8, 17], [1.3, 0.9, 0.8]), ([5, 11, 9], [0.7, 0.6, 0.75]), ([3, 9, 10], [4.0, 1.0, 0.9])]
+    {
+        let image = Image::new(vec![random(shape.iter().product(), 12)], Geometry::new(shape, spacing)).unwrap();
+        let labels = |device: &Device, probabilities: bool| {
+            let net = config.build_random_with(device, 2, Precision::F32).unwrap();
+            let options = PredictOptions::default().mirroring(false).probabilities(probabilities);
+            let mut predictor = Predictor::stand_in(net, patch, [1.0; 3], device).unwrap().options(options);
+            let labels = predictor.predict(&image).unwrap().labels;
+            labels.iter().collect::<Vec<u16>>()
+        };
+        let sim = Arc::new(Sim::of(1, [8, 6]));
+        let card = Device::on(sim.clone(), "sim".into());
+        let (got, by_processor) = (labels(&card, false), labels(&card, true));
+        assert!(sim.ran("resample_labels_f32"), "the labels were made elsewhere");
+        let exact = labels(&Device::cpu(), false);
+        assert!((0..24).filter(|l| exact.contains(l)).count() > 2, "{exact:?}");
+        // Near ties: sums differ by their order.
+        assert!(agreement(&got, &by_processor) >= 0.998, "{shape:?}: {}", agreement(&got, &by_processor));
+        assert!(agreement(&got, &exact) >= 0.998, "{shape:?}: {}", agreement(&got, &exact));
+    }
+}
+
 /// What measurements walk: every variant by its name, one of which is taken without.
 #[test]
 pub(super) fn ptx_variants_through_the_library() {

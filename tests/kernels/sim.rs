@@ -114,6 +114,11 @@ impl Sim {
         sum
     }
 
+    /// Whether an entry was launched; of a card that is not known.
+    pub fn ran(&self, entry: &str) -> bool {
+        self.card.is_some() || lock(&self.reports).contains_key(entry)
+    }
+
     /// All of the memory; fails when a byte of it was never written.
     pub fn bytes(&self, m: Memory) -> Vec<u8> {
         let mut v = vec![0; m.bytes];

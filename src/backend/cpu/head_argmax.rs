@@ -53,10 +53,19 @@ impl LinearHead {
         self.classes
     }
 
+    /// (classes, channels).
+    pub(crate) fn weight(&self) -> &[f32] {
+        &self.weight[..self.classes * self.channels]
+    }
+
+    /// (classes).
+    pub(crate) fn bias(&self) -> &[f32] {
+        &self.bias[..self.classes]
+    }
+
     /// The same head with classes as lanes.
     pub(crate) fn packed(&self) -> PackedHead {
-        let weight = &self.weight[..self.classes * self.channels];
-        PackedHead::new(weight, &self.bias[..self.classes], self.channels, self.channels)
+        PackedHead::new(self.weight(), self.bias(), self.channels, self.channels)
     }
 
     /// The outputs for one voxel.

@@ -13,6 +13,7 @@ pub mod instance_norm;
 mod launch;
 pub mod moments;
 pub mod relayout;
+pub mod resample;
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
@@ -221,6 +222,7 @@ pub fn entries() -> Vec<Entry> {
         instance_norm::entries(),
         moments::entries(),
         relayout::entries(),
+        resample::entries(),
     ];
     all.concat()
 }

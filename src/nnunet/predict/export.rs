@@ -38,6 +38,27 @@ pub(crate) trait Planes {
     /// # Errors
     /// Whatever stops the source; it ends the export.
     fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()>;
+
+    /// Where the values are on a card that can do it: makes the labels of every plane of the target there and hands them to
+    /// `put` in rising order. False, without having begun, elsewhere.
+    ///
+    /// # Errors
+    /// As [`Planes::plane`].
+    fn labels(&mut self, how: &Labelling<'_>, put: &mut dyn FnMut(usize, &[u16])) -> Result<bool> {
+        let _ = (how, put);
+        Ok(false)
+    }
+}
+
+/// From inputs of the network's last layer on its grid to labels on another.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read on cards only"))]
+pub(crate) struct Labelling<'a> {
+    pub(crate) head: &'a LinearHead,
+    pub(crate) winner: Winner<'a>,
+    pub(crate) grid: &'a Grid,
+    /// Labels can exceed 255.
+    pub(crate) wide: bool,
 }
 
 /// What the scores are.
@@ -218,6 +239,12 @@ impl Export<'_> {
     /// Calls `put` with the labels of every plane of the target, (y, x).
     fn each_plane(&self, planes: &mut dyn Planes, grid: &Grid, mut put: impl FnMut(usize, &[u16])) -> Result<()> {
         self.check(planes)?;
+        if let Some(head) = self.head {
+            let how = Labelling { head, winner: self.winner(), grid, wide: self.max_label() > 255 };
+            if planes.labels(&how, &mut put)? {
+                return Ok(());
+            }
+        }
         let (width, channels) = (grid.x.len(), planes.channels());
         let mut window = Window::new(planes)?;
         let mut plane = vec![0u16; grid.y.len() * width];
@@ -359,10 +386,10 @@ fn write_plane<T: Label>(frame: &View, z: usize, plane: &[u16], out: &mut [T]) {
 }
 
 /// Where every output voxel lies on the network's grid.
-struct Grid {
-    z: Vec<Tap>,
-    y: Vec<Tap>,
-    x: Vec<Tap>,
+pub(crate) struct Grid {
+    pub(crate) z: Vec<Tap>,
+    pub(crate) y: Vec<Tap>,
+    pub(crate) x: Vec<Tap>,
 }
 
 impl Grid {

@@ -1,5 +1,6 @@
 //! From image to segmentation: preprocess, slide windows, aggregate, resample back, decide.
 
+mod cohort;
 mod export;
 mod held;
 pub(super) mod scores;
@@ -13,6 +14,7 @@ pub(super) mod window;
 use std::path::Path;
 use std::time::Instant;
 
+pub use cohort::{Finished, Sink, Source};
 pub use export::Probabilities;
 pub use scores::labels_from_scores;
 
@@ -25,7 +27,7 @@ use super::postprocess::keep_largest_components;
 use super::preprocess::{Preprocessed, plan_shape, preprocess_by};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::io::{Geometry, Image, Segmentation};
+use crate::io::{Geometry, Image, LabelData, Segmentation};
 use crate::models::Network;
 use crate::ops::head::{Activation, LinearHead};
 use crate::tensor::Device;
@@ -126,7 +128,7 @@ pub struct Report {
     pub tiles: usize,
     /// Voxels (z, y, x) of the image on the network's grid.
     pub network_shape: [usize; 3],
-    /// Wall seconds of each stage: "preprocess", "network", "export".
+    /// Wall seconds of each stage: "preprocess", "network", "export"; of a cohort's cases "read" before them.
     pub seconds: Vec<(String, f64)>,
     /// Largest total of the device's tensors in bytes, the model's weights included.
     pub peak_tensor_bytes: usize,
@@ -211,14 +213,23 @@ impl Predictor {
     pub fn predict_with(&mut self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
         self.validate()?;
         self.check_memory(&image.geometry, image.channels.len())?;
+        self.limited(|this| {
+            this.device.install(|| {
+                tell(progress, Event::Stage("preprocess"))?;
+                let prepared = this.prepare(image)?;
+                this.finish(this.segment(&prepared, image.geometry.clone(), progress)?)
+            })
+        })
+    }
+
+    /// Runs predictions under the memory limit of the options.
+    fn limited<R>(&mut self, run: impl FnOnce(&Self) -> R) -> R {
         let before = self.device.memory().limit;
         // The limit is of the machine's memory; a card's own is checked before.
         if self.options.memory_limit.is_some() && self.device.is_cpu() {
             self.device.set_memory_limit(self.options.memory_limit);
         }
-        self.device.reset_peak();
-        let this = &*self;
-        let result = this.device.install(|| this.run(image, progress));
+        let result = run(self);
         self.device.set_memory_limit(before);
         result
     }
@@ -231,7 +242,7 @@ impl Predictor {
         let this = &*self;
         this.device.install(|| {
             let case = preprocess_by(this.device.isa(), image, &this.plan)?;
-            let plan = this.plan_sweep(case.shape)?;
+            let plan = this.plan_sweep(case.shape, this.card_room())?;
             let head = this.combined_head(&plan)?;
             let (inputs, channels) = (plan.channels(), this.plan.heads);
             let [depth, area] = [case.shape[0], case.shape[1] * case.shape[2]];
@@ -291,18 +302,23 @@ impl Predictor {
         Ok(())
     }
 
-    fn run(&self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
+    fn prepare(&self, image: &Image) -> Result<Prepared> {
         let clock = Instant::now();
-        tell(progress, Event::Stage("preprocess"))?;
         let case = preprocess_by(self.device.isa(), image, &self.plan)?;
-        let preprocessing = clock.elapsed().as_secs_f64();
+        Ok(Prepared { case, seconds: clock.elapsed().as_secs_f64() })
+    }
 
-        let sweep = self.plan_sweep(case.shape)?;
+    /// The network, and its output on the grid of the image.
+    fn segment(&self, prepared: &Prepared, geometry: Geometry, progress: &mut dyn Progress) -> Result<Segmented> {
+        self.device.reset_peak();
+        let clock = Instant::now();
+        let case = &prepared.case;
+        let sweep = self.plan_sweep(case.shape, self.card_room())?;
         let (tiles, head) = (sweep.windows(), self.combined_head(&sweep)?);
         tell(progress, Event::Stage("network"))?;
         let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
-        let export = self.export(&case, head.as_ref());
-        let (mut labels, probabilities) = match self.options.mode {
+        let export = self.export(case, head.as_ref());
+        let (labels, probabilities) = match self.options.mode {
             Mode::Normal if self.options.probabilities => {
                 let (labels, p) = export.labels_and_probabilities(&mut sweep)?;
                 (labels, Some(p))
@@ -311,22 +327,32 @@ impl Predictor {
             Mode::Fast => (export.labels_fast(&mut sweep, 1)?, None),
             Mode::Fastest => (export.labels_fast(&mut sweep, 0)?, None),
         };
-        keep_largest_components(&mut labels, image.geometry.shape, &self.plan.keep_largest);
         let network = sweep.network_seconds();
-        let total = clock.elapsed().as_secs_f64();
-        let seconds =
-            [("preprocess", preprocessing), ("network", network), ("export", total - preprocessing - network)];
+        let export = clock.elapsed().as_secs_f64() - network;
+        let seconds = [("preprocess", prepared.seconds), ("network", network), ("export", export)];
         let report = Report {
             tiles,
             network_shape: case.shape,
             seconds: seconds.map(|(n, s)| (n.to_string(), s)).to_vec(),
             peak_tensor_bytes: self.device.memory().peak,
         };
-        let segmentation = Segmentation::new(labels, image.geometry.clone(), self.plan.labels.clone())?;
+        Ok(Segmented { labels, probabilities, geometry, report })
+    }
+
+    /// What looks at the whole label map.
+    fn finish(&self, segmented: Segmented) -> Result<Prediction> {
+        let clock = Instant::now();
+        let Segmented { mut labels, probabilities, geometry, mut report } = segmented;
+        keep_largest_components(&mut labels, geometry.shape, &self.plan.keep_largest);
+        let segmentation = Segmentation::new(labels, geometry, self.plan.labels.clone())?;
+        if let Some((_, seconds)) = report.seconds.iter_mut().find(|(stage, _)| stage == "export") {
+            *seconds += clock.elapsed().as_secs_f64();
+        }
         Ok(Prediction { segmentation, probabilities, report })
     }
 
-    fn plan_sweep(&self, shape: [usize; 3]) -> Result<SweepPlan> {
+    /// With `room` on the card, if it is one.
+    fn plan_sweep(&self, shape: [usize; 3], room: Option<usize>) -> Result<SweepPlan> {
         let (p, o) = (&self.plan, &self.options);
         let activation = match (p.rules, &p.decision) {
             (Rules::NnunetV2, _) => Activation::Identity,
@@ -340,7 +366,7 @@ impl Predictor {
         plan.strict = o.strict;
         // On a card if there is room beside the networks; else every window's features travel.
         plan.sums_on_card = plan.gather == Gather::Features
-            && self.card_room().is_some_and(|room| self.activations().saturating_add(plan.bytes()) <= room);
+            && room.is_some_and(|room| self.activations().saturating_add(plan.bytes_on_card()) <= room);
         Ok(plan)
     }
 
@@ -387,15 +413,27 @@ impl Predictor {
     /// # Errors
     /// [`Error::Input`] when the grid's spacing cannot be.
     pub fn memory_needed(&self, geometry: &Geometry, channels: usize) -> Result<usize> {
+        Ok(self.needs(geometry, channels, self.standing())?.alone())
+    }
+
+    /// What is there between predictions.
+    fn standing(&self) -> Standing {
+        // Filters that are kept already are in use and in the plan.
+        let kept: usize = self.nets.iter().map(Network::kept_bytes).sum();
+        let in_use = self.device.memory().in_use;
+        let held = if self.device.is_cpu() { in_use.saturating_sub(kept) } else { 0 };
+        Standing { held, room: self.card_room(), in_use }
+    }
+
+    fn needs(&self, geometry: &Geometry, channels: usize, standing: Standing) -> Result<Needs> {
         let forward = self.plan.transpose_forward;
         let from = forward.map(|a| geometry.shape[a]);
         let to = plan_shape(geometry.shape, geometry.spacing_mm, &self.plan)?;
-        let sweep = self.plan_sweep(to)?;
+        let sweep = self.plan_sweep(to, standing.room)?;
         let product = |v: [usize; 3]| v.iter().fold(4usize, |n, &d| n.saturating_mul(d));
+        let sum = |parts: &[usize]| parts.iter().fold(0usize, |n, b| n.saturating_add(*b));
         let both = [0, 1, 2].map(|a| from[a].max(to[a]));
         let images = channels.saturating_mul(product(from).saturating_add(product(to)));
-        // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
-        let preprocessing = product(both).saturating_mul(2);
         // What a card holds is not the machine's memory.
         let activations = if self.device.is_cpu() { self.activations() } else { 0 };
         let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
@@ -405,15 +443,15 @@ impl Predictor {
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
-        let mut network =
-            [sums, travelling, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
-        if self.options.probabilities {
-            network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
-        }
-        // Filters that are kept already are in use and in the plan.
-        let kept: usize = self.nets.iter().map(Network::kept_bytes).sum();
-        let held = if self.device.is_cpu() { self.device.memory().in_use.saturating_sub(kept) } else { 0 };
-        Ok(held.saturating_add(images).saturating_add(network.max(preprocessing)))
+        let probabilities = if self.options.probabilities { self.plan.heads.saturating_mul(product(from)) } else { 0 };
+        Ok(Needs {
+            held: standing.held,
+            images,
+            result: product(from).saturating_add(probabilities),
+            // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
+            preprocessing: product(both).saturating_mul(2),
+            network: sum(&[activations, sums, travelling, patch, planes]),
+        })
     }
 
     /// Refuses what [`PredictOptions::memory_limit`] does not allow, before anything is read or run.
@@ -421,20 +459,73 @@ impl Predictor {
     /// # Errors
     /// [`Error::OutOfMemory`], and as [`Predictor::memory_needed`].
     pub fn check_memory(&self, geometry: &Geometry, channels: usize) -> Result<()> {
-        if let Some(room) = self.card_room() {
-            let (asked, in_use) = (self.activations(), self.device.memory().in_use);
+        self.admitted(geometry, channels, self.standing()).map(drop)
+    }
+
+    /// What a case needs, if it can be predicted at all.
+    fn admitted(&self, geometry: &Geometry, channels: usize, standing: Standing) -> Result<Needs> {
+        if let Some(room) = standing.room {
+            let (asked, in_use) = (self.activations(), standing.in_use);
             if asked > room {
                 let what = format!("this prediction on {}", self.device.name());
                 return Err(Error::OutOfMemory { what, asked, in_use, limit: room + in_use });
             }
         }
-        let Some(limit) = self.options.memory_limit else { return Ok(()) };
-        let needed = self.memory_needed(geometry, channels)?;
-        if needed > limit {
-            let in_use = self.device.memory().in_use;
-            let asked = needed.saturating_sub(in_use);
-            return Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use, limit });
+        let needs = self.needs(geometry, channels, standing)?;
+        match self.options.memory_limit {
+            Some(limit) if needs.alone() > limit => {
+                let asked = needs.alone().saturating_sub(needs.held);
+                Err(Error::OutOfMemory { what: "this prediction".into(), asked, in_use: needs.held, limit })
+            }
+            _ => Ok(needs),
         }
-        Ok(())
+    }
+}
+
+/// An image on the network's grid.
+struct Prepared {
+    case: Preprocessed,
+    seconds: f64,
+}
+
+/// A label map as the network made it, on the image's grid.
+struct Segmented {
+    labels: LabelData,
+    probabilities: Option<Probabilities>,
+    geometry: Geometry,
+    report: Report,
+}
+
+/// Memory while no prediction runs.
+#[derive(Debug, Clone, Copy)]
+struct Standing {
+    /// Bytes of the machine's memory that are the models'.
+    held: usize,
+    /// Bytes of a card that are left.
+    room: Option<usize>,
+    /// Bytes of the device's tensors.
+    in_use: usize,
+}
+
+/// Bytes of the machine's memory that a case takes at most.
+#[derive(Debug, Clone, Copy)]
+struct Needs {
+    /// The models, of all cases together.
+    held: usize,
+    /// The image as it is read and as the network sees it.
+    images: usize,
+    /// Labels and what else comes out.
+    result: usize,
+    /// Only during preprocessing.
+    preprocessing: usize,
+    /// Only while the network runs.
+    network: usize,
+}
+
+impl Needs {
+    /// Without another case beside it.
+    fn alone(&self) -> usize {
+        let most = self.network.saturating_add(self.result).max(self.preprocessing);
+        self.held.saturating_add(self.images).saturating_add(most)
     }
 }

@@ -2,31 +2,40 @@
 
 use std::borrow::Cow;
 
-use super::sweep::unshared;
 use crate::base::par;
-use crate::error::Result;
+use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::ops::resample::SumsOnCard;
 use crate::tensor::{Device, Dims, Layout, Tensor};
 
-/// Running sums `[ring][H][W][channels]`, with the processor or on a card.
+/// Running sums `[ring][H][W][channels]`, and what was counted in them, with the processor or on a card. Plane p of the image
+/// lies in slot `p % ring`.
 pub(super) struct Sums {
     values: Tensor,
-    /// On a card that knows it: what a window's voxels count.
+    counted: Tensor,
+    ring: [usize; 3],
+    channels: usize,
+    /// What a window's voxels count, on a card that knows it.
     #[cfg(feature = "cuda")]
     importance: Option<Tensor>,
 }
 
 impl Sums {
-    /// Zeros are made plane by plane, see [`Sums::clear`].
+    /// For windows of `depth` planes. Zeros are made plane by plane, see [`Sums::clear`].
     pub(super) fn new(
-        [ring, h, w]: [usize; 3],
+        [depth, h, w]: [usize; 3],
         channels: usize,
         importance: Option<&[f32]>,
         place: &Device,
     ) -> Result<Self> {
         #[cfg(not(feature = "cuda"))]
         let _ = importance;
+        let ring = [ring(depth, !place.is_cpu()), h, w];
         Ok(Self {
-            values: Tensor::empty(Dims::from([ring, h, w, channels]), Layout::PLAIN, place)?,
+            values: Tensor::empty(Dims::from([ring[0], h, w, channels]), Layout::PLAIN, place)?,
+            counted: Tensor::empty(Dims::from(ring), Layout::PLAIN, place)?,
+            ring,
+            channels,
             #[cfg(feature = "cuda")]
             importance: match importance {
                 Some(m) if !place.is_cpu() => Some(Tensor::from_host(m, Dims::from([m.len()]), place)?),
@@ -35,40 +44,52 @@ impl Sums {
         })
     }
 
-    fn plane_len(&self) -> usize {
-        self.values.dims().as_slice()[1..].iter().product()
+    /// Where plane `p` of the image is.
+    fn slot(&self, p: usize) -> usize {
+        p % self.ring[0]
     }
 
-    /// Sets plane `slot` to zero.
-    pub(super) fn clear(&mut self, slot: usize) -> Result<()> {
-        let n = self.plane_len();
-        #[cfg(feature = "cuda")]
-        if !self.values.device().is_cpu() {
-            return crate::ops::cuda::clear(&self.values, slot * n, n);
+    /// Sets plane `p`, in place of one that is out, to zero.
+    pub(super) fn clear(&mut self, p: usize) -> Result<()> {
+        let (slot, n) = (self.slot(p), self.ring[1] * self.ring[2]);
+        for (t, n) in [(&mut self.values, n * self.channels), (&mut self.counted, n)] {
+            #[cfg(feature = "cuda")]
+            if !t.device().is_cpu() {
+                crate::ops::cuda::clear(t, slot * n, n)?;
+                continue;
+            }
+            par::chunks_mut(&mut unshared(t)?[slot * n..][..n], 1 << 16, |_, piece| piece.fill(0.0));
         }
-        par::chunks_mut(&mut unshared(&mut self.values)?[slot * n..][..n], 1 << 16, |_, piece| piece.fill(0.0));
         Ok(())
     }
 
-    /// Plane `slot`.
-    pub(super) fn plane(&self, slot: usize) -> Result<Cow<'_, [f32]>> {
-        let n = self.plane_len();
-        #[cfg(feature = "cuda")]
-        if !self.values.device().is_cpu() {
-            let mut plane = vec![0.0; n];
-            crate::ops::cuda::download(&self.values, slot * n, &mut plane)?;
-            return Ok(Cow::Owned(plane));
-        }
-        Ok(Cow::Borrowed(&self.values.as_slice()[slot * n..][..n]))
+    /// Plane `p`, and what was counted in it.
+    pub(super) fn plane(&self, p: usize) -> Result<[Cow<'_, [f32]>; 2]> {
+        let (slot, n) = (self.slot(p), self.ring[1] * self.ring[2]);
+        Ok([part(&self.values, slot, n * self.channels)?, part(&self.counted, slot, n)?])
     }
 
-    /// All of them, if they are with the processor.
+    /// All sums, if they are with the processor.
     pub(super) fn host(&mut self) -> Result<&mut [f32]> {
         unshared(&mut self.values)
     }
 
+    /// The sums on a card, for a grid that begins at `pad` in y and x.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_card(&self, pad: [usize; 2]) -> Option<SumsOnCard<'_>> {
+        let (values, counted, ring) = (&self.values, &self.counted, self.ring);
+        (!values.device().is_cpu()).then_some(SumsOnCard { values, counted, ring, pad })
+    }
+
+    /// Plane `p` of the sums on a card.
+    #[cfg(feature = "cuda")]
+    pub(super) fn slot_of(&self, p: usize) -> usize {
+        self.slot(p)
+    }
+
     /// Adds the features of a window that begins at `start` and was mirrored by `flip`, times `scale` and what its voxels
-    /// count, to the channels from `first` on; false if the sums are with the processor, who has to do it.
+    /// count, to the channels from `first` on, and counts them with the first pass over the window; false if the sums are
+    /// with the processor, who has to do both.
     pub(super) fn add_on_card(
         &mut self,
         features: &Tensor,
@@ -79,15 +100,56 @@ impl Sums {
     ) -> Result<bool> {
         #[cfg(feature = "cuda")]
         if !self.values.device().is_cpu() {
-            let [ring, h, w, channels] = [0, 1, 2, 3].map(|i| self.values.dims().as_slice()[i]);
-            let (importance, ring) = (self.importance.as_ref(), [ring, h, w]);
-            let of = [channels, first];
-            crate::ops::cuda::aggregate(features, importance, &self.values, ring, of, start, flip, scale)?;
+            let counted = (first == 0 && flip == [false; 3]).then_some(&self.counted);
+            let (importance, of) = (self.importance.as_ref(), [self.channels, first]);
+            let (sum, ring) = (&self.values, self.ring);
+            crate::ops::cuda::aggregate(features, importance, sum, counted, ring, of, start, flip, scale)?;
             return Ok(true);
         }
         let _ = (features, first, start, flip, scale);
         Ok(false)
     }
+
+    /// Counts the voxels of a window of `size` that begins at `start`, if the sums are with the processor: by `importance`,
+    /// or all alike.
+    pub(super) fn count(&mut self, start: [usize; 3], size: [usize; 3], importance: Option<&[f32]>) -> Result<()> {
+        if !self.counted.device().is_cpu() {
+            return Ok(());
+        }
+        let ([pz, py, px], [_, h, w]) = (size, self.ring);
+        par::chunks_mut(unshared(&mut self.counted)?, h * w, |slot, plane| {
+            let z = (slot + pz - start[0] % pz) % pz;
+            for y in 0..py {
+                let out = &mut plane[(start[1] + y) * w + start[2]..][..px];
+                match importance {
+                    Some(m) => out.iter_mut().zip(&m[(z * py + y) * px..]).for_each(|(o, m)| *o += m),
+                    None => out.iter_mut().for_each(|o| *o += 1.0),
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Planes of the sums over windows of `depth` planes. A card interpolates between the last two of the planes that are
+/// finished, of which the next windows need none; the processor takes each as it is finished.
+pub(super) fn ring(depth: usize, on_card: bool) -> usize {
+    depth + usize::from(on_card)
+}
+
+/// The `i`-th `n` values.
+fn part(t: &Tensor, i: usize, n: usize) -> Result<Cow<'_, [f32]>> {
+    #[cfg(feature = "cuda")]
+    if !t.device().is_cpu() {
+        let mut values = vec![0.0; n];
+        crate::ops::cuda::download(t, i * n, &mut values)?;
+        return Ok(Cow::Owned(values));
+    }
+    Ok(Cow::Borrowed(&t.as_slice()[i * n..][..n]))
+}
+
+pub(super) fn unshared(t: &mut Tensor) -> Result<&mut [f32]> {
+    t.as_mut_slice().ok_or_else(|| Error::shape("sweep", "a running sum is shared"))
 }
 
 /// Features as the processor has them.

@@ -3,9 +3,11 @@
 
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "cuda")]
+use super::export::Labelling;
 use super::export::Planes;
 use super::held::{Held, PLANES};
-use super::sums::{Sums, with_processor};
+use super::sums::{self, Sums, with_processor};
 use super::window::{gaussian, starts};
 use crate::autograd::Ctx;
 use crate::base::par;
@@ -13,7 +15,9 @@ use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::models::Network;
 use crate::ops::head::{self, Activation, PackedHead};
-use crate::tensor::{BLOCK, Device, Dims, Layout, Stored, Tensor};
+#[cfg(feature = "cuda")]
+use crate::ops::resample::Labels;
+use crate::tensor::{BLOCK, Device, Dims, Stored, Tensor};
 
 /// What is aggregated over windows, and where.
 ///
@@ -123,6 +127,12 @@ impl SweepPlan {
         self.bytes_of(self.gather)
     }
 
+    /// The same on a card, where only sums of features can be.
+    pub(crate) fn bytes_on_card(&self) -> usize {
+        let depth = self.patch[0].max(1);
+        self.bytes_of(Gather::Features) / depth * sums::ring(depth, true)
+    }
+
     fn bytes_of(&self, gather: Gather) -> usize {
         let [_, h, w] = self.padded();
         let ring = |k: usize| 4 * self.patch[0] * h * w * (k + 1);
@@ -147,10 +157,9 @@ impl SweepPlan {
 }
 
 enum Store {
-    /// The planes `[first, first + patch)` of weighted sums; plane p lies in slot `p % patch`.
+    /// The planes of weighted sums up to `end`.
     Ring {
         sum: Box<Sums>,
-        weight: Tensor,
         end: usize,
     },
     Held(Vec<Held>),
@@ -198,8 +207,7 @@ impl<'a> Sweep<'a> {
                     Err(Error::OutOfMemory { .. }) if plan.sums_on_card => sums(&host)?,
                     sums => sums?,
                 };
-                let weight = Tensor::empty(Dims::from([plan.patch[0], h, w]), Layout::PLAIN, &host)?;
-                Store::Ring { sum: Box::new(sum), weight, end: 0 }
+                Store::Ring { sum: Box::new(sum), end: 0 }
             }
         };
         let heads = nets.iter().map(|n| {
@@ -233,14 +241,9 @@ impl<'a> Sweep<'a> {
     /// Runs all windows that start at the `row`-th z start.
     fn run_row(&mut self, row: usize) -> Result<()> {
         let z = self.plan.starts[0][row];
-        if let Store::Ring { sum, weight, end } = &mut self.store {
-            let (patch, upto) = (self.plan.patch[0], z + self.plan.patch[0]);
-            let n = weight.dims().len() / patch;
-            for slot in (*end..upto).map(|p| p % patch) {
-                // What the slot held before is of a plane that is out.
-                sum.clear(slot)?;
-                unshared(weight)?[slot * n..][..n].fill(0.0);
-            }
+        if let Store::Ring { sum, end } = &mut self.store {
+            let upto = z + self.plan.patch[0];
+            (*end..upto).try_for_each(|p| sum.clear(p))?;
             *end = upto;
         }
         for y in self.plan.starts[1].clone() {
@@ -342,20 +345,8 @@ impl<'a> Sweep<'a> {
     }
 
     fn add_weight(&mut self, start: [usize; 3]) -> Result<()> {
-        let Store::Ring { weight, .. } = &mut self.store else { return Ok(()) };
-        let ([pz, py, px], [_, h, w]) = (self.plan.patch, self.plan.padded());
-        let importance = self.importance.as_deref();
-        par::chunks_mut(unshared(weight)?, h * w, |slot, plane| {
-            let z = (slot + pz - start[0] % pz) % pz;
-            for y in 0..py {
-                let out = &mut plane[(start[1] + y) * w + start[2]..][..px];
-                match importance {
-                    Some(m) => out.iter_mut().zip(&m[(z * py + y) * px..]).for_each(|(o, m)| *o += m),
-                    None => out.iter_mut().for_each(|o| *o += 1.0),
-                }
-            }
-        });
-        Ok(())
+        let Store::Ring { sum, .. } = &mut self.store else { return Ok(()) };
+        sum.count(start, self.plan.patch, self.importance.as_deref())
     }
 
     /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
@@ -408,21 +399,63 @@ impl Planes for Sweep<'_> {
         // A comparison with NaN is false: it would pass for background.
         let rows = out.len() / self.plan.shape[1].max(1);
         let sound = par::map(self.plan.shape[1], |y| out[y * rows..][..rows].iter().all(|v| v.is_finite()));
-        if sound.contains(&false) {
-            let what = format!("plane {z} of the network's output holds values that are not finite numbers");
-            return Err(Error::Unsupported { what: format!("{what}: the image or the weights are too extreme") });
+        if sound.contains(&false) { Err(odd(&format!("plane {z} of"))) } else { Ok(()) }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn labels(&mut self, how: &Labelling<'_>, put: &mut dyn FnMut(usize, &[u16])) -> Result<bool> {
+        let (pad, [_, ny, nx]) = (self.plan.pad(), self.plan.shape);
+        let on_card = |store: &Store| matches!(store, Store::Ring { sum, .. } if sum.on_card([0; 2]).is_some());
+        if !on_card(&self.store) {
+            return Ok(false);
         }
-        Ok(())
+        let Labelling { head, winner, grid, wide } = *how;
+        let made = Labels::new(self.device, head, winner, [ny, nx], [&grid.y, &grid.x], grid.z.len(), wide);
+        let mut labels = match made {
+            Ok(Some(labels)) => labels,
+            Ok(None) | Err(Error::OutOfMemory { .. }) => return Ok(false),
+            Err(e) => return Err(e),
+        };
+        let mut out = 0;
+        for (z, &(i, j, w)) in grid.z.iter().enumerate() {
+            let j = if w == 0.0 { i } else { j };
+            self.advance(j)?;
+            let Store::Ring { sum, .. } = &self.store else { return Err(Error::shape("sweep", "no sums")) };
+            let slot = |z: usize| sum.slot_of(z + pad[0]);
+            if let Some(sums) = sum.on_card([pad[1], pad[2]]) {
+                labels.make(sums, (slot(i), slot(j), w))?;
+            }
+            if labels.is_full() || z + 1 == grid.z.len() {
+                let first = out;
+                let sound = labels.fetch(&mut |plane| {
+                    put(out, plane);
+                    out += 1;
+                })?;
+                if !sound {
+                    return Err(odd(&format!("one of the planes {first} to {z} that come from")));
+                }
+            }
+        }
+        Ok(true)
     }
 }
 
+/// What is wrong with numbers that are none.
+fn odd(place: &str) -> Error {
+    let what = format!("{place} the network's output holds values that are not finite numbers");
+    Error::Unsupported { what: format!("{what}: the image or the weights are too extreme") }
+}
+
 impl Sweep<'_> {
-    fn fill(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
+    /// Runs all windows that plane `z` of the image needs.
+    fn advance(&mut self, z: usize) -> Result<()> {
         let p = z + self.plan.pad()[0];
         let clock = Instant::now();
         while self.rows_done < self.plan.starts[0].len() && self.plan.starts[0][self.rows_done] <= p {
             self.run_row(self.rows_done)?;
             self.rows_done += 1;
+            // Work of a card is under way only; what follows asks for it and would be blamed for the time.
+            self.device.synchronize()?;
         }
         self.network += clock.elapsed();
         let total = self.plan.passes();
@@ -431,6 +464,12 @@ impl Sweep<'_> {
             self.exporting = true;
             tell(self.progress, Event::Stage("export"))?;
         }
+        Ok(())
+    }
+
+    fn fill(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
+        self.advance(z)?;
+        let p = z + self.plan.pad()[0];
         if let Gather::Held(how) = self.plan.gather {
             let Store::Held(mut windows) = std::mem::replace(&mut self.store, Store::Held(Vec::new())) else {
                 return Err(Error::shape("sweep", "windows are not held"));
@@ -441,13 +480,12 @@ impl Sweep<'_> {
             self.store = Store::Held(windows);
             return Ok(());
         }
-        let Store::Ring { sum, weight, .. } = &self.store else {
+        let Store::Ring { sum, .. } = &self.store else {
             return Err(Error::shape("sweep", "no sums"));
         };
-        let ([_, h, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
-        let (pad, k, slot) = (self.plan.pad(), self.plan.channels(), p % self.plan.patch[0]);
-        let sum = sum.plane(slot)?;
-        let weight = &weight.as_slice()[slot * h * w..];
+        let ([_, _, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
+        let (pad, k) = (self.plan.pad(), self.plan.channels());
+        let [sum, weight] = sum.plane(p)?;
         par::chunks_mut(out, nx * k, |y, out| {
             let at = (y + pad[1]) * w + pad[2];
             for (x, out) in out.chunks_exact_mut(k).enumerate() {
@@ -457,10 +495,6 @@ impl Sweep<'_> {
         });
         Ok(())
     }
-}
-
-pub(super) fn unshared(t: &mut Tensor) -> Result<&mut [f32]> {
-    t.as_mut_slice().ok_or_else(|| Error::shape("sweep", "a running sum is shared"))
 }
 
 /// Features in the blocked layout, read as rows of voxels with all channels together.
