@@ -575,6 +575,11 @@ pub(crate) fn clear(t: &Tensor, at: usize, floats: usize) -> Result<()> {
     card("clear", t.device())?.memset(part(t, at, floats)?, 0)
 }
 
+/// Writes all of them.
+pub(crate) fn write(t: &Tensor, values: &[f32]) -> Result<()> {
+    card("write", t.device())?.upload(part(t, 0, values.len())?, bytemuck::cast_slice(values))
+}
+
 /// Reads them.
 pub(crate) fn download(t: &Tensor, at: usize, to: &mut [f32]) -> Result<()> {
     card("download", t.device())?.download(part(t, at, to.len())?, bytemuck::cast_slice_mut(to))

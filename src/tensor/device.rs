@@ -159,6 +159,7 @@ impl Device {
     #[doc(hidden)]
     #[must_use]
     pub fn on(driver: Arc<dyn cuda::Driver>, name: String) -> Self {
+        let driver: Arc<dyn cuda::Driver> = Arc::new(cuda::Queue::new(driver));
         let pool = Arc::new(Pool::of(driver.clone()));
         Device::Cuda(Arc::new(CudaDevice { driver, pool, name }))
     }

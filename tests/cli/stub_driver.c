@@ -28,6 +28,9 @@
 #ifndef ALLOC
 #define ALLOC 0
 #endif
+#ifndef PIN
+#define PIN 0
+#endif
 #ifndef LOAD
 #define LOAD 0
 #endif
@@ -88,6 +91,12 @@ int cuMemcpyDtoHAsync_v2(void *to, unsigned long long from, size_t bytes, void *
     memcpy(to, (void *)(size_t)from, bytes);
     return 0;
 }
+int cuMemHostAlloc(void **start, size_t bytes, unsigned flags) { (void)flags; *start = PIN ? NULL : malloc(bytes); return PIN; }
+int cuMemFreeHost(void *start) { free(start); return 0; }
+int cuEventCreate(void **event, unsigned flags) { (void)flags; *event = malloc(1); return 0; }
+int cuEventRecord(void *event, void *stream) { (void)event; (void)stream; return 0; }
+int cuEventSynchronize(void *event) { (void)event; return 0; }
+int cuEventDestroy_v2(void *event) { free(event); return 0; }
 int cuMemsetD8Async(unsigned long long to, unsigned char value, size_t bytes, void *stream) {
     (void)stream;
     memset((void *)(size_t)to, value, bytes);

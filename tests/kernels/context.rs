@@ -13,6 +13,7 @@ use stunet::{Device, Error, Precision};
 use super::sim::{Sim, on_card};
 use super::{
     aggregate, conv_transpose3d, conv3d, conv3d_first, device, head_labels, instance_norm, moments, network, relayout,
+    runtime,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -25,6 +26,7 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_faults_in_conv3d_are_found", "finds what a card does not find"),
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
+    ("ptx_runtime_a_missing_wait_is_found", "plants a fault that a fast card hides"),
     ("ptx_operands_are_what_they_are_taken_for", "has several cards of two generations"),
 ];
 
@@ -57,6 +59,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     aggregate::ptx_aggregate_adds_windows_in_order,
     network::ptx_network_in_f32_is_the_cpus,
     network::ptx_network_in_16_bit_is_near_the_cpus,
+    runtime::ptx_runtime_uploads_arrive,
     device::ptx_stunet_through_the_library,
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,

@@ -15,6 +15,7 @@ mod instance_norm;
 mod moments;
 mod network;
 mod relayout;
+mod runtime;
 mod sim;
 
 use stunet::backend_testing::cuda::{Norm, Source, Storage, padded};

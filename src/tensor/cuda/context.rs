@@ -8,12 +8,12 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit};
 
 use super::calls::{Calls, OUT_OF_MEMORY, check as checked, named};
-use super::{Driver, Launch, Memory, Module};
+use super::{Driver, Launch, Memory, Module, Pinned};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
 
@@ -36,6 +36,8 @@ pub struct Context {
     in_use: AtomicUsize,
     /// Loaded when first launched, by name: the driver assembles a file at its first use on a machine.
     modules: Mutex<HashMap<&'static str, Loaded>>,
+    /// By address.
+    pinned: Mutex<HashMap<usize, Locked>>,
 }
 
 /// A module of the driver and its functions, each with the dynamic shared memory it was allowed.
@@ -45,8 +47,17 @@ struct Loaded {
     functions: HashMap<String, (sys::CUfunction, usize)>,
 }
 
+/// Page-locked memory.
+#[derive(Debug)]
+struct Locked {
+    start: *mut c_void,
+    bytes: usize,
+    /// The last copy from it.
+    copied: sys::CUevent,
+}
+
 // SAFETY: the driver's handles may be used from any thread in which the context is current, which every call sees to;
-// the table of modules is behind a lock.
+// the tables of modules and of page-locked memory are behind locks, and what is in them is used under these.
 unsafe impl Send for Context {}
 // SAFETY: as above; the driver serialises calls on one stream.
 unsafe impl Sync for Context {}
@@ -112,6 +123,7 @@ impl Context {
             total,
             in_use: AtomicUsize::new(0),
             modules: Mutex::default(),
+            pinned: Mutex::default(),
         };
         new.enter()?;
         // Ordered by itself: the stream that other libraries call 0 does not wait for it.
@@ -120,6 +132,11 @@ impl Context {
         check("cuStreamCreate", unsafe { (new.calls.cuStreamCreate)(&mut stream, flags) })?;
         new.stream = stream;
         Ok(new)
+    }
+
+    fn locked(&self) -> MutexGuard<'_, HashMap<usize, Locked>> {
+        // Single insertions and removals: a panic elsewhere leaves nothing half done.
+        self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the context current in this thread.
@@ -192,6 +209,21 @@ fn fits(what: &'static str, memory: Memory, bytes: usize) -> Result<()> {
     Err(Error::shape(what, format!("{bytes} bytes for memory of {}", memory.bytes)))
 }
 
+fn stranger(pinned: Pinned) -> Error {
+    Error::Device { what: format!("no memory was page-locked at {:#x}", pinned.address) }
+}
+
+impl Locked {
+    /// Gives it back; nothing copies from it any more.
+    fn release(self, calls: &Calls) -> Result<()> {
+        // SAFETY: both are from the driver, and whoever has them by value is the last to know them.
+        unsafe {
+            check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.copied))?;
+            check("cuMemFreeHost", (calls.cuMemFreeHost)(self.start))
+        }
+    }
+}
+
 impl Driver for Context {
     fn capability(&self) -> [u32; 2] {
         self.capability
@@ -256,6 +288,64 @@ impl Driver for Context {
         self.synchronize()
     }
 
+    fn pin(&self, bytes: usize) -> Result<Pinned> {
+        self.enter()?;
+        let (mut start, mut copied) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the context is current, the pointer is to a live variable. A size of zero would be refused.
+        check("cuMemHostAlloc", unsafe { (self.calls.cuMemHostAlloc)(&mut start, bytes.max(1), 0) })?;
+        // SAFETY: as much memory as was asked for, at no other's place. Zeros, so that all of it can be read.
+        unsafe { start.cast::<u8>().write_bytes(0, bytes) };
+        // Nobody asks how long a copy took.
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+        // SAFETY: the context is current, the pointer is to a live variable.
+        let code = unsafe { (self.calls.cuEventCreate)(&mut copied, flags) };
+        if code != 0 {
+            // SAFETY: the memory is from the driver and nobody knows of it. An error of this call would hide the first.
+            let _ = unsafe { (self.calls.cuMemFreeHost)(start) };
+            check("cuEventCreate", code)?;
+        }
+        let address = start.addr();
+        self.locked().insert(address, Locked { start, bytes, copied });
+        Ok(Pinned { address, bytes })
+    }
+
+    fn unpin(&self, pinned: Pinned) -> Result<()> {
+        self.wait(pinned)?;
+        match self.locked().remove(&pinned.address) {
+            Some(locked) => locked.release(&self.calls),
+            None => Err(stranger(pinned)),
+        }
+    }
+
+    fn fill(&self, pinned: Pinned, bytes: &[u8]) -> Result<()> {
+        let all = self.locked();
+        let locked = all.get(&pinned.address).ok_or_else(|| stranger(pinned))?;
+        fits("fill", Memory { address: 0, bytes: locked.bytes }, bytes.len())?;
+        // SAFETY: the memory is as long as was checked, no slice of it exists, and the lock keeps other writers out.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), locked.start.cast(), bytes.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, to: Memory, pinned: Pinned, bytes: usize) -> Result<()> {
+        fits("copy", to, bytes)?;
+        self.enter()?;
+        let all = self.locked();
+        let locked = all.get(&pinned.address).ok_or_else(|| stranger(pinned))?;
+        fits("copy", Memory { address: 0, bytes: locked.bytes }, bytes)?;
+        // SAFETY: there are as many bytes on both sides; who unpins the memory waits for the event first.
+        unsafe {
+            check("copy", (self.calls.cuMemcpyHtoDAsync_v2)(to.address, locked.start, bytes, self.stream))?;
+            check("cuEventRecord", (self.calls.cuEventRecord)(locked.copied, self.stream))
+        }
+    }
+
+    fn wait(&self, pinned: Pinned) -> Result<()> {
+        self.enter()?;
+        let copied = self.locked().get(&pinned.address).ok_or_else(|| stranger(pinned))?.copied;
+        // SAFETY: the event lives until the memory is given back, which whoever owns it does after it waited.
+        check("the GPU's work", unsafe { (self.calls.cuEventSynchronize)(copied) })
+    }
+
     fn memset(&self, memory: Memory, value: u8) -> Result<()> {
         self.enter()?;
         // SAFETY: the memory is as long as is said, by whoever allocated it here.
@@ -300,11 +390,15 @@ impl Drop for Context {
             return;
         }
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: all handles are from this context and are used no more. Errors cannot be handed to anyone here.
         unsafe {
             if !self.stream.is_null() {
                 let _ = (self.calls.cuStreamSynchronize)(self.stream);
                 let _ = (self.calls.cuStreamDestroy_v2)(self.stream);
+            }
+            for (_, locked) in pinned.drain() {
+                let _ = locked.release(&self.calls);
             }
             for loaded in modules.values() {
                 let _ = (self.calls.cuModuleUnload)(loaded.module);

@@ -33,6 +33,16 @@ pub struct Module {
     pub text: &'static str,
 }
 
+/// Page-locked memory of the host, from which a card copies while the processor goes on. Only a name for it: who pinned it
+/// unpins it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pinned {
+    /// What tells it from others.
+    pub address: usize,
+    /// How much there is of it.
+    pub bytes: usize,
+}
+
 /// How an entry is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
@@ -56,8 +66,12 @@ impl Launch {
     }
 }
 
-/// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::download`] and
-/// [`Driver::synchronize`] wait for it.
+fn unknown(pinned: Pinned) -> Error {
+    Error::Device { what: format!("{} bytes of page-locked memory that this device has not", pinned.bytes) }
+}
+
+/// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::upload`],
+/// [`Driver::download`], [`Driver::wait`] and [`Driver::synchronize`] wait for it.
 pub trait Driver: std::fmt::Debug + Send + Sync {
     /// Compute capability of the card, major and minor.
     fn capability(&self) -> [u32; 2];
@@ -88,6 +102,48 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Error::Shape`] when there are not as many, [`Error::Device`].
     fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()>;
+
+    /// Page-locks `bytes` bytes of the host.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a driver that does not, [`Error::Device`] of a system that refuses.
+    fn pin(&self, bytes: usize) -> Result<Pinned> {
+        Err(Error::unsupported(format!("{bytes} bytes of page-locked memory")))
+    }
+
+    /// Gives page-locked memory back, after the last copy from it.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn unpin(&self, pinned: Pinned) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
+    /// Writes `bytes` to the start of `pinned`, at once. A copy from it that is not done may take them for its own:
+    /// [`Driver::wait`] comes first.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when they do not fit, [`Error::Device`].
+    fn fill(&self, pinned: Pinned, _bytes: &[u8]) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
+    /// Copies the first `bytes` bytes of `pinned` to the start of `to`, as work in its order: unlike [`Driver::upload`] it
+    /// does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are not as many on both sides, [`Error::Device`].
+    fn copy(&self, _to: Memory, pinned: Pinned, _bytes: usize) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
+    /// Waits until the last copy from `pinned` is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`], also of work asked for earlier.
+    fn wait(&self, pinned: Pinned) -> Result<()> {
+        Err(unknown(pinned))
+    }
 
     /// Sets all bytes of `memory` to `value`.
     ///

@@ -4,13 +4,16 @@
 mod calls;
 mod context;
 mod driver;
+mod queue;
+mod staging;
 
 use std::ffi::{CStr, c_char};
 
 use cudarc::driver::sys;
 
 pub use context::Context;
-pub use driver::{Driver, Launch, Memory, Module};
+pub use driver::{Driver, Launch, Memory, Module, Pinned};
+pub(super) use queue::Queue;
 
 use self::calls::{NO_DEVICE, Questions, check};
 use super::device::CudaStatus;
