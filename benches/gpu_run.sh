@@ -101,7 +101,7 @@ check() {
     local run=("$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card)
     # A process each: after a fault of one kernel the driver lets the process run no other.
     local part
-    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate runtime devices network library STU-Net; do
+    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate runtime graph devices network library STU-Net; do
         step 90 "kernels_$part" env STUNET_GPU_TESTS="$part" "${run[@]}"
     done
     step 60 forward "$here/bin/stunet" bench forward --device cuda --model small --patch 32 --runs 1

@@ -54,11 +54,13 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return 0;
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { (void)device; *bytes = (size_t)8 << 30; return 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) { *total = (size_t)8 << 30; *free = *total / 2; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { (void)device; *context = malloc(1); return RETAIN; }
 int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return 0; }
 int cuCtxSetCurrent(void *context) { (void)context; return 0; }
 int cuStreamCreate(void **stream, unsigned flags) { (void)flags; *stream = STREAM ? NULL : malloc(1); return STREAM; }
 int cuStreamSynchronize(void *stream) { (void)stream; return 0; }
+int cuStreamQuery(void *stream) { (void)stream; return 0; }
 int cuStreamDestroy_v2(void *stream) { free(stream); return 0; }
 /* The options are the log and its size, in this order. */
 int cuModuleLoadDataEx(void **module, const void *text, unsigned n, int *options, void **values) {

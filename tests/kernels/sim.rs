@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
-use stunet::tensor::cuda::{Driver, Launch, Memory, Module, Pinned};
+use stunet::tensor::cuda::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 use stunet::{Error, Result};
 
 /// Files parsed once for all tests, for the life of the process, by where their text is.
@@ -43,12 +43,13 @@ pub enum Lacks {
     Nothing,
     /// Page-locked memory.
     Pinning,
+    /// Graphs.
+    Graphs,
     /// A fault, planted: it does not wait for the copies that it is told to wait for.
     Patience,
 }
 
 /// Work that was asked for and that nobody has waited for.
-#[derive(Debug)]
 enum Asked {
     Copy { to: Memory, from: usize, bytes: usize },
     Memset { memory: Memory, value: u8 },
@@ -62,6 +63,23 @@ struct State {
     machine: Machine,
     asked: VecDeque<Asked>,
     pinned: HashMap<usize, Vec<u8>>,
+    graphs: Vec<Vec<Work>>,
+    /// Bytes of memory that are not free.
+    taken: usize,
+    count: Count,
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Launches, without those of graphs.
+    pub launches: usize,
+    /// Graphs that were made.
+    pub graphs: usize,
+    /// Graphs that were run.
+    pub replays: usize,
+    /// Times that page-locked memory was filled while a launch was not done.
+    pub filled_beside: usize,
 }
 
 /// A device whose blocks and warps run in the order of `seed`.
@@ -106,6 +124,15 @@ impl Sim {
         new
     }
 
+    /// Another program takes so much of its memory.
+    pub fn lose(&self, bytes: usize) {
+        lock(&self.state).taken += bytes;
+    }
+
+    pub fn count(&self) -> Count {
+        lock(&self.state).count
+    }
+
     /// The same with less to offer.
     pub fn lacking(self, lacks: Lacks) -> Sim {
         let mut new = self;
@@ -116,7 +143,7 @@ impl Sim {
     /// Does the first `n` things that were asked for.
     fn work_off(&self, state: &mut State, n: usize) -> Result<()> {
         // What follows a failure is not done, as on a card.
-        let State { machine, asked, pinned } = state;
+        let State { machine, asked, pinned, .. } = state;
         for asked in asked.drain(..n).collect::<Vec<_>>() {
             match asked {
                 Asked::Copy { to, from, bytes } => {
@@ -191,6 +218,17 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn asked_launch(module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Asked {
+    Asked::Launch { module: parsed(module), entry: entry.into(), launch, params: params.into() }
+}
+
+fn asked(work: &Work) -> Asked {
+    match work {
+        Work::Launch { module, entry, launch, params } => asked_launch(module, entry, *launch, params),
+        Work::Memset { memory, value } => Asked::Memset { memory: *memory, value: *value },
+    }
+}
+
 fn strange(what: &str) -> Error {
     Error::Device { what: format!("{what} of somebody else") }
 }
@@ -231,7 +269,18 @@ impl Driver for Sim {
         self.total
     }
 
+    fn available(&self) -> Result<usize> {
+        let own = self.total.saturating_sub(lock(&self.state).taken);
+        self.card.as_ref().map_or(Ok(own), |c| Ok(own.min(c.available()?)))
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Memory> {
+        let free = self.available()?;
+        if bytes > free {
+            let what = "a buffer of the interpreter".into();
+            return Err(Error::OutOfMemory { what, asked: bytes, in_use: self.total - free, limit: self.total });
+        }
+        lock(&self.state).taken += bytes;
         if let Some(card) = &self.card {
             let memory = card.alloc(bytes)?;
             lock(&self.held).push(memory);
@@ -243,6 +292,7 @@ impl Driver for Sim {
     }
 
     fn free(&self, memory: Memory) -> Result<()> {
+        lock(&self.state).taken -= memory.bytes;
         if let Some(card) = &self.card {
             lock(&self.held).retain(|m| m.address != memory.address);
             return card.free(memory);
@@ -283,6 +333,8 @@ impl Driver for Sim {
             return card.fill(pinned, bytes);
         }
         let mut state = lock(&self.state);
+        let beside = state.asked.iter().any(|a| matches!(a, Asked::Launch { .. }));
+        state.count.filled_beside += usize::from(beside);
         let buffer = state.pinned.get_mut(&pinned.address).ok_or_else(|| strange("page-locked memory"))?;
         buffer[..bytes.len()].copy_from_slice(bytes);
         Ok(())
@@ -331,13 +383,55 @@ impl Driver for Sim {
     }
 
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+        lock(&self.state).count.launches += 1;
         if let Some(card) = &self.card {
             // Waited for, so that what goes wrong is said of the entry in which it did.
             return card.launch(module, entry, launch, params).and_then(|()| card.synchronize());
         }
-        let asked = Asked::Launch { module: parsed(module), entry: entry.into(), launch, params: params.into() };
-        lock(&self.state).asked.push_back(asked);
+        lock(&self.state).asked.push_back(asked_launch(module, entry, launch, params));
         Ok(())
+    }
+
+    fn record(&self, work: &[Work]) -> Result<Graph> {
+        match &self.card {
+            _ if self.lacks == Lacks::Graphs => Err(Error::Unsupported { what: "graphs".into() }),
+            Some(card) => {
+                lock(&self.state).count.graphs += 1;
+                card.record(work)
+            }
+            None => {
+                let mut state = lock(&self.state);
+                state.count.graphs += 1;
+                state.graphs.push(work.to_vec());
+                Ok(Graph(state.graphs.len() - 1))
+            }
+        }
+    }
+
+    fn replay(&self, graph: Graph) -> Result<()> {
+        let mut state = lock(&self.state);
+        state.count.replays += 1;
+        if let Some(card) = &self.card {
+            return card.replay(graph);
+        }
+        let asked: Vec<Asked> = state.graphs[graph.0].iter().map(asked).collect();
+        state.asked.extend(asked);
+        Ok(())
+    }
+
+    fn forget(&self, graph: Graph) -> Result<()> {
+        match &self.card {
+            Some(card) => card.forget(graph),
+            None => {
+                self.done()?.graphs[graph.0].clear();
+                Ok(())
+            }
+        }
+    }
+
+    /// A card is said to be busy, too, so that what depends on it is the same in every run.
+    fn busy(&self) -> Result<bool> {
+        Ok(self.card.is_some() || !lock(&self.state).asked.is_empty())
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -340,7 +340,7 @@ impl Predictor {
         plan.strict = o.strict;
         // On a card if there is room beside the networks; else every window's features travel.
         plan.sums_on_card = plan.gather == Gather::Features
-            && self.card_room().is_some_and(|room| self.activations().saturating_add(plan.bytes()) <= room);
+            && self.card_room()?.is_some_and(|room| self.activations().saturating_add(plan.bytes()) <= room);
         Ok(plan)
     }
 
@@ -364,11 +364,15 @@ impl Predictor {
         LinearHead::new(&weight, &bias).map(Some)
     }
 
-    /// Bytes of a card that are neither the models' nor too many: drivers and other programs take some.
-    fn card_room(&self) -> Option<usize> {
-        let total = self.device.total_memory()? / 10 * 9;
-        let most = total.min(self.device.memory().limit.unwrap_or(usize::MAX));
-        Some(most.saturating_sub(self.device.memory().in_use))
+    /// Bytes that a card has for tensors beside the models': a limit and other programs may leave less than there is, and the
+    /// driver takes some for itself.
+    fn card_room(&self) -> Result<Option<usize>> {
+        let (Some(total), Some(free)) = (self.device.total_memory(), self.device.available_memory()?) else {
+            return Ok(None);
+        };
+        let memory = self.device.memory();
+        let most = (total / 10 * 9).min(memory.limit.unwrap_or(usize::MAX)).saturating_sub(memory.in_use);
+        Ok(Some(most.min(free.saturating_sub(total / 32))))
     }
 
     /// Bytes that the largest network's tensors take, and the filters that all of them keep.
@@ -404,9 +408,12 @@ impl Predictor {
         let travels = !self.device.is_cpu() && !sweep.sums_on_card;
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
+        // The window that is computed and the next, page-locked, in buffers of a power of two.
+        let staged = if self.device.is_cpu() { 0 } else { patch.saturating_mul(4).min(64 << 20) };
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
-        let mut network =
-            [sums, travelling, patch, planes, product(from)].iter().fold(activations, |n, b| n.saturating_add(*b));
+        let mut network = [sums, travelling, patch, staged, planes, product(from)]
+            .iter()
+            .fold(activations, |n, b| n.saturating_add(*b));
         if self.options.probabilities {
             network = network.saturating_add(self.plan.heads.saturating_mul(product(from)));
         }
@@ -421,10 +428,13 @@ impl Predictor {
     /// # Errors
     /// [`Error::OutOfMemory`], and as [`Predictor::memory_needed`].
     pub fn check_memory(&self, geometry: &Geometry, channels: usize) -> Result<()> {
-        if let Some(room) = self.card_room() {
+        if let Some(room) = self.card_room()? {
             let (asked, in_use) = (self.activations(), self.device.memory().in_use);
             if asked > room {
-                let what = format!("this prediction on {}", self.device.name());
+                let [free, total] =
+                    [self.device.available_memory()?, self.device.total_memory()].map(Option::unwrap_or_default);
+                let name = self.device.name();
+                let what = format!("this prediction on {name}, of whose {total} bytes {free} are free,");
                 return Err(Error::OutOfMemory { what, asked, in_use, limit: room + in_use });
             }
         }

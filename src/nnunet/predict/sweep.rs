@@ -197,7 +197,7 @@ impl<'a> Sweep<'a> {
     ) -> Result<Self> {
         let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
         let [_, h, w] = plan.padded();
-        let host = if device.is_cpu() { device.clone() } else { Device::cpu() };
+        let host = device.host().clone();
         let importance = plan.gaussian.then(|| gaussian(plan.patch));
         let store = match plan.gather {
             Gather::Held(_) => Store::Held(Vec::new()),

@@ -12,8 +12,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit};
 
-use super::calls::{Calls, OUT_OF_MEMORY, check as checked, named};
-use super::{Driver, Launch, Memory, Module, Pinned};
+use super::calls::{Calls, NOT_READY, OUT_OF_MEMORY, check as checked, named};
+use super::graphs::Graphs;
+use super::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
 
@@ -38,6 +39,8 @@ pub struct Context {
     modules: Mutex<HashMap<&'static str, Loaded>>,
     /// By address.
     pinned: Mutex<HashMap<usize, Locked>>,
+    /// None of a driver that lacks the functions.
+    graphs: Option<Mutex<Graphs>>,
 }
 
 /// A module of the driver and its functions, each with the dynamic shared memory it was allowed.
@@ -57,7 +60,7 @@ struct Locked {
 }
 
 // SAFETY: the driver's handles may be used from any thread in which the context is current, which every call sees to;
-// the tables of modules and of page-locked memory are behind locks, and what is in them is used under these.
+// the tables of modules, page-locked memory and graphs are behind locks, and what is in them is used under these.
 unsafe impl Send for Context {}
 // SAFETY: as above; the driver serialises calls on one stream.
 unsafe impl Sync for Context {}
@@ -89,7 +92,7 @@ impl Context {
             status => return refuse(status.reason()),
         };
         let calls = Calls::find().map_err(|e| Error::Device { what: CudaStatus::Broken(e).reason() })?;
-        let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
+        let (mut device, mut context) = (0, ptr::null_mut());
         let mut numbers = [0; 3];
         let mut total = 0;
         let wanted = [
@@ -116,7 +119,7 @@ impl Context {
             calls,
             device,
             context,
-            stream,
+            stream: ptr::null_mut(),
             capability: [major, minor].map(i32::unsigned_abs),
             multiprocessors: multiprocessors.max(1) as usize,
             name,
@@ -124,13 +127,10 @@ impl Context {
             in_use: AtomicUsize::new(0),
             modules: Mutex::default(),
             pinned: Mutex::default(),
+            graphs: Graphs::find().map(Mutex::new),
         };
         new.enter()?;
-        // Ordered by itself: the stream that other libraries call 0 does not wait for it.
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
-        // SAFETY: the context is current, the pointer is to a live variable.
-        check("cuStreamCreate", unsafe { (new.calls.cuStreamCreate)(&mut stream, flags) })?;
-        new.stream = stream;
+        new.stream = new.new_stream()?;
         Ok(new)
     }
 
@@ -143,6 +143,57 @@ impl Context {
     fn enter(&self) -> Result<()> {
         // SAFETY: the context is retained as long as `self` lives.
         check("cuCtxSetCurrent", unsafe { (self.calls.cuCtxSetCurrent)(self.context) })
+    }
+
+    /// A stream ordered by itself: the one that other libraries call 0 does not wait for it.
+    fn new_stream(&self) -> Result<sys::CUstream> {
+        let mut stream = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        // SAFETY: the context is current, the pointer is to a live variable.
+        check("cuStreamCreate", unsafe { (self.calls.cuStreamCreate)(&mut stream, flags) })?;
+        Ok(stream)
+    }
+
+    fn graphs(&self) -> Result<MutexGuard<'_, Graphs>> {
+        let graphs = self.graphs.as_ref().ok_or_else(|| Error::unsupported("graphs by this driver"))?;
+        // Single insertions and removals, as above.
+        Ok(graphs.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn memset_on(&self, stream: sys::CUstream, memory: Memory, value: u8) -> Result<()> {
+        // SAFETY: the memory is as long as is said, by whoever allocated it here.
+        check("memset", unsafe { (self.calls.cuMemsetD8Async)(memory.address, value, memory.bytes, stream) })
+    }
+
+    fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        module: &Module,
+        entry: &str,
+        launch: Launch,
+        params: &[u8],
+    ) -> Result<()> {
+        let function = self.function(module, entry, launch.shared)?;
+        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: every entry has one parameter, a struct of as many bytes as the caller's (checked by a test for all of
+        // them), which the driver copies before it returns. What the struct points to was checked against the sizes of
+        // the memory by the operation that filled it in.
+        check(entry, unsafe {
+            (self.calls.cuLaunchKernel)(
+                function,
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
+                launch.shared as c_uint,
+                stream,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })
     }
 
     /// The entry, allowed to use `shared` bytes of dynamic shared memory.
@@ -239,6 +290,14 @@ impl Driver for Context {
 
     fn total(&self) -> usize {
         self.total
+    }
+
+    fn available(&self) -> Result<usize> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the context is current, the pointers are to live variables.
+        check("cuMemGetInfo", unsafe { (self.calls.cuMemGetInfo_v2)(&mut free, &mut total) })?;
+        Ok(free)
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {
@@ -348,33 +407,51 @@ impl Driver for Context {
 
     fn memset(&self, memory: Memory, value: u8) -> Result<()> {
         self.enter()?;
-        // SAFETY: the memory is as long as is said, by whoever allocated it here.
-        check("memset", unsafe { (self.calls.cuMemsetD8Async)(memory.address, value, memory.bytes, self.stream) })
+        self.memset_on(self.stream, memory, value)
     }
 
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
         self.enter()?;
-        let function = self.function(module, entry, launch.shared)?;
-        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: every entry has one parameter, a struct of as many bytes as the caller's (checked by a test for all of
-        // them), which the driver copies before it returns. What the struct points to was checked against the sizes of
-        // the memory by the operation that filled it in.
-        check(entry, unsafe {
-            (self.calls.cuLaunchKernel)(
-                function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                launch.shared as c_uint,
-                self.stream,
-                arguments.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        })
+        self.launch_on(self.stream, module, entry, launch, params)
+    }
+
+    fn record(&self, work: &[Work]) -> Result<Graph> {
+        let Some(graphs) = &self.graphs else { return Err(Error::unsupported("graphs by this driver")) };
+        self.enter()?;
+        // What is asked for of a stream of its own is recorded; other threads' work goes on meanwhile.
+        let stream = self.new_stream()?;
+        let mut graphs = graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = graphs.record(stream, || {
+            work.iter().try_for_each(|w| match w {
+                Work::Launch { module, entry, launch, params } => {
+                    self.launch_on(stream, module, entry, *launch, params)
+                }
+                Work::Memset { memory, value } => self.memset_on(stream, *memory, *value),
+            })
+        });
+        // SAFETY: the stream was made above, and nobody else knows of it. An error of this call would hide the result.
+        let _ = unsafe { (self.calls.cuStreamDestroy_v2)(stream) };
+        graph
+    }
+
+    fn replay(&self, graph: Graph) -> Result<()> {
+        self.enter()?;
+        self.graphs()?.replay(graph, self.stream)
+    }
+
+    fn forget(&self, graph: Graph) -> Result<()> {
+        // It may be running.
+        self.synchronize()?;
+        self.graphs()?.forget(graph)
+    }
+
+    fn busy(&self) -> Result<bool> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as `self`.
+        match unsafe { (self.calls.cuStreamQuery)(self.stream) } {
+            NOT_READY => Ok(true),
+            code => check("the GPU's work", code).map(|()| false),
+        }
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -396,6 +473,9 @@ impl Drop for Context {
             if !self.stream.is_null() {
                 let _ = (self.calls.cuStreamSynchronize)(self.stream);
                 let _ = (self.calls.cuStreamDestroy_v2)(self.stream);
+            }
+            if let Some(graphs) = &mut self.graphs {
+                graphs.get_mut().unwrap_or_else(PoisonError::into_inner).release();
             }
             for (_, locked) in pinned.drain() {
                 let _ = locked.release(&self.calls);

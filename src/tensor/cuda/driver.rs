@@ -66,6 +66,84 @@ impl Launch {
     }
 }
 
+/// What a launch or a memset asks for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ask<'a> {
+    Launch { module: &'a Module, entry: &'a str, launch: Launch, params: &'a [u8] },
+    Memset { memory: Memory, value: u8 },
+}
+
+impl Ask<'_> {
+    pub(super) fn issue(self, driver: &dyn Driver) -> Result<()> {
+        match self {
+            Ask::Launch { module, entry, launch, params } => driver.launch(module, entry, launch, params),
+            Ask::Memset { memory, value } => driver.memset(memory, value),
+        }
+    }
+
+    /// Whether it asks for exactly that.
+    pub(super) fn is(self, work: &Work) -> bool {
+        match (self, work.ask()) {
+            (
+                Ask::Launch { module: m, entry: e, launch: l, params: p },
+                Ask::Launch { module, entry, launch, params },
+            ) => {
+                // A text is in the program once.
+                (m.name, m.text.as_ptr(), e, l, p) == (module.name, module.text.as_ptr(), entry, launch, params)
+            }
+            (Ask::Memset { memory: m, value: v }, Ask::Memset { memory, value }) => (m, v) == (memory, value),
+            _ => false,
+        }
+    }
+}
+
+/// A launch or a memset that is kept.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// See [`Driver::launch`].
+    Launch {
+        /// Where the entry is.
+        module: Module,
+        /// Its name.
+        entry: String,
+        /// How it is run.
+        launch: Launch,
+        /// Its parameter.
+        params: Vec<u8>,
+    },
+    /// See [`Driver::memset`].
+    Memset {
+        /// What is set.
+        memory: Memory,
+        /// To what.
+        value: u8,
+    },
+}
+
+impl Work {
+    pub(super) fn ask(&self) -> Ask<'_> {
+        match self {
+            Work::Launch { module, entry, launch, params } => Ask::Launch { module, entry, launch: *launch, params },
+            Work::Memset { memory, value } => Ask::Memset { memory: *memory, value: *value },
+        }
+    }
+}
+
+impl From<Ask<'_>> for Work {
+    fn from(ask: Ask<'_>) -> Work {
+        match ask {
+            Ask::Launch { module, entry, launch, params } => {
+                Work::Launch { module: *module, entry: entry.into(), launch, params: params.into() }
+            }
+            Ask::Memset { memory, value } => Work::Memset { memory, value },
+        }
+    }
+}
+
+/// Work that a driver has ready to run as a whole. Only a name for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Graph(pub usize);
+
 fn unknown(pinned: Pinned) -> Error {
     Error::Device { what: format!("{} bytes of page-locked memory that this device has not", pinned.bytes) }
 }
@@ -157,11 +235,49 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
     /// [`Error::Device`] that names the entry.
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()>;
 
+    /// Makes ready to run `work`, each part after the one before. Nothing runs.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a driver that makes no graphs, [`Error::Device`].
+    fn record(&self, work: &[Work]) -> Result<Graph> {
+        Err(Error::unsupported(format!("a graph of {} launches", work.len())))
+    }
+
+    /// Runs all of a graph, as if its work was asked for part by part.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; then none of it was asked for.
+    fn replay(&self, graph: Graph) -> Result<()> {
+        Err(Error::Device { what: format!("{graph:?} is of no work") })
+    }
+
+    /// Gives a graph up.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn forget(&self, graph: Graph) -> Result<()> {
+        Err(Error::Device { what: format!("{graph:?} is of no work") })
+    }
+
+    /// Whether there is work that is not done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] of work asked for earlier.
+    fn busy(&self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// What it calls itself, for people.
     fn name(&self) -> String;
 
     /// Bytes of memory, all of it.
     fn total(&self) -> usize;
+
+    /// Bytes of memory that are free, whoever has the rest.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn available(&self) -> Result<usize>;
 
     /// Waits for all work asked for.
     ///

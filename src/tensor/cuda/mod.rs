@@ -4,6 +4,8 @@
 mod calls;
 mod context;
 mod driver;
+mod graphs;
+mod passes;
 mod queue;
 mod staging;
 
@@ -12,7 +14,8 @@ use std::ffi::{CStr, c_char};
 use cudarc::driver::sys;
 
 pub use context::Context;
-pub use driver::{Driver, Launch, Memory, Module, Pinned};
+use driver::Ask;
+pub use driver::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 pub(super) use queue::Queue;
 
 use self::calls::{NO_DEVICE, Questions, check};
