@@ -22,7 +22,7 @@ fn unsupported<T>(op: &str, what: &str) -> Result<T> {
     Err(Error::unsupported(format!("{op} on a card: {what}")))
 }
 
-fn storage(precision: Precision) -> Storage {
+pub(super) fn storage(precision: Precision) -> Storage {
     match precision {
         Precision::F32 => Storage::F32,
         Precision::Bf16 => Storage::Bf16,

@@ -14,6 +14,7 @@ mod head_labels;
 mod instance_norm;
 mod moments;
 mod network;
+mod probe;
 mod relayout;
 mod runtime;
 mod sim;

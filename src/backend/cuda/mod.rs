@@ -12,6 +12,7 @@ pub mod head_labels;
 pub mod instance_norm;
 mod launch;
 pub mod moments;
+pub mod probe;
 pub mod relayout;
 
 use bytemuck::{Pod, Zeroable};
@@ -220,6 +221,7 @@ pub fn entries() -> Vec<Entry> {
         head_labels::entries(),
         instance_norm::entries(),
         moments::entries(),
+        probe::entries(),
         relayout::entries(),
     ];
     all.concat()
