@@ -4,7 +4,7 @@
 #
 #   benches/gpu_run.sh prepare      where the sources are: builds, and packs all that travels into .gpu/ (which git ignores)
 #   bash .gpu/gpu_run.sh check      on the machine with the GPU: every kernel and whole networks on the card; sanitizers
-#   bash .gpu/gpu_run.sh bench      ours, PyTorch, ours again; a table
+#   bash .gpu/gpu_run.sh bench      ours, PyTorch, ours again; a table; our layers by every variant; whole predictions
 #   bash .gpu/gpu_run.sh prof       what ncu says of the kernels of one forward pass
 #
 # Logs and tables go to $OUT [gpu-results]. MODELS="small base" names the networks [small base large huge], PATCH their
@@ -101,13 +101,15 @@ check() {
     local run=("$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card)
     # A process each: after a fault of one kernel the driver lets the process run no other.
     local part
-    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate resample devices network library STU-Net; do
+    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate resample probe runtime graph devices network library STU-Net; do
         step 90 "kernels_$part" env STUNET_GPU_TESTS="$part" "${run[@]}"
     done
     step 60 forward "$here/bin/stunet" bench forward --device cuda --model small --patch 32 --runs 1
+    step 60 conv3d_all "$here/bin/stunet" bench conv3d --device cuda --model small --patch 32 --runs 1 --all --json
+    step 60 predict "$here/bin/stunet" bench predict --device cuda --model small --patch 64 --shape 80 96 128 --tta --runs 1
     if command -v compute-sanitizer > /dev/null; then
         # Tens of times slower: of each family the smallest. Reads of what nothing wrote are found without: it is no number.
-        local tool small="batch_in_f16 in_parts repeated one_voxel first transpose3d tensor in_place equal_scores window"
+        local tool small="batch_in_f16 in_parts repeated one_voxel first transpose3d tensor in_place equal_scores window probe_products"
         for tool in memcheck racecheck synccheck; do
             step 120 "$tool" env STUNET_GPU_TESTS="$small" \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "${run[@]}"
@@ -132,6 +134,10 @@ bench() {
             step 60 "torch_layers_$model" python3 "$here/bench_torch.py" layers --model "$model" --patch "$patch" --limit 50
         fi
         step 60 "ours_2_$model" "${ours[@]}"
+        # Every variant of every layer, against the card's roofline.
+        step 60 "variants_$model" "$here/bin/stunet" bench conv3d --device cuda --model "$model" --patch "$patch" --all --json
+        # Windows one after the other, as a prediction runs them: sums on the card, passes as graphs.
+        step 60 "predict_$model" "$here/bin/stunet" bench predict --device cuda --model "$model" --patch "$patch" --json
     done
     python3 "$here/bench_torch.py" table --results "$results" | tee "$results/table.md"
     end

@@ -42,7 +42,7 @@ pub(super) struct DeviceArgs {
     /// auto, cpu, cuda or cuda:N; auto is the processor in this version
     #[arg(long, default_value = "auto", value_name = "DEVICE", help_heading = "Where to compute")]
     device: DeviceChoice,
-    /// CPU threads [default: all]
+    /// CPU threads, also beside a GPU [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024),
           help_heading = "Where to compute")]
     threads: Option<u16>,
@@ -63,7 +63,7 @@ impl DeviceArgs {
             DeviceChoice::Cuda(_) if self.isa.is_some() => {
                 Err(Error::Usage { what: "--isa is for the processor, not for --device cuda".into() })
             }
-            DeviceChoice::Cuda(n) => Device::cuda(n),
+            DeviceChoice::Cuda(n) => Device::cuda_with(n, self.threads.map(usize::from)),
             // No card unasked as long as the kernels have run on an interpreter only.
             DeviceChoice::Auto => cpu(),
         }

@@ -23,7 +23,8 @@ use super::args::{DeviceArgs, PrecisionChoice};
 ///
 /// Rates are effective: the multiplications and additions of plain convolutions, divided by the time. Winograd's
 /// algorithm does fewer, so that the share of the roofline, which is what this machine reaches with multiply-additions in
-/// registers, can be above 1. With --json the last line is one JSON object.
+/// registers, can be above 1. On a GPU these are products of matrices by mma.sync, beyond which Hopper has a faster unit; what
+/// its memory reaches with a copy is given beside. With --json the last line is one JSON object.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -137,23 +138,26 @@ impl Options {
     }
 
     /// A record that knows all but the measurements.
-    fn record(&self, command: &'static str, patch: [usize; 3], runs: u16, device: &Device) -> Record {
-        Record {
+    fn record(&self, command: &'static str, patch: [usize; 3], runs: u16, device: &Device) -> Result<Record> {
+        let precision = self.precision(device);
+        let (roofline, memory) = roofline(device, precision)?;
+        Ok(Record {
             command,
             version: env!("CARGO_PKG_VERSION"),
             model: name(&self.model),
             patch,
             channels: self.channels,
             classes: self.classes,
-            precision: self.precision(device).name().into(),
+            precision: precision.name().into(),
             strict: self.strict,
             device: device.name(),
             threads: device.threads(),
             isa: device.isa().name(),
             runs,
-            roofline_gflops: roofline(device) * 1e-9,
+            roofline_gflops: roofline * 1e-9,
+            memory_gb_per_second: memory.map(|bytes| bytes * 1e-9),
             ..Record::default()
-        }
+        })
     }
 
     fn ctx<'m>(&self, device: &Device) -> Ctx<'m> {
@@ -193,16 +197,18 @@ fn time(device: &Device, runs: u16, key: &[usize], mut f: impl FnMut() -> Result
     Ok(Seconds::of(seconds))
 }
 
-/// Operations per second with multiply-additions in registers: the best of some milliseconds at a time. Not known of a card.
-fn roofline(device: &Device) -> f64 {
+/// Operations per second in registers: the best of some milliseconds at a time; and of a card bytes per second of a copy in
+/// its memory.
+fn roofline(device: &Device, precision: Precision) -> Result<(f64, Option<f64>)> {
     if !device.is_cpu() {
-        return f64::NAN;
+        let (operations, bytes) = testing::peaks(device, precision)?;
+        return Ok((operations, Some(bytes)));
     }
     let rate = |_| {
         let begin = Instant::now();
         testing::spin(device) / begin.elapsed().as_secs_f64()
     };
-    (0..20).map(rate).fold(0.0, f64::max)
+    Ok(((0..20).map(rate).fold(0.0, f64::max), None))
 }
 
 /// Values of both signs, the same each time.

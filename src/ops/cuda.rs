@@ -26,7 +26,7 @@ fn unsupported<T>(op: &str, what: &str) -> Result<T> {
     Err(Error::unsupported(format!("{op} on a card: {what}")))
 }
 
-fn storage(precision: Precision) -> Storage {
+pub(super) fn storage(precision: Precision) -> Storage {
     match precision {
         Precision::F32 => Storage::F32,
         Precision::Bf16 => Storage::Bf16,
@@ -561,6 +561,11 @@ pub(super) fn part(t: &Tensor, at: usize, floats: usize) -> Result<Memory> {
 /// Sets them to zero.
 pub(crate) fn clear(t: &Tensor, at: usize, floats: usize) -> Result<()> {
     card("clear", t.device())?.memset(part(t, at, floats)?, 0)
+}
+
+/// Writes all of them.
+pub(crate) fn write(t: &Tensor, values: &[f32]) -> Result<()> {
+    card("write", t.device())?.upload(part(t, 0, values.len())?, bytemuck::cast_slice(values))
 }
 
 /// Reads them.

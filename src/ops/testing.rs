@@ -239,6 +239,22 @@ pub fn address(x: &Tensor) -> usize {
     }
 }
 
+/// What a card reaches with values stored in `precision`: operations per second of products in registers, a multiply-add
+/// counted as two, and bytes per second of a copy in its memory, read and written. Takes some milliseconds, and memory that it
+/// gives back.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) of the processor, see [`spin`]; [`Error::Device`](crate::Error::Device).
+pub fn peaks(device: &Device, precision: Precision) -> Result<(f64, f64)> {
+    #[cfg(feature = "cuda")]
+    if let Some(driver) = device.driver() {
+        let start = std::time::Instant::now();
+        let storage = super::cuda::storage(precision);
+        return crate::backend::cuda::probe::peaks(driver, storage, &mut || start.elapsed().as_secs_f64());
+    }
+    Err(crate::error::Error::unsupported(format!("a card's peak in {} of {}", precision.name(), device.name())))
+}
+
 /// Runs multiply-adds in registers on all of the device's threads for some milliseconds and returns their number, a
 /// multiply-add counted as two: divided by the time, the peak to hold kernels against.
 #[must_use]

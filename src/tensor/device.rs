@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Precision;
 use super::buffer::Buffer;
 #[cfg(feature = "cuda")]
-use super::cuda;
+use super::cuda::{self, Driver as _};
 use super::pool::Pool;
 use crate::error::{Error, Result};
 
@@ -38,13 +38,14 @@ pub enum Device {
     Cuda(Arc<CudaDevice>),
 }
 
-/// An NVIDIA card: its driver and its memory pool.
+/// An NVIDIA card: its driver, its memory pool, and the processor that works beside it.
 #[cfg(feature = "cuda")]
 #[derive(Debug)]
 pub struct CudaDevice {
-    driver: Arc<dyn cuda::Driver>,
+    driver: Arc<cuda::Queue>,
     pool: Arc<Pool>,
     name: String,
+    host: Device,
 }
 
 /// The processor: its instruction set, its threads and its memory pool.
@@ -135,12 +136,22 @@ impl Device {
         Ok(Device::Cpu(Arc::new(CpuDevice { isa, threads, pool: Arc::default() })))
     }
 
-    /// CUDA device `ordinal`: its kernels' code is assembled by the driver when they are first used on a machine.
+    /// CUDA device `ordinal`: its kernels' code is assembled by the driver when they are first used on a machine. What the
+    /// processor does beside it runs in the caller's current rayon pool.
     ///
     /// # Errors
     /// [`Error::Device`] that says why it cannot be used: no driver, too old a driver, no such card, too old a card, or
     /// built without the `cuda` feature. Never a panic.
     pub fn cuda(ordinal: usize) -> Result<Self> {
+        Self::cuda_with(ordinal, None)
+    }
+
+    /// CUDA device `ordinal`, beside which the processor works with threads of its own (`None`: the caller's current rayon
+    /// pool).
+    ///
+    /// # Errors
+    /// As [`Device::cuda`] and [`Device::cpu_with_threads`].
+    pub fn cuda_with(ordinal: usize, threads: Option<usize>) -> Result<Self> {
         let named = |e: Error| match e {
             Error::Device { what } => Error::Device { what: format!("cuda:{ordinal} cannot be used: {what}") },
             e => e,
@@ -148,10 +159,14 @@ impl Device {
         #[cfg(feature = "cuda")]
         {
             let context = cuda::Context::open(ordinal).map_err(named)?;
-            Ok(Self::on(Arc::new(context), format!("cuda:{ordinal}")))
+            let host = Self::cpu_with(threads, Isa::detect())?;
+            Ok(Self::on_beside(Arc::new(context), format!("cuda:{ordinal}"), host))
         }
         #[cfg(not(feature = "cuda"))]
-        Err(named(Error::Device { what: cuda_status().reason() }))
+        {
+            let _ = threads;
+            Err(named(Error::Device { what: cuda_status().reason() }))
+        }
     }
 
     /// Whatever runs PTX, under a name.
@@ -159,8 +174,27 @@ impl Device {
     #[doc(hidden)]
     #[must_use]
     pub fn on(driver: Arc<dyn cuda::Driver>, name: String) -> Self {
+        Self::on_beside(driver, name, Self::cpu())
+    }
+
+    /// The same beside a processor.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn on_beside(driver: Arc<dyn cuda::Driver>, name: String, host: Device) -> Self {
+        let driver = Arc::new(cuda::Queue::new(driver));
         let pool = Arc::new(Pool::of(driver.clone()));
-        Device::Cuda(Arc::new(CudaDevice { driver, pool, name }))
+        Device::Cuda(Arc::new(CudaDevice { driver, pool, name, host }))
+    }
+
+    /// The processor: itself, or the one that does beside a card what is not the card's.
+    #[must_use]
+    pub fn host(&self) -> &Device {
+        match self {
+            Device::Cpu(_) => self,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => &d.host,
+        }
     }
 
     /// The device to take if nothing else is asked for: the processor. No card is taken unasked as long as the kernels
@@ -231,6 +265,22 @@ impl Device {
         }
     }
 
+    /// Bytes of a card's memory that new tensors can have now: what is free, whoever has the rest, and what is kept for them.
+    /// Of the processor's only the system knows.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn available_memory(&self) -> Result<Option<usize>> {
+        match self {
+            Device::Cpu(_) => Ok(None),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => {
+                let (free, own) = (d.driver.available()?, d.pool.report());
+                Ok(Some(free.saturating_add(own.reserved - own.in_use)))
+            }
+        }
+    }
+
     /// Compute capability of a card, major and minor.
     #[must_use]
     pub fn compute_capability(&self) -> Option<[u32; 2]> {
@@ -278,10 +328,16 @@ impl Device {
     /// largest plan decides its size. A tensor that comes unplanned, that finds its place still taken, or that
     /// outlives the run takes other memory, so a key that is used for two different computations, tensors that are
     /// dropped early or late and other threads cost time, never correctness. A limit that leaves no room for the
-    /// region leaves everything as without a plan. A run inside another one, or beside one of another thread, is just
+    /// region leaves everything as without a plan. On a card, launches that come as they came in the runs before, to the
+    /// byte, go to the driver as one graph. A run inside another one, or beside one of another thread, is just
     /// run.
     pub fn planned<R>(&self, key: &[usize], f: impl FnOnce() -> R) -> R {
         let _scope = self.pool().enter(key);
+        #[cfg(feature = "cuda")]
+        let _pass = match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(d) => Some(d.driver.enter(key)),
+        };
         f()
     }
 
@@ -294,7 +350,7 @@ impl Device {
         result
     }
 
-    /// Runs `f` with this device's threads as the current rayon pool.
+    /// Runs `f` with this device's threads, of a card those of the processor beside it, as the current rayon pool.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         match self {
             Device::Cpu(d) => match &d.threads {
@@ -302,11 +358,11 @@ impl Device {
                 None => f(),
             },
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => f(),
+            Device::Cuda(d) => d.host.install(f),
         }
     }
 
-    /// Threads that operations use.
+    /// Threads that operations use; of a card those of the processor beside it.
     #[must_use]
     pub fn threads(&self) -> usize {
         match self {
@@ -314,7 +370,7 @@ impl Device {
                 d.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
             }
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => rayon::current_num_threads(),
+            Device::Cuda(d) => d.host.threads(),
         }
     }
 
@@ -324,7 +380,7 @@ impl Device {
         match self {
             Device::Cpu(d) => d.isa,
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Isa::detect(),
+            Device::Cuda(d) => d.host.isa(),
         }
     }
 

@@ -49,6 +49,23 @@ impl State {
         while after + self.idle > most && self.evict_oldest() {}
     }
 
+    /// What `make` makes; where the system or the card refuses, once more when all that is idle is given up.
+    fn made<T>(&mut self, make: impl Fn() -> Result<T>) -> Result<T> {
+        match make() {
+            Err(Error::OutOfMemory { .. }) if self.give_up() => make(),
+            result => result,
+        }
+    }
+
+    /// Frees all that is idle, the arena too if nothing lives in it; false when there was nothing.
+    fn give_up(&mut self) -> bool {
+        let before = self.idle + self.arena.bytes();
+        self.free.clear();
+        self.idle = 0;
+        self.arena.drop_region();
+        before > self.arena.bytes()
+    }
+
     /// An idle piece of at least `size` bytes.
     fn recycled(&mut self, size: usize) -> Option<Memory> {
         // A piece up to a quarter too large is good enough; anything larger would hide memory from other sizes.
@@ -116,7 +133,7 @@ impl Pool {
                     s.arena.drop_region();
                 }
                 s.make_room(size);
-                Memory::new(&self.origin, size)?
+                s.made(|| Memory::new(&self.origin, size))?
             }
         };
         s.in_use += m.bytes();
@@ -147,7 +164,7 @@ impl Pool {
             if s.limit.is_none_or(|limit| s.in_use + bytes <= limit) {
                 s.make_room(bytes);
                 // Where the system refuses, the pool goes on piece by piece.
-                if let Ok(region) = Region::new(&self.origin, bytes) {
+                if let Ok(region) = s.made(|| Region::new(&self.origin, bytes)) {
                     s.arena.set_region(region);
                     s.high = s.high.max(s.held());
                 }
@@ -173,10 +190,7 @@ impl Pool {
 
     /// Gives idle memory back to the system, the arena too if nothing lives in it.
     pub(super) fn trim(&self) {
-        let mut s = self.lock();
-        s.free.clear();
-        s.idle = 0;
-        s.arena.drop_region();
+        self.lock().give_up();
     }
 
     pub(super) fn report(&self) -> MemoryReport {

@@ -28,6 +28,9 @@
 #ifndef ALLOC
 #define ALLOC 0
 #endif
+#ifndef PIN
+#define PIN 0
+#endif
 #ifndef LOAD
 #define LOAD 0
 #endif
@@ -51,11 +54,13 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return 0;
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { (void)device; *bytes = (size_t)8 << 30; return 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) { *total = (size_t)8 << 30; *free = *total / 2; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { (void)device; *context = malloc(1); return RETAIN; }
 int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return 0; }
 int cuCtxSetCurrent(void *context) { (void)context; return 0; }
 int cuStreamCreate(void **stream, unsigned flags) { (void)flags; *stream = STREAM ? NULL : malloc(1); return STREAM; }
 int cuStreamSynchronize(void *stream) { (void)stream; return 0; }
+int cuStreamQuery(void *stream) { (void)stream; return 0; }
 int cuStreamDestroy_v2(void *stream) { free(stream); return 0; }
 /* The options are the log and its size, in this order. */
 int cuModuleLoadDataEx(void **module, const void *text, unsigned n, int *options, void **values) {
@@ -88,6 +93,12 @@ int cuMemcpyDtoHAsync_v2(void *to, unsigned long long from, size_t bytes, void *
     memcpy(to, (void *)(size_t)from, bytes);
     return 0;
 }
+int cuMemHostAlloc(void **start, size_t bytes, unsigned flags) { (void)flags; *start = PIN ? NULL : malloc(bytes); return PIN; }
+int cuMemFreeHost(void *start) { free(start); return 0; }
+int cuEventCreate(void **event, unsigned flags) { (void)flags; *event = malloc(1); return 0; }
+int cuEventRecord(void *event, void *stream) { (void)event; (void)stream; return 0; }
+int cuEventSynchronize(void *event) { (void)event; return 0; }
+int cuEventDestroy_v2(void *event) { free(event); return 0; }
 int cuMemsetD8Async(unsigned long long to, unsigned char value, size_t bytes, void *stream) {
     (void)stream;
     memset((void *)(size_t)to, value, bytes);

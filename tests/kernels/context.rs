@@ -12,8 +12,8 @@ use stunet::{Device, Error, Precision};
 
 use super::sim::{Sim, on_card};
 use super::{
-    aggregate, conv_transpose3d, conv3d, conv3d_first, device, head_labels, instance_norm, moments, network, relayout,
-    resample,
+    aggregate, conv_transpose3d, conv3d, conv3d_first, device, head_labels, instance_norm, moments, network, probe,
+    relayout, resample, runtime,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -27,6 +27,11 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
     ("ptx_conv3d_is_cut_where_a_card_would_idle", "runs nothing"),
+    ("ptx_runtime_a_missing_wait_is_found", "plants a fault that a fast card hides"),
+    ("ptx_runtime_windows_are_staged_beside_work_on_a_shared_card", "counts what a card does not count"),
+    ("ptx_runtime_idle_memory_is_given_up", "has a card of 1 MiB"),
+    ("ptx_graph_beside_another_thread", "has a thread that knows of no card"),
+    ("ptx_runtime_threads_beside_a_card", "runs nothing"),
     ("ptx_operands_are_what_they_are_taken_for", "has several cards of two generations"),
 ];
 
@@ -61,8 +66,14 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     resample::ptx_resample_labels,
     resample::ptx_resample_labels_paints_regions,
     resample::ptx_resample_labels_of_odd_and_of_equal_values,
+    probe::ptx_probe_products_are_all_done,
+    probe::ptx_probe_copies,
+    probe::ptx_probe_rates,
     network::ptx_network_in_f32_is_the_cpus,
     network::ptx_network_in_16_bit_is_near_the_cpus,
+    runtime::ptx_runtime_uploads_arrive,
+    runtime::ptx_graph_of_a_pass_gives_the_same_bytes,
+    runtime::ptx_graph_of_another_network_is_never_run,
     device::ptx_stunet_through_the_library,
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,

@@ -337,7 +337,7 @@ pub(super) fn ptx_conv3d_wastes_no_bank_and_no_sector() {
                 conv3d::run(&sim, &conv3d::Problem { workspace, ..p }, &plan).unwrap();
             }
         }
-        let entries = sim.reports.lock().unwrap().keys().cloned().collect::<Vec<_>>();
+        let entries = sim.entries();
         assert!(entries.len() >= 3, "{entries:?}");
         for entry in entries {
             for (what, site) in [("ldmatrix", true), ("cp.async", false), ("st.global", false), ("st.shared", true)] {

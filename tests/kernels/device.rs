@@ -15,14 +15,14 @@ use super::random;
 use super::sim::Sim;
 
 /// Widths that fill blocks of channels, and the demo's kind that does not: 8 in the first stage, 24 and 28 in two halves.
-const WIDTHS: [[usize; 6]; 2] = [[16, 16, 32, 32, 32, 32], [8, 16, 24, 28, 28, 28]];
+pub(super) const WIDTHS: [[usize; 6]; 2] = [[16, 16, 32, 32, 32, 32], [8, 16, 24, 28, 28, 28]];
 
-fn config(dims: [usize; 6]) -> StuNetConfig {
+pub(super) fn config(dims: [usize; 6]) -> StuNetConfig {
     let strides = [[2, 2, 2], [1, 2, 2], [1; 3], [1; 3], [1; 3]];
     StuNetConfig { dims, ..StuNetConfig::small(1, 5) }.with_strides(strides)
 }
 
-const PATCH: [usize; 3] = [8, 16, 12];
+pub(super) const PATCH: [usize; 3] = [8, 16, 12];
 
 /// Logits and labels of a window.
 fn run(

@@ -33,6 +33,10 @@ impl Driver for Faulty<'_> {
         self.sim.total()
     }
 
+    fn available(&self) -> Result<usize> {
+        self.sim.available()
+    }
+
     fn capability(&self) -> [u32; 2] {
         self.sim.capability()
     }

@@ -14,8 +14,10 @@ mod head_labels;
 mod instance_norm;
 mod moments;
 mod network;
+mod probe;
 mod relayout;
 mod resample;
+mod runtime;
 mod sim;
 
 use stunet::backend_testing::cuda::{Norm, Source, Storage, padded};

@@ -12,6 +12,7 @@ pub mod head_labels;
 pub mod instance_norm;
 mod launch;
 pub mod moments;
+pub mod probe;
 pub mod relayout;
 pub mod resample;
 
@@ -221,6 +222,7 @@ pub fn entries() -> Vec<Entry> {
         head_labels::entries(),
         instance_norm::entries(),
         moments::entries(),
+        probe::entries(),
         relayout::entries(),
         resample::entries(),
     ];

@@ -40,7 +40,7 @@ impl Args {
         let options = &self.options;
         let (config, device) = (options.config(), options.device.open()?);
         let (patch, runs) = (options.patch(&config)?, options.runs(5));
-        let mut record = options.record("conv3d", patch, runs, &device);
+        let mut record = options.record("conv3d", patch, runs, &device)?;
         let (mut shapes, mut sizes) = (Vec::new(), Vec::new());
         let mut size = patch;
         for (stage, &out) in config.dims.iter().enumerate() {
@@ -86,6 +86,7 @@ impl Args {
             implementation: "",
             seconds: 0.0,
             gflops: None,
+            roofline_share: None,
             implementations: Vec::with_capacity(estimates.len()),
         };
         let mut of_choice = None;

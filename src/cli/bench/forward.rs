@@ -20,9 +20,9 @@ impl Args {
         let options = &self.options;
         let (config, device) = (options.config(), options.device.open()?);
         let (patch, runs) = (options.patch(&config)?, options.runs(5));
-        let mut record = options.record("forward", patch, runs, &device);
         let precision = options.precision(&device);
         let net = device.install(|| config.build_random_with(&device, 0, precision))?;
+        let mut record = options.record("forward", patch, runs, &device)?;
         let x = input(config.in_channels, patch, &device)?;
         let seconds = time(&device, runs, &[], || {
             let mut cx = options.ctx(&device);

@@ -35,7 +35,7 @@ impl Args {
         let (config, device) = (options.config(), options.device.open()?);
         let (patch, runs) = (options.patch(&config)?, options.runs(1));
         let shape = [0, 1, 2].map(|a| usize::from(self.shape[a]));
-        let mut record = options.record("predict", patch, runs, &device);
+        let mut record = options.record("predict", patch, runs, &device)?;
         let precision = options.precision(&device);
         let net = device.install(|| config.build_random_with(&device, 0, precision))?;
         // Filters are transformed in the first run, which is not counted.

@@ -32,6 +32,9 @@ pub(super) struct Record {
     /// Above 1 where an algorithm does fewer operations.
     pub(super) roofline_share: f64,
     pub(super) roofline_gflops: f64,
+    /// What a card's memory reaches with a copy, read and written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory_gb_per_second: Option<f64>,
     /// Largest total of tensors, parameters included.
     pub(super) peak_bytes: usize,
     pub(super) peak_process_bytes: Option<u64>,
@@ -66,6 +69,7 @@ pub(super) struct Layer {
     pub(super) seconds: f64,
     /// None where nothing is multiplied.
     pub(super) gflops: Option<f64>,
+    pub(super) roofline_share: Option<f64>,
     /// What the implementation was chosen from.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) implementations: Vec<Candidate>,
@@ -94,6 +98,7 @@ impl From<&Step> for Layer {
             implementation: s.implementation,
             seconds: s.seconds,
             gflops: (s.macs > 0).then(|| s.macs as f64 * 2e-9 / s.seconds.max(1e-9)),
+            roofline_share: None,
             implementations: Vec::new(),
         }
     }
@@ -110,9 +115,12 @@ impl Record {
     }
 
     /// One line of JSON, or a table.
-    pub(super) fn print(&self, json: bool) -> Result<()> {
+    pub(super) fn print(mut self, json: bool) -> Result<()> {
+        for layer in &mut self.layers {
+            layer.roofline_share = layer.gflops.map(|g| g / self.roofline_gflops);
+        }
         if json {
-            return output::line(serde_json::to_string(self).map_err(|e| Error::Unsupported { what: e.to_string() })?);
+            return output::line(serde_json::to_string(&self).map_err(|e| Error::Unsupported { what: e.to_string() })?);
         }
         let [z, y, x] = self.patch;
         let strict = if self.strict { ", strict" } else { "" };
@@ -135,10 +143,11 @@ impl Record {
         }
         self.layers.iter().try_for_each(print_layer)?;
         let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);
-        // A card's is not known.
-        let of_peak = if peak.is_nan() { String::new() } else { format!(", {share:.0} % of {peak:.1}") };
-        let rate = format!("{:.1} GFLOP/s{of_peak}", self.gflops);
+        let rate = format!("{:.1} GFLOP/s, {share:.0} % of {peak:.1}", self.gflops);
         output::line(format!("median {:.4} s, min {:.4} s, {rate}", self.seconds, self.seconds_min))?;
+        if let Some(memory) = self.memory_gb_per_second {
+            output::line(format!("memory copies {memory:.0} GB/s"))?;
+        }
         let process = self.peak_process_bytes.map(|b| format!(", process {}", system::human(b))).unwrap_or_default();
         output::line(format!("peak of tensors {}{process}", system::human(self.peak_bytes as u64)))
     }
@@ -146,8 +155,13 @@ impl Record {
 
 fn print_layer(l: &Layer) -> Result<()> {
     let rate = l.gflops.map(|g| format!("{g:.1}")).unwrap_or_default();
+    let share = l.roofline_share.map(|s| format!(" {:>4.0} %", s * 100.0)).unwrap_or_default();
     let title = format!("{} {}", l.operation, l.what);
-    output::line(format!("  {title:<62} {:<20} {:>9.3} ms {rate:>8} GFLOP/s", l.implementation, l.seconds * 1e3))?;
+    output::line(format!(
+        "  {title:<62} {:<20} {:>9.3} ms {rate:>8} GFLOP/s{share}",
+        l.implementation,
+        l.seconds * 1e3
+    ))?;
     l.implementations.iter().try_for_each(|c| {
         let mark = if c.chosen { '*' } else { ' ' };
         let measured = c.seconds.map_or_else(|| "-".into(), |s| format!("{:.3} ms", s * 1e3));

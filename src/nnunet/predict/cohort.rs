@@ -74,7 +74,7 @@ impl Predictor {
     ) -> Result<()> {
         self.validate()?;
         self.limited(|this| {
-            let cohort = Cohort { predictor: this, source, standing: this.standing() };
+            let cohort = Cohort { predictor: this, source, standing: this.standing()? };
             match source.cases() {
                 0 => Ok(()),
                 // Nothing to run beside: no other threads.

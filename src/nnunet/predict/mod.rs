@@ -242,7 +242,7 @@ impl Predictor {
         let this = &*self;
         this.device.install(|| {
             let case = preprocess_by(this.device.isa(), image, &this.plan)?;
-            let plan = this.plan_sweep(case.shape, this.card_room())?;
+            let plan = this.plan_sweep(case.shape, this.card_room()?)?;
             let head = this.combined_head(&plan)?;
             let (inputs, channels) = (plan.channels(), this.plan.heads);
             let [depth, area] = [case.shape[0], case.shape[1] * case.shape[2]];
@@ -313,7 +313,7 @@ impl Predictor {
         self.device.reset_peak();
         let clock = Instant::now();
         let case = &prepared.case;
-        let sweep = self.plan_sweep(case.shape, self.card_room())?;
+        let sweep = self.plan_sweep(case.shape, self.card_room()?)?;
         let (tiles, head) = (sweep.windows(), self.combined_head(&sweep)?);
         tell(progress, Event::Stage("network"))?;
         let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
@@ -390,11 +390,15 @@ impl Predictor {
         LinearHead::new(&weight, &bias).map(Some)
     }
 
-    /// Bytes of a card that are neither the models' nor too many: drivers and other programs take some.
-    fn card_room(&self) -> Option<usize> {
-        let total = self.device.total_memory()? / 10 * 9;
-        let most = total.min(self.device.memory().limit.unwrap_or(usize::MAX));
-        Some(most.saturating_sub(self.device.memory().in_use))
+    /// Bytes that a card has for tensors beside the models': a limit and other programs may leave less than there is, and the
+    /// driver takes some for itself.
+    fn card_room(&self) -> Result<Option<usize>> {
+        let (Some(total), Some(free)) = (self.device.total_memory(), self.device.available_memory()?) else {
+            return Ok(None);
+        };
+        let memory = self.device.memory();
+        let most = (total / 10 * 9).min(memory.limit.unwrap_or(usize::MAX)).saturating_sub(memory.in_use);
+        Ok(Some(most.min(free.saturating_sub(total / 32))))
     }
 
     /// Bytes that the largest network's tensors take, and the filters that all of them keep.
@@ -413,16 +417,16 @@ impl Predictor {
     /// # Errors
     /// [`Error::Input`] when the grid's spacing cannot be.
     pub fn memory_needed(&self, geometry: &Geometry, channels: usize) -> Result<usize> {
-        Ok(self.needs(geometry, channels, self.standing())?.alone())
+        Ok(self.needs(geometry, channels, self.standing()?)?.alone())
     }
 
     /// What is there between predictions.
-    fn standing(&self) -> Standing {
+    fn standing(&self) -> Result<Standing> {
         // Filters that are kept already are in use and in the plan.
         let kept: usize = self.nets.iter().map(Network::kept_bytes).sum();
         let in_use = self.device.memory().in_use;
         let held = if self.device.is_cpu() { in_use.saturating_sub(kept) } else { 0 };
-        Standing { held, room: self.card_room(), in_use }
+        Ok(Standing { held, room: self.card_room()?, in_use })
     }
 
     fn needs(&self, geometry: &Geometry, channels: usize, standing: Standing) -> Result<Needs> {
@@ -442,6 +446,8 @@ impl Predictor {
         let travels = !self.device.is_cpu() && !sweep.sums_on_card;
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
         let patch = product(self.plan.patch).saturating_mul(channels + 1);
+        // The window that is computed and the next, page-locked, in buffers of a power of two.
+        let staged = if self.device.is_cpu() { 0 } else { patch.saturating_mul(4).min(64 << 20) };
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
         let probabilities = if self.options.probabilities { self.plan.heads.saturating_mul(product(from)) } else { 0 };
         Ok(Needs {
@@ -450,7 +456,7 @@ impl Predictor {
             result: product(from).saturating_add(probabilities),
             // Between its passes over the axes, resampling holds two arrays of at most the larger size along every axis.
             preprocessing: product(both).saturating_mul(2),
-            network: sum(&[activations, sums, travelling, patch, planes]),
+            network: sum(&[activations, sums, travelling, patch, staged, planes]),
         })
     }
 
@@ -459,7 +465,7 @@ impl Predictor {
     /// # Errors
     /// [`Error::OutOfMemory`], and as [`Predictor::memory_needed`].
     pub fn check_memory(&self, geometry: &Geometry, channels: usize) -> Result<()> {
-        self.admitted(geometry, channels, self.standing()).map(drop)
+        self.admitted(geometry, channels, self.standing()?).map(drop)
     }
 
     /// What a case needs, if it can be predicted at all.
@@ -467,7 +473,10 @@ impl Predictor {
         if let Some(room) = standing.room {
             let (asked, in_use) = (self.activations(), standing.in_use);
             if asked > room {
-                let what = format!("this prediction on {}", self.device.name());
+                let [free, total] =
+                    [self.device.available_memory()?, self.device.total_memory()].map(Option::unwrap_or_default);
+                let name = self.device.name();
+                let what = format!("this prediction on {name}, of whose {total} bytes {free} are free,");
                 return Err(Error::OutOfMemory { what, asked, in_use, limit: room + in_use });
             }
         }

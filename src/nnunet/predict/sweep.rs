@@ -17,7 +17,7 @@ use crate::models::Network;
 use crate::ops::head::{self, Activation, PackedHead};
 #[cfg(feature = "cuda")]
 use crate::ops::resample::Labels;
-use crate::tensor::{BLOCK, Device, Dims, Stored, Tensor};
+use crate::tensor::{BLOCK, Device, Dims, Layout, Stored, Tensor};
 
 /// What is aggregated over windows, and where.
 ///
@@ -114,6 +114,13 @@ impl SweepPlan {
         self.windows() * self.flips.len() * self.folds
     }
 
+    /// Where the window of the `n`-th pass starts, and how it is mirrored.
+    fn pass(&self, n: usize) -> ([usize; 3], [bool; 3]) {
+        let (window, [_, ny, nx]) = (n / self.flips.len() / self.folds, [0, 1, 2].map(|a| self.starts[a].len()));
+        let at = [window / (ny * nx), window / nx % ny, window % nx];
+        ([0, 1, 2].map(|a| self.starts[a][at[a]]), self.flips[n % self.flips.len()])
+    }
+
     /// Channels of the planes that come out.
     pub(crate) fn channels(&self) -> usize {
         match self.gather {
@@ -175,6 +182,10 @@ pub(crate) struct Sweep<'a> {
     host: Device,
     data: &'a [f32],
     channels: usize,
+    /// On a card: what the next pass reads, at one place for all of them.
+    input: Option<Tensor>,
+    /// Passes whose windows were sent there.
+    sent: usize,
     importance: Option<Vec<f32>>,
     store: Store,
     rows_done: usize,
@@ -195,7 +206,7 @@ impl<'a> Sweep<'a> {
     ) -> Result<Self> {
         let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
         let [_, h, w] = plan.padded();
-        let host = if device.is_cpu() { device.clone() } else { Device::cpu() };
+        let host = device.host().clone();
         let importance = plan.gaussian.then(|| gaussian(plan.patch));
         let store = match plan.gather {
             Gather::Held(_) => Store::Held(Vec::new()),
@@ -215,6 +226,9 @@ impl<'a> Sweep<'a> {
             Ok(PackedHead::new(&head.weight, &head.bias, head.features, plan.features))
         });
         let heads = heads.collect::<Result<_>>()?;
+        let [pz, py, px] = plan.patch;
+        let input = || Tensor::empty(Dims::from([1, channels, pz, py, px]), Layout::PLAIN, device);
+        let input = (!device.is_cpu()).then(input).transpose()?;
         Ok(Self {
             plan,
             nets,
@@ -223,6 +237,8 @@ impl<'a> Sweep<'a> {
             host,
             data,
             channels,
+            input,
+            sent: 0,
             importance,
             store,
             rows_done: 0,
@@ -262,19 +278,47 @@ impl<'a> Sweep<'a> {
                 // Passes with the same key ask for the same tensors, and nothing but what is held outlives them.
                 device.planned(&[fold, self.channels, pz, py, px, usize::from(strict)], || {
                     let mut cx = Ctx::infer(device).strict(strict);
-                    let x = cx.leaf(self.patch_at(start, flip)?);
+                    let x = cx.leaf(self.input(start, flip)?);
                     let features = nets[fold].features(&mut cx, x)?.into_value();
+                    self.passes_done += 1;
+                    // Put together while the card computes this one, and copied when it has.
+                    self.send_next()?;
                     self.add(start, flip, fold, &features)
                 })?;
-                self.passes_done += 1;
                 tell(self.progress, Event::Tiles { done: self.passes_done, total: self.plan.passes() })?;
             }
         }
         self.add_weight(start)
     }
 
-    /// The window's input, flipped, zeros outside the image.
-    fn patch_at(&self, start: [usize; 3], flip: [bool; 3]) -> Result<Tensor> {
+    /// What the pass that is next reads.
+    fn input(&mut self, start: [usize; 3], flip: [bool; 3]) -> Result<Tensor> {
+        if self.sent == self.passes_done {
+            self.send_next()?;
+        }
+        match &self.input {
+            Some(t) => Ok(t.clone()),
+            None => {
+                let [pz, py, px] = self.plan.patch;
+                let dims = Dims::from([1, self.channels, pz, py, px]);
+                Tensor::from_host(&self.window(start, flip), dims, self.device)
+            }
+        }
+    }
+
+    /// Sends a card the window of the next pass; its work is done in order, so that the pass before has read its own.
+    fn send_next(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(t) = self.input.as_ref().filter(|_| self.sent < self.plan.passes()) {
+            let (start, flip) = self.plan.pass(self.sent);
+            crate::ops::cuda::write(t, &self.window(start, flip))?;
+            self.sent += 1;
+        }
+        Ok(())
+    }
+
+    /// The window's intensities, flipped, zeros outside the image.
+    fn window(&self, start: [usize; 3], flip: [bool; 3]) -> Vec<f32> {
         let ([pz, py, px], [nz, ny, nx], pad) = (self.plan.patch, self.plan.shape, self.plan.pad());
         let mut values = vec![0f32; self.channels * pz * py * px];
         // The image coordinate of patch index i along an axis, if inside.
@@ -295,7 +339,7 @@ impl<'a> Sweep<'a> {
                 }
             }
         });
-        Tensor::from_host(&values, Dims::from([1, self.channels, pz, py, px]), self.device)
+        values
     }
 
     fn add(&mut self, start: [usize; 3], flip: [bool; 3], fold: usize, features: &Tensor) -> Result<()> {

@@ -9,12 +9,13 @@ use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_void};
 use std::ptr;
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute, CUjit_option,
-    CUmodule, CUstream,
+    self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute, CUgraph,
+    CUgraphExec, CUjit_option, CUmodule, CUstream, CUstreamCaptureMode,
 };
 
 pub(super) const OUT_OF_MEMORY: c_int = 2;
 pub(super) const NO_DEVICE: c_int = 100;
+pub(super) const NOT_READY: c_int = 600;
 
 macro_rules! calls {
     ($(#[$doc:meta])* $table:ident { $($symbol:ident($($argument:ty),*);)* }) => {
@@ -63,11 +64,13 @@ calls! {
         cuDeviceGet(*mut CUdevice, c_int);
         cuDeviceGetAttribute(*mut c_int, CUdevice_attribute, CUdevice);
         cuDeviceTotalMem_v2(*mut usize, CUdevice);
+        cuMemGetInfo_v2(*mut usize, *mut usize);
         cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
         cuDevicePrimaryCtxRelease_v2(CUdevice);
         cuCtxSetCurrent(CUcontext);
         cuStreamCreate(*mut CUstream, c_uint);
         cuStreamSynchronize(CUstream);
+        cuStreamQuery(CUstream);
         cuStreamDestroy_v2(CUstream);
         cuModuleLoadDataEx(*mut CUmodule, *const c_void, c_uint, *mut CUjit_option, *mut *mut c_void);
         cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
@@ -77,6 +80,12 @@ calls! {
         cuMemFree_v2(CUdeviceptr);
         cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
         cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
+        cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+        cuMemFreeHost(*mut c_void);
+        cuEventCreate(*mut CUevent, c_uint);
+        cuEventRecord(CUevent, CUstream);
+        cuEventSynchronize(CUevent);
+        cuEventDestroy_v2(CUevent);
         cuMemsetD8Async(CUdeviceptr, c_uchar, usize, CUstream);
         cuLaunchKernel(
             CUfunction,
@@ -91,6 +100,18 @@ calls! {
             *mut *mut c_void,
             *mut *mut c_void
         );
+    }
+}
+
+calls! {
+    /// What it takes to make graphs; in every driver since CUDA 11.4, and nothing is lost but some time without.
+    GraphCalls {
+        cuStreamBeginCapture_v2(CUstream, CUstreamCaptureMode);
+        cuStreamEndCapture(CUstream, *mut CUgraph);
+        cuGraphInstantiateWithFlags(*mut CUgraphExec, CUgraph, u64);
+        cuGraphLaunch(CUgraphExec, CUstream);
+        cuGraphExecDestroy(CUgraphExec);
+        cuGraphDestroy(CUgraph);
     }
 }
 

@@ -8,12 +8,13 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit};
 
-use super::calls::{Calls, OUT_OF_MEMORY, check as checked, named};
-use super::{Driver, Launch, Memory, Module};
+use super::calls::{Calls, NOT_READY, OUT_OF_MEMORY, check as checked, named};
+use super::graphs::Graphs;
+use super::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
 
@@ -36,6 +37,10 @@ pub struct Context {
     in_use: AtomicUsize,
     /// Loaded when first launched, by name: the driver assembles a file at its first use on a machine.
     modules: Mutex<HashMap<&'static str, Loaded>>,
+    /// By address.
+    pinned: Mutex<HashMap<usize, Locked>>,
+    /// None of a driver that lacks the functions.
+    graphs: Option<Mutex<Graphs>>,
 }
 
 /// A module of the driver and its functions, each with the dynamic shared memory it was allowed.
@@ -45,8 +50,17 @@ struct Loaded {
     functions: HashMap<String, (sys::CUfunction, usize)>,
 }
 
+/// Page-locked memory.
+#[derive(Debug)]
+struct Locked {
+    start: *mut c_void,
+    bytes: usize,
+    /// The last copy from it.
+    copied: sys::CUevent,
+}
+
 // SAFETY: the driver's handles may be used from any thread in which the context is current, which every call sees to;
-// the table of modules is behind a lock.
+// the tables of modules, page-locked memory and graphs are behind locks, and what is in them is used under these.
 unsafe impl Send for Context {}
 // SAFETY: as above; the driver serialises calls on one stream.
 unsafe impl Sync for Context {}
@@ -78,7 +92,7 @@ impl Context {
             status => return refuse(status.reason()),
         };
         let calls = Calls::find().map_err(|e| Error::Device { what: CudaStatus::Broken(e).reason() })?;
-        let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
+        let (mut device, mut context) = (0, ptr::null_mut());
         let mut numbers = [0; 3];
         let mut total = 0;
         let wanted = [
@@ -105,27 +119,81 @@ impl Context {
             calls,
             device,
             context,
-            stream,
+            stream: ptr::null_mut(),
             capability: [major, minor].map(i32::unsigned_abs),
             multiprocessors: multiprocessors.max(1) as usize,
             name,
             total,
             in_use: AtomicUsize::new(0),
             modules: Mutex::default(),
+            pinned: Mutex::default(),
+            graphs: Graphs::find().map(Mutex::new),
         };
         new.enter()?;
-        // Ordered by itself: the stream that other libraries call 0 does not wait for it.
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
-        // SAFETY: the context is current, the pointer is to a live variable.
-        check("cuStreamCreate", unsafe { (new.calls.cuStreamCreate)(&mut stream, flags) })?;
-        new.stream = stream;
+        new.stream = new.new_stream()?;
         Ok(new)
+    }
+
+    fn locked(&self) -> MutexGuard<'_, HashMap<usize, Locked>> {
+        // Single insertions and removals: a panic elsewhere leaves nothing half done.
+        self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the context current in this thread.
     fn enter(&self) -> Result<()> {
         // SAFETY: the context is retained as long as `self` lives.
         check("cuCtxSetCurrent", unsafe { (self.calls.cuCtxSetCurrent)(self.context) })
+    }
+
+    /// A stream ordered by itself: the one that other libraries call 0 does not wait for it.
+    fn new_stream(&self) -> Result<sys::CUstream> {
+        let mut stream = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        // SAFETY: the context is current, the pointer is to a live variable.
+        check("cuStreamCreate", unsafe { (self.calls.cuStreamCreate)(&mut stream, flags) })?;
+        Ok(stream)
+    }
+
+    fn graphs(&self) -> Result<MutexGuard<'_, Graphs>> {
+        let graphs = self.graphs.as_ref().ok_or_else(|| Error::unsupported("graphs by this driver"))?;
+        // Single insertions and removals, as above.
+        Ok(graphs.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn memset_on(&self, stream: sys::CUstream, memory: Memory, value: u8) -> Result<()> {
+        // SAFETY: the memory is as long as is said, by whoever allocated it here.
+        check("memset", unsafe { (self.calls.cuMemsetD8Async)(memory.address, value, memory.bytes, stream) })
+    }
+
+    fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        module: &Module,
+        entry: &str,
+        launch: Launch,
+        params: &[u8],
+    ) -> Result<()> {
+        let function = self.function(module, entry, launch.shared)?;
+        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: every entry has one parameter, a struct of as many bytes as the caller's (checked by a test for all of
+        // them), which the driver copies before it returns. What the struct points to was checked against the sizes of
+        // the memory by the operation that filled it in.
+        check(entry, unsafe {
+            (self.calls.cuLaunchKernel)(
+                function,
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
+                launch.shared as c_uint,
+                stream,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })
     }
 
     /// The entry, allowed to use `shared` bytes of dynamic shared memory.
@@ -192,6 +260,21 @@ fn fits(what: &'static str, memory: Memory, bytes: usize) -> Result<()> {
     Err(Error::shape(what, format!("{bytes} bytes for memory of {}", memory.bytes)))
 }
 
+fn stranger(pinned: Pinned) -> Error {
+    Error::Device { what: format!("no memory was page-locked at {:#x}", pinned.address) }
+}
+
+impl Locked {
+    /// Gives it back; nothing copies from it any more.
+    fn release(self, calls: &Calls) -> Result<()> {
+        // SAFETY: both are from the driver, and whoever has them by value is the last to know them.
+        unsafe {
+            check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.copied))?;
+            check("cuMemFreeHost", (calls.cuMemFreeHost)(self.start))
+        }
+    }
+}
+
 impl Driver for Context {
     fn capability(&self) -> [u32; 2] {
         self.capability
@@ -207,6 +290,14 @@ impl Driver for Context {
 
     fn total(&self) -> usize {
         self.total
+    }
+
+    fn available(&self) -> Result<usize> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the context is current, the pointers are to live variables.
+        check("cuMemGetInfo", unsafe { (self.calls.cuMemGetInfo_v2)(&mut free, &mut total) })?;
+        Ok(free)
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {
@@ -256,35 +347,111 @@ impl Driver for Context {
         self.synchronize()
     }
 
+    fn pin(&self, bytes: usize) -> Result<Pinned> {
+        self.enter()?;
+        let (mut start, mut copied) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the context is current, the pointer is to a live variable. A size of zero would be refused.
+        check("cuMemHostAlloc", unsafe { (self.calls.cuMemHostAlloc)(&mut start, bytes.max(1), 0) })?;
+        // SAFETY: as much memory as was asked for, at no other's place. Zeros, so that all of it can be read.
+        unsafe { start.cast::<u8>().write_bytes(0, bytes) };
+        // Nobody asks how long a copy took.
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+        // SAFETY: the context is current, the pointer is to a live variable.
+        let code = unsafe { (self.calls.cuEventCreate)(&mut copied, flags) };
+        if code != 0 {
+            // SAFETY: the memory is from the driver and nobody knows of it. An error of this call would hide the first.
+            let _ = unsafe { (self.calls.cuMemFreeHost)(start) };
+            check("cuEventCreate", code)?;
+        }
+        let address = start.addr();
+        self.locked().insert(address, Locked { start, bytes, copied });
+        Ok(Pinned { address, bytes })
+    }
+
+    fn unpin(&self, pinned: Pinned) -> Result<()> {
+        self.wait(pinned)?;
+        match self.locked().remove(&pinned.address) {
+            Some(locked) => locked.release(&self.calls),
+            None => Err(stranger(pinned)),
+        }
+    }
+
+    fn fill(&self, pinned: Pinned, bytes: &[u8]) -> Result<()> {
+        let all = self.locked();
+        let locked = all.get(&pinned.address).ok_or_else(|| stranger(pinned))?;
+        fits("fill", Memory { address: 0, bytes: locked.bytes }, bytes.len())?;
+        // SAFETY: the memory is as long as was checked, no slice of it exists, and the lock keeps other writers out.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), locked.start.cast(), bytes.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, to: Memory, pinned: Pinned, bytes: usize) -> Result<()> {
+        fits("copy", to, bytes)?;
+        self.enter()?;
+        let all = self.locked();
+        let locked = all.get(&pinned.address).ok_or_else(|| stranger(pinned))?;
+        fits("copy", Memory { address: 0, bytes: locked.bytes }, bytes)?;
+        // SAFETY: there are as many bytes on both sides; who unpins the memory waits for the event first.
+        unsafe {
+            check("copy", (self.calls.cuMemcpyHtoDAsync_v2)(to.address, locked.start, bytes, self.stream))?;
+            check("cuEventRecord", (self.calls.cuEventRecord)(locked.copied, self.stream))
+        }
+    }
+
+    fn wait(&self, pinned: Pinned) -> Result<()> {
+        self.enter()?;
+        let copied = self.locked().get(&pinned.address).ok_or_else(|| stranger(pinned))?.copied;
+        // SAFETY: the event lives until the memory is given back, which whoever owns it does after it waited.
+        check("the GPU's work", unsafe { (self.calls.cuEventSynchronize)(copied) })
+    }
+
     fn memset(&self, memory: Memory, value: u8) -> Result<()> {
         self.enter()?;
-        // SAFETY: the memory is as long as is said, by whoever allocated it here.
-        check("memset", unsafe { (self.calls.cuMemsetD8Async)(memory.address, value, memory.bytes, self.stream) })
+        self.memset_on(self.stream, memory, value)
     }
 
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
         self.enter()?;
-        let function = self.function(module, entry, launch.shared)?;
-        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: every entry has one parameter, a struct of as many bytes as the caller's (checked by a test for all of
-        // them), which the driver copies before it returns. What the struct points to was checked against the sizes of
-        // the memory by the operation that filled it in.
-        check(entry, unsafe {
-            (self.calls.cuLaunchKernel)(
-                function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                launch.shared as c_uint,
-                self.stream,
-                arguments.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        })
+        self.launch_on(self.stream, module, entry, launch, params)
+    }
+
+    fn record(&self, work: &[Work]) -> Result<Graph> {
+        let Some(graphs) = &self.graphs else { return Err(Error::unsupported("graphs by this driver")) };
+        self.enter()?;
+        // What is asked for of a stream of its own is recorded; other threads' work goes on meanwhile.
+        let stream = self.new_stream()?;
+        let mut graphs = graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = graphs.record(stream, || {
+            work.iter().try_for_each(|w| match w {
+                Work::Launch { module, entry, launch, params } => {
+                    self.launch_on(stream, module, entry, *launch, params)
+                }
+                Work::Memset { memory, value } => self.memset_on(stream, *memory, *value),
+            })
+        });
+        // SAFETY: the stream was made above, and nobody else knows of it. An error of this call would hide the result.
+        let _ = unsafe { (self.calls.cuStreamDestroy_v2)(stream) };
+        graph
+    }
+
+    fn replay(&self, graph: Graph) -> Result<()> {
+        self.enter()?;
+        self.graphs()?.replay(graph, self.stream)
+    }
+
+    fn forget(&self, graph: Graph) -> Result<()> {
+        // It may be running.
+        self.synchronize()?;
+        self.graphs()?.forget(graph)
+    }
+
+    fn busy(&self) -> Result<bool> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as `self`.
+        match unsafe { (self.calls.cuStreamQuery)(self.stream) } {
+            NOT_READY => Ok(true),
+            code => check("the GPU's work", code).map(|()| false),
+        }
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -300,11 +467,18 @@ impl Drop for Context {
             return;
         }
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: all handles are from this context and are used no more. Errors cannot be handed to anyone here.
         unsafe {
             if !self.stream.is_null() {
                 let _ = (self.calls.cuStreamSynchronize)(self.stream);
                 let _ = (self.calls.cuStreamDestroy_v2)(self.stream);
+            }
+            if let Some(graphs) = &mut self.graphs {
+                graphs.get_mut().unwrap_or_else(PoisonError::into_inner).release();
+            }
+            for (_, locked) in pinned.drain() {
+                let _ = locked.release(&self.calls);
             }
             for loaded in modules.values() {
                 let _ = (self.calls.cuModuleUnload)(loaded.module);

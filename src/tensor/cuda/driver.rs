@@ -33,6 +33,16 @@ pub struct Module {
     pub text: &'static str,
 }
 
+/// Page-locked memory of the host, from which a card copies while the processor goes on. Only a name for it: who pinned it
+/// unpins it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pinned {
+    /// What tells it from others.
+    pub address: usize,
+    /// How much there is of it.
+    pub bytes: usize,
+}
+
 /// How an entry is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
@@ -56,8 +66,90 @@ impl Launch {
     }
 }
 
-/// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::download`] and
-/// [`Driver::synchronize`] wait for it.
+/// What a launch or a memset asks for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ask<'a> {
+    Launch { module: &'a Module, entry: &'a str, launch: Launch, params: &'a [u8] },
+    Memset { memory: Memory, value: u8 },
+}
+
+impl Ask<'_> {
+    pub(super) fn issue(self, driver: &dyn Driver) -> Result<()> {
+        match self {
+            Ask::Launch { module, entry, launch, params } => driver.launch(module, entry, launch, params),
+            Ask::Memset { memory, value } => driver.memset(memory, value),
+        }
+    }
+
+    /// Whether it asks for exactly that.
+    pub(super) fn is(self, work: &Work) -> bool {
+        match (self, work.ask()) {
+            (
+                Ask::Launch { module: m, entry: e, launch: l, params: p },
+                Ask::Launch { module, entry, launch, params },
+            ) => {
+                // A text is in the program once.
+                (m.name, m.text.as_ptr(), e, l, p) == (module.name, module.text.as_ptr(), entry, launch, params)
+            }
+            (Ask::Memset { memory: m, value: v }, Ask::Memset { memory, value }) => (m, v) == (memory, value),
+            _ => false,
+        }
+    }
+}
+
+/// A launch or a memset that is kept.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// See [`Driver::launch`].
+    Launch {
+        /// Where the entry is.
+        module: Module,
+        /// Its name.
+        entry: String,
+        /// How it is run.
+        launch: Launch,
+        /// Its parameter.
+        params: Vec<u8>,
+    },
+    /// See [`Driver::memset`].
+    Memset {
+        /// What is set.
+        memory: Memory,
+        /// To what.
+        value: u8,
+    },
+}
+
+impl Work {
+    pub(super) fn ask(&self) -> Ask<'_> {
+        match self {
+            Work::Launch { module, entry, launch, params } => Ask::Launch { module, entry, launch: *launch, params },
+            Work::Memset { memory, value } => Ask::Memset { memory: *memory, value: *value },
+        }
+    }
+}
+
+impl From<Ask<'_>> for Work {
+    fn from(ask: Ask<'_>) -> Work {
+        match ask {
+            Ask::Launch { module, entry, launch, params } => {
+                Work::Launch { module: *module, entry: entry.into(), launch, params: params.into() }
+            }
+            Ask::Memset { memory, value } => Work::Memset { memory, value },
+        }
+    }
+}
+
+/// Work that a driver has ready to run as a whole. Only a name for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Graph(pub usize);
+
+fn unknown(pinned: Pinned) -> Error {
+    Error::Device { what: format!("{} bytes of page-locked memory that this device has not", pinned.bytes) }
+}
+
+/// A device that runs PTX. Work is done in the order in which it is asked for; only [`Driver::upload`],
+/// [`Driver::download`], [`Driver::wait`] and [`Driver::synchronize`] wait for it.
 pub trait Driver: std::fmt::Debug + Send + Sync {
     /// Compute capability of the card, major and minor.
     fn capability(&self) -> [u32; 2];
@@ -89,6 +181,48 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
     /// [`Error::Shape`] when there are not as many, [`Error::Device`].
     fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()>;
 
+    /// Page-locks `bytes` bytes of the host.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a driver that does not, [`Error::Device`] of a system that refuses.
+    fn pin(&self, bytes: usize) -> Result<Pinned> {
+        Err(Error::unsupported(format!("{bytes} bytes of page-locked memory")))
+    }
+
+    /// Gives page-locked memory back, after the last copy from it.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn unpin(&self, pinned: Pinned) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
+    /// Writes `bytes` to the start of `pinned`, at once. A copy from it that is not done may take them for its own:
+    /// [`Driver::wait`] comes first.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when they do not fit, [`Error::Device`].
+    fn fill(&self, pinned: Pinned, _bytes: &[u8]) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
+    /// Copies the first `bytes` bytes of `pinned` to the start of `to`, as work in its order: unlike [`Driver::upload`] it
+    /// does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are not as many on both sides, [`Error::Device`].
+    fn copy(&self, _to: Memory, pinned: Pinned, _bytes: usize) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
+    /// Waits until the last copy from `pinned` is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`], also of work asked for earlier.
+    fn wait(&self, pinned: Pinned) -> Result<()> {
+        Err(unknown(pinned))
+    }
+
     /// Sets all bytes of `memory` to `value`.
     ///
     /// # Errors
@@ -101,11 +235,49 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
     /// [`Error::Device`] that names the entry.
     fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()>;
 
+    /// Makes ready to run `work`, each part after the one before. Nothing runs.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a driver that makes no graphs, [`Error::Device`].
+    fn record(&self, work: &[Work]) -> Result<Graph> {
+        Err(Error::unsupported(format!("a graph of {} launches", work.len())))
+    }
+
+    /// Runs all of a graph, as if its work was asked for part by part.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; then none of it was asked for.
+    fn replay(&self, graph: Graph) -> Result<()> {
+        Err(Error::Device { what: format!("{graph:?} is of no work") })
+    }
+
+    /// Gives a graph up.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn forget(&self, graph: Graph) -> Result<()> {
+        Err(Error::Device { what: format!("{graph:?} is of no work") })
+    }
+
+    /// Whether there is work that is not done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] of work asked for earlier.
+    fn busy(&self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// What it calls itself, for people.
     fn name(&self) -> String;
 
     /// Bytes of memory, all of it.
     fn total(&self) -> usize;
+
+    /// Bytes of memory that are free, whoever has the rest.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn available(&self) -> Result<usize>;
 
     /// Waits for all work asked for.
     ///

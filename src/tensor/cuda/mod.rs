@@ -4,13 +4,19 @@
 mod calls;
 mod context;
 mod driver;
+mod graphs;
+mod passes;
+mod queue;
+mod staging;
 
 use std::ffi::{CStr, c_char};
 
 use cudarc::driver::sys;
 
 pub use context::Context;
-pub use driver::{Driver, Launch, Memory, Module};
+use driver::Ask;
+pub use driver::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
+pub(super) use queue::Queue;
 
 use self::calls::{NO_DEVICE, Questions, check};
 use super::device::CudaStatus;

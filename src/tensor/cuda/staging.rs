@@ -1,0 +1,72 @@
+//! Uploads that do not wait: through two page-locked buffers in turn.
+
+use super::{Driver, Memory, Pinned};
+use crate::error::{Error, Result};
+
+/// Bytes of a buffer at least and at most. Two of the largest hold the window of eight channels of 128^3 voxels; what is
+/// longer goes piece by piece.
+const LEAST: usize = 64 << 10;
+pub(super) const MOST: usize = 32 << 20;
+
+/// The buffers: one is filled while the card copies from the other.
+#[derive(Debug, Default)]
+pub(super) struct Staging {
+    buffers: [Option<Pinned>; 2],
+    next: usize,
+    /// The system gives no page-locked memory, or no more of it.
+    refused: bool,
+}
+
+impl Staging {
+    /// Copies `bytes` to the start of `to`, in the order of work; returns when they were read.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when they do not fit, [`Error::Device`].
+    pub(super) fn upload(&mut self, driver: &dyn Driver, to: Memory, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > to.bytes {
+            return Err(Error::shape("upload", format!("{} bytes for memory of {}", bytes.len(), to.bytes)));
+        }
+        for (i, piece) in bytes.chunks(MOST).enumerate() {
+            let to = Memory { address: to.address + (i * MOST) as u64, bytes: piece.len() };
+            match self.room(driver, piece.len())? {
+                Some(buffer) => {
+                    driver.fill(buffer, piece)?;
+                    driver.copy(to, buffer, piece.len())?;
+                }
+                None => driver.upload(to, piece)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The buffer whose turn it is, with room for `bytes`, from which nothing is copied any more.
+    fn room(&mut self, driver: &dyn Driver, bytes: usize) -> Result<Option<Pinned>> {
+        if self.refused {
+            return Ok(None);
+        }
+        let buffer = &mut self.buffers[self.next];
+        self.next = 1 - self.next;
+        if let Some(b) = *buffer {
+            driver.wait(b)?;
+            if b.bytes >= bytes {
+                return Ok(Some(b));
+            }
+            *buffer = None;
+            driver.unpin(b)?;
+        }
+        match driver.pin(bytes.next_power_of_two().clamp(LEAST, MOST)) {
+            Ok(b) => *buffer = Some(b),
+            // Whoever cannot copy beside the computation copies after it.
+            Err(_) => self.refused = true,
+        }
+        Ok(*buffer)
+    }
+
+    /// Gives the buffers back.
+    pub(super) fn release(&mut self, driver: &dyn Driver) {
+        for buffer in self.buffers.iter_mut().filter_map(Option::take) {
+            // Nobody can be told, and the context frees what is left.
+            let _ = driver.unpin(buffer);
+        }
+    }
+}
