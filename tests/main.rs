@@ -36,6 +36,7 @@ mod phantom;
 mod preprocess;
 mod pth;
 mod ptx;
+mod reference;
 mod resample;
 mod storage;
 mod tidy;
