@@ -20,7 +20,7 @@ mod golden_train;
 mod golden_v1;
 mod head_labels;
 mod init;
-pub mod instance_norm;
+mod instance_norm;
 mod instance_norm_grad;
 #[cfg(feature = "cuda")]
 mod kernels;
@@ -40,4 +40,5 @@ mod reference;
 mod resample;
 mod storage;
 mod tidy;
+mod training;
 mod upsample_nearest;
