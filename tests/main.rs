@@ -21,7 +21,7 @@ mod golden_train;
 mod golden_v1;
 mod head_labels;
 mod init;
-pub mod instance_norm;
+mod instance_norm;
 mod instance_norm_grad;
 #[cfg(feature = "cuda")]
 mod kernels;
@@ -37,7 +37,9 @@ mod phantom;
 mod preprocess;
 mod pth;
 mod ptx;
+mod reference;
 mod resample;
 mod storage;
 mod tidy;
+mod training;
 mod upsample_nearest;

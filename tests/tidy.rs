@@ -46,6 +46,10 @@ const CRATES: &[(&str, &[&str])] = &[
 
 /// Operations without a CPU kernel file, test or benchmark of their own, and why.
 const EXEMPT: &[(&str, &str)] = &[
+    (
+        "backward",
+        "no operation: the way back of conv3d, tested with it in conv3d_grad.rs, autograd.rs and golden_train.rs",
+    ),
     ("head", "the last 1x1x1 layer fused into the sweep over windows: private, tested in its own file"),
     (
         "cuda",

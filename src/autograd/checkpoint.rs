@@ -27,7 +27,9 @@ impl<'m> Ctx<'m> {
         let Some(tape) = self.tape.take() else { return part(self, inputs) };
         let nodes: Vec<_> = inputs.iter().map(|v| v.node).collect();
         let kept: Vec<Tensor> = inputs.iter().map(|v| v.value.clone()).collect();
-        let inputs = inputs.into_iter().map(|v| Var { node: None, ..v }).collect();
+        // On a tape that is thrown away: what is recorded is computed as it will be on the way back, to the last bit.
+        self.tape = Some(Tape::new());
+        let inputs = inputs.into_iter().map(|v| self.variable(v.value)).collect();
         let y = part(self, inputs);
         self.tape = Some(tape);
         let precision = self.precision;

@@ -266,7 +266,7 @@ pub(super) fn run<'m>(
         super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
-    let wish = Wish { name, strict: cx.is_strict(), ..Wish::default() };
+    let wish = Wish { name, strict: cx.is_strict(), close: cx.is_recorded(), ..Wish::default() };
     if !cx.is_recorded() {
         return compute(cx, inputs, g, w, b, wish, measure);
     }

@@ -4,6 +4,7 @@ pub mod binary;
 pub mod bound;
 pub mod drive;
 pub mod files;
+pub mod golden_train;
 pub mod nnunet;
 pub mod pickle;
 pub mod torch;

@@ -149,6 +149,9 @@ pub(crate) struct Wish<'n> {
     pub(crate) name: Option<&'n str>,
     /// Only implementations as accurate as adding up the products one after the other.
     pub(crate) strict: bool,
+    /// Only implementations whose errors are about those of adding up the products one after the other: for training, where
+    /// errors of values become errors of gradients.
+    pub(crate) close: bool,
     /// Only those that can finish a residual block.
     pub(crate) residual: bool,
 }
@@ -249,6 +252,7 @@ pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], storage: Storag
     let allowed = |a: &&'static Algorithm| {
         wish.name.map_or(a.isa == isa, |n| n == a.name && a.isa <= isa)
             && (a.strict || !wish.strict)
+            && !(wish.close && matches!(a.how, How::Winograd(4, 4)))
             && (!wish.residual || matches!(a.how, How::Direct(_)))
     };
     let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels, storage));
