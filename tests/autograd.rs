@@ -178,7 +178,7 @@ fn passes_add_to_gradients() {
     let block = Block::new(&device);
     let dims = [1, CHANNELS, 3, 4, 5];
     let n = dims.iter().product();
-    let mut pass = |seeds: &[u64]| {
+    let pass = |seeds: &[u64]| {
         let mut grads = Grads::new();
         for seed in seeds {
             let mut cx = Ctx::train(&device);

@@ -115,7 +115,17 @@ impl Sim {
         // Tests run side by side on threads of their own.
         let options = Options { seed, threads: 1, shared_limit, ..Options::default() };
         let (state, held, reports) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Sim { state, options, capability, multiprocessors: 4, total: 1 << 32, lacks: Lacks::Nothing, card, held, reports }
+        Sim {
+            state,
+            options,
+            capability,
+            multiprocessors: 4,
+            total: 1 << 32,
+            lacks: Lacks::Nothing,
+            card,
+            held,
+            reports,
+        }
     }
 
     /// The same with so much memory, as it says.

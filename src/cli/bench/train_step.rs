@@ -87,7 +87,7 @@ impl Args {
         let options = &self.options;
         let (config, device) = (options.config(), options.device.open()?);
         let (patch, runs) = (options.patch(&config)?, options.runs(5));
-        let mut record = options.record("train-step", patch, runs, &device);
+        let mut record = options.record("train-step", patch, runs, &device)?;
         let net = device.install(|| config.build_random(&device, 0))?;
         let mut net = net.recomputing(self.recompute);
         let [n, d, h, w] = [usize::from(self.batch), patch[0], patch[1], patch[2]];
