@@ -1,6 +1,6 @@
 //! Average pooling.
 
-use super::{activation, floats, memory, processor};
+use super::{activation, blocked, floats, memory, processor};
 use crate::autograd::{Backward, Ctx, Grads, Var};
 use crate::backend::cpu::avg_pool::Problem;
 use crate::backend::dispatch;
@@ -28,7 +28,7 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, kernel: [usize; 3], name: Option<&st
         return Err(Error::shape(OP, format!("kernel {kernel:?} for an input {dims:?}")));
     }
     if kernel == [1; 3] {
-        return Ok(x);
+        return x.reformed(|x| blocked(OP, x));
     }
     let p = Problem { space, kernel };
     let node = x.node();
