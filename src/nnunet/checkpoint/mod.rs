@@ -103,7 +103,7 @@ enum Kept {
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint of [`write`], every byte checked, or of nnU-Net. Should it be damaged or missing, the one before
+    /// Opens a checkpoint of [`write()`], every byte checked, or of nnU-Net. Should it be damaged or missing, the one before
     /// it is opened in its place, which [`Checkpoint::warning`] tells.
     ///
     /// # Errors
