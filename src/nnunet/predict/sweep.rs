@@ -115,6 +115,7 @@ impl SweepPlan {
     }
 
     /// Where the window of the `n`-th pass starts, and how it is mirrored.
+    #[cfg(feature = "cuda")]
     fn pass(&self, n: usize) -> ([usize; 3], [bool; 3]) {
         let (window, [_, ny, nx]) = (n / self.flips.len() / self.folds, [0, 1, 2].map(|a| self.starts[a].len()));
         let at = [window / (ny * nx), window / nx % ny, window % nx];
