@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use stunet::autograd::Ctx;
 use stunet::models::{Network, NetworkConfig, UnetConfig, UnetKind};
 use stunet::nn::{Module, ParamSource};
-use stunet::nnunet::model::{Architecture, ModelOptions, UnetClass, convert, planned_architecture};
+use stunet::nnunet::model::{Architecture, ModelOptions, convert, planned_architecture};
 use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Isa, Precision};
 
@@ -226,11 +226,11 @@ fn activation_bytes_bound_the_measured_peak() {
 fn golden_networks_of_model_folders() {
     let Some(root) = shared("golden/pipeline") else { return };
     for name in crate::golden_predict::DATASETS {
-        for (arch, class) in [("plain", UnetClass::PlainConvUNet), ("resenc", UnetClass::ResidualEncoderUNet)] {
+        for (arch, kind) in [("plain", UnetKind::Plain), ("resenc", UnetKind::ResEnc)] {
             let folder = root.join(name).join("model").join(arch);
             let m = open(&folder);
             let Architecture::Unet(sizes) = &m.architecture else { panic!("{name} {arch}") };
-            assert_eq!(sizes.class, class);
+            assert_eq!(sizes.kind, kind);
             let (inputs, classes) = (m.plan.channels.len(), m.plan.heads);
             let plans = folder.join("plans.json");
             assert_eq!(planned_architecture(&plans, "3d_fullres", inputs, classes).unwrap(), m.architecture);

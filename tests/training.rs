@@ -5,7 +5,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Map;
-use stunet::Device;
 use stunet::autograd::{Ctx, Grads};
 use stunet::models::{StuNet, StuNetConfig};
 use stunet::nn::{self, Module, Optimizer};
@@ -13,6 +12,7 @@ use stunet::nnunet::checkpoint::{self, Checkpoint, Origin, TrainingState};
 use stunet::nnunet::loss::{Criterion, deep_supervised};
 use stunet::ops::{LabelMap, Outputs};
 use stunet::tensor::{Dims, Tensor};
+use stunet::{Device, Precision};
 
 use crate::common::drive::{bits, values};
 
@@ -39,6 +39,17 @@ fn state(step: u64) -> TrainingState {
 
 /// Step `number` of a training that is the same each time; returns the loss.
 fn step(net: &mut StuNet, optimizer: &mut Optimizer, number: u64, device: &Device) -> f64 {
+    step_storing(Precision::F32, net, optimizer, number, device).0
+}
+
+/// The same with activations stored in `precision`; returns the bytes kept for the way back, too.
+fn step_storing(
+    precision: Precision,
+    net: &mut StuNet,
+    optimizer: &mut Optimizer,
+    number: u64,
+    device: &Device,
+) -> (f64, usize) {
     let [n, _, d, h, w] = DIMS;
     let mut x = values(DIMS.iter().product(), number);
     // Something to learn: where the image is bright.
@@ -47,18 +58,19 @@ fn step(net: &mut StuNet, optimizer: &mut Optimizer, number: u64, device: &Devic
     let target = LabelMap::new(labels, [n, d, h, w]).unwrap();
     let how = Criterion::DiceCe.loss(Outputs::Labels, None, number % 2 == 1).unwrap();
     let mut grads = Grads::new();
-    let value = {
-        let mut cx = Ctx::train(device);
+    let outcome = {
+        let mut cx = Ctx::train(device).storing(precision);
         let x = cx.leaf(Tensor::from_host(&x, Dims::from(DIMS), device).unwrap());
         let outputs = net.forward_all(&mut cx, x).unwrap();
         let (loss, value) = deep_supervised(&mut cx, outputs, &target, &how).unwrap();
+        let kept = cx.saved().iter().filter(|s| s.operation.starts_with("conv3d")).map(|s| s.bytes).sum();
         cx.backward(loss, &mut grads).unwrap();
-        value
+        (value, kept)
     };
     let mut params = Vec::new();
     net.params_mut(&mut |p| params.push(p));
     optimizer.step(params, &mut grads, 0.01).unwrap();
-    value
+    outcome
 }
 
 fn weights(net: &StuNet) -> Vec<u32> {
@@ -81,6 +93,26 @@ fn thirty_steps_are_the_same_for_any_thread_count_and_learn_something() {
     assert!(a == b && a == c && a == again);
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
     assert!(mean(&a.1[24..]) < mean(&a.1[..6]) - 0.1, "{:?}", a.1);
+}
+
+/// Masters and arithmetic stay f32, what is kept is half: the same thing is learnt.
+#[test]
+fn activations_in_16_bits_are_half_and_learn_the_same() {
+    let device = Device::cpu();
+    let run = |precision| {
+        let (mut net, mut optimizer) = (net(&device), Optimizer::nnunet());
+        let step = |i| step_storing(precision, &mut net, &mut optimizer, i, &device);
+        let steps: Vec<_> = (0..30).map(step).collect();
+        (steps[0].1, steps.iter().map(|s| s.0).collect::<Vec<_>>())
+    };
+    let (wide, narrow) = (run(Precision::F32), run(Precision::Bf16));
+    // The image itself arrives as floats.
+    let image = 4 * DIMS.iter().product::<usize>();
+    assert_eq!(narrow.0 - image, (wide.0 - image) / 2);
+    assert!(wide.1[0] != narrow.1[0], "nothing was rounded");
+    let last = |losses: &[f64]| losses[24..].iter().sum::<f64>() / 6.0;
+    let learnt = wide.1[..6].iter().sum::<f64>() / 6.0 - last(&wide.1);
+    assert!((last(&wide.1) - last(&narrow.1)).abs() < 0.1 * learnt, "{:?} {:?}", wide.1, narrow.1);
 }
 
 /// Up to the order in which the gradients of a skip's four readers are added.

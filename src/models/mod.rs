@@ -1,6 +1,7 @@
 //! Floor 6: the networks. Knows no files, plans or patches.
 
 mod config;
+mod heads;
 mod network;
 mod plain_unet;
 mod res_enc_unet;
@@ -9,7 +10,8 @@ mod unet;
 mod unet_config;
 
 pub use config::StuNetConfig;
+pub use heads::Head;
 pub use network::{Network, NetworkConfig};
-pub use stunet::{Head, StuNet};
+pub use stunet::StuNet;
 pub use unet::Unet;
 pub use unet_config::{UnetConfig, UnetKind};

@@ -1,13 +1,12 @@
 //! STU-Net (Huang et al., "STU-Net: Scalable and Transferable Medical Image Segmentation Models Empowered by
 //! Large-Scale Supervised Pre-training", 2023): a residual U-Net of fixed topology that scales in width and depth.
 
-use std::sync::OnceLock;
-
-use super::StuNetConfig;
+use super::heads::{Heads, storing};
+use super::{Head, StuNetConfig};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
-use crate::nn::{self, Conv3d, InstanceNorm, Module, ParamSource};
-use crate::ops::{self, Source, Sources};
+use crate::nn::{Conv3d, InstanceNorm, Module, ParamSource};
+use crate::ops::{Source, Sources};
 use crate::tensor::{Device, Precision};
 
 /// Negative slope of every leaky ReLU of the network.
@@ -133,32 +132,8 @@ pub struct StuNet {
     encoder: Vec<Stage>,
     up: Vec<Conv3d>,
     decoder: Vec<Stage>,
-    heads: Vec<Conv3d>,
-    /// Until the parameters change.
-    last_head: OnceLock<Head>,
+    heads: Heads,
     recompute: bool,
-}
-
-/// The full-resolution 1x1x1 head in plain numbers, for callers that apply it themselves.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Head {
-    /// Row-major `[classes, features]`.
-    pub weight: Vec<f32>,
-    /// `[classes]`.
-    pub bias: Vec<f32>,
-    /// Feature channels.
-    pub features: usize,
-}
-
-impl Head {
-    /// Of a layer with so many classes and feature channels.
-    pub(super) fn of(layer: &Conv3d, classes: usize, features: usize) -> Result<Self> {
-        let mut values = Vec::new();
-        layer.params(&mut |p| values.push(nn::values(p)));
-        let mut values = values.into_iter();
-        let mut next = || values.next().unwrap_or_else(|| Ok(vec![0.0; classes]));
-        Ok(Self { weight: next()?, bias: next()?, features })
-    }
 }
 
 impl StuNet {
@@ -169,21 +144,16 @@ impl StuNet {
         precision: Precision,
     ) -> Result<Self> {
         let c = config;
-        let mut weight = source.values("seg_outputs.4.weight")?.into_owned();
-        // Callers that apply the head themselves are to get what the layer gives.
-        weight.iter_mut().for_each(|w| *w = precision.round(*w));
+        let heads: Vec<_> = (0..5).map(|u| (format!("seg_outputs.{u}"), c.dims[4 - u])).collect();
         let mut net = Self {
             config: c.clone(),
             precision,
             encoder: Vec::new(),
             up: Vec::new(),
             decoder: Vec::new(),
-            heads: Vec::new(),
-            last_head: OnceLock::new(),
+            heads: Heads::load(source, &heads, c.classes, precision, device)?,
             recompute: false,
         };
-        let bias = source.values("seg_outputs.4.bias")?.into_owned();
-        net.last_head.get_or_init(|| Head { weight, bias, features: c.dims[0] });
         for s in 0..6 {
             let name = format!("conv_blocks_context.{s}");
             let (input, stride) = if s == 0 { (c.in_channels, ONE) } else { (c.dims[s - 1], c.strides[s - 1]) };
@@ -195,8 +165,6 @@ impl StuNet {
             net.up.push(Conv3d::load_with(source, &up, w, below, K1, ONE, precision, device)?);
             let name = format!("conv_blocks_localization.{u}");
             net.decoder.push(Stage::load(source, &name, c.decoder_depth[u], 2 * w, w, ONE, precision, device)?);
-            let head = format!("seg_outputs.{u}");
-            net.heads.push(Conv3d::load_with(source, &head, c.classes, w, K1, ONE, precision, device)?);
         }
         Ok(net)
     }
@@ -222,7 +190,8 @@ impl StuNet {
         self
     }
 
-    /// How its filters, and the activations of a pass, are stored.
+    /// How its filters are stored, and the activations of a pass unless they are f32 and the pass asks for less
+    /// ([`Ctx::storing`]).
     #[must_use]
     pub fn precision(&self) -> Precision {
         self.precision
@@ -233,11 +202,7 @@ impl StuNet {
     /// # Errors
     /// [`Error::Unsupported`] on a card after its parameters were changed there.
     pub fn head(&self) -> Result<&Head> {
-        if let Some(head) = self.last_head.get() {
-            return Ok(head);
-        }
-        let head = Head::of(&self.heads[4], self.config.classes, self.config.dims[0])?;
-        Ok(self.last_head.get_or_init(|| head))
+        self.heads.last()
     }
 
     /// The last decoder stage's output `[N, dims[0], D, H, W]`: everything but the full-resolution head.
@@ -256,8 +221,7 @@ impl StuNet {
     /// As [`StuNet::features`].
     pub fn labels<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<u16>> {
         let features = self.features(cx, x)?;
-        let head = self.head()?;
-        ops::head_labels(cx, features, &head.weight, &head.bias)
+        self.heads.labels(cx, features)
     }
 
     /// All five heads' logits, the full resolution first (deep supervision's outputs), each `[N, classes, ...]`.
@@ -267,18 +231,14 @@ impl StuNet {
     pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
         let mut outs = Vec::new();
         let last = self.run(cx, x, Some(&mut outs))?;
-        outs.push(self.scores(cx, 4, last)?);
+        outs.push(self.heads.last_scores(cx, last)?);
         outs.reverse();
         Ok(outs)
     }
 
     fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, outs: Option<&mut Vec<Var>>) -> Result<Var> {
         self.check(&x)?;
-        // Activations are stored as the filters are.
-        let before = cx.set_precision(self.precision);
-        let last = self.stages(cx, x, outs);
-        cx.set_precision(before);
-        last
+        storing(cx, self.precision, |cx| self.stages(cx, x, outs))
     }
 
     fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
@@ -299,7 +259,7 @@ impl StuNet {
             if u < 4
                 && let Some(outs) = &mut outs
             {
-                outs.push(self.scores(cx, u, x.clone())?);
+                outs.push(self.heads.scores(cx, u, x.clone())?);
             }
         }
         Ok(x)
@@ -316,15 +276,6 @@ impl StuNet {
             }
         };
         if self.recompute { cx.checkpoint(x, run) } else { run(cx, x) }
-    }
-
-    /// What head `u` says: results, not activations, so not rounded; by a card, whose kernels store as filters are stored, to
-    /// 16 bits.
-    fn scores<'m>(&'m self, cx: &mut Ctx<'m>, u: usize, x: Var) -> Result<Var> {
-        let before = cx.set_precision(Precision::F32);
-        let scores = self.heads[u].run(cx, x);
-        cx.set_precision(before);
-        scores
     }
 
     fn check(&self, x: &Var) -> Result<()> {
@@ -344,7 +295,7 @@ impl Module for StuNet {
     /// The full-resolution logits `[N, classes, D, H, W]`.
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         let f = self.features(cx, x)?;
-        self.scores(cx, 4, f)
+        self.heads.last_scores(cx, f)
     }
 
     fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
@@ -352,14 +303,13 @@ impl Module for StuNet {
         blocks(&self.encoder).for_each(|b| b.params(visit));
         self.up.iter().for_each(|c| c.params(visit));
         blocks(&self.decoder).for_each(|b| b.params(visit));
-        self.heads.iter().for_each(|c| c.params(visit));
+        self.heads.params(visit);
     }
 
     fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
-        self.last_head.take();
         self.encoder.iter_mut().flat_map(|s| &mut s.0).for_each(|b| b.params_mut(visit));
         self.up.iter_mut().for_each(|c| c.params_mut(visit));
         self.decoder.iter_mut().flat_map(|s| &mut s.0).for_each(|b| b.params_mut(visit));
-        self.heads.iter_mut().for_each(|c| c.params_mut(visit));
+        self.heads.params_mut(visit);
     }
 }

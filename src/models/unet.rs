@@ -2,15 +2,15 @@
 //! segmentation", 2021): an encoder of either kind and the decoder that both share.
 
 use std::borrow::Cow;
-use std::sync::OnceLock;
 
+use super::heads::{Heads, storing};
 use super::plain_unet::PlainEncoder;
 use super::res_enc_unet::ResEncEncoder;
 use super::{Head, UnetConfig, UnetKind};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Conv3d, ConvTranspose3d, InstanceNorm, Module, ParamSource};
-use crate::ops::{self, Affine, Source, Sources};
+use crate::ops::{Affine, Source, Sources};
 use crate::tensor::{Device, Precision};
 
 const OP: &str = "unet";
@@ -193,9 +193,7 @@ pub struct Unet {
     /// From the coarsest level up.
     up: Vec<ConvTranspose3d>,
     decoder: Vec<Vec<ConvNorm>>,
-    heads: Vec<Conv3d>,
-    /// Until the parameters change.
-    last_head: OnceLock<Head>,
+    heads: Heads,
 }
 
 impl Unet {
@@ -210,10 +208,7 @@ impl Unet {
         let source = if c.planar { &planar } else { source };
         let loader = Loader { source, precision, device };
         let (f, levels) = (&c.features, c.features.len() - 1);
-        let last = head(levels - 1);
-        let mut weight = source.values(&format!("{last}.weight"))?.into_owned();
-        // Callers that apply the head themselves are to get what the layer gives.
-        weight.iter_mut().for_each(|w| *w = precision.round(*w));
+        let heads: Vec<_> = (0..levels).map(|u| (head(u), f[levels - 1 - u])).collect();
         let mut net = Self {
             config: c.clone(),
             precision,
@@ -223,11 +218,8 @@ impl Unet {
             },
             up: Vec::new(),
             decoder: Vec::new(),
-            heads: Vec::new(),
-            last_head: OnceLock::new(),
+            heads: Heads::load(source, &heads, c.classes, precision, device)?,
         };
-        let bias = source.values(&format!("{last}.bias"))?.into_owned();
-        net.last_head.get_or_init(|| Head { weight, bias, features: f[0] });
         for u in 0..levels {
             let s = levels - 1 - u;
             net.up.push(ConvTranspose3d::load(source, &up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
@@ -235,7 +227,6 @@ impl Unet {
             let inputs = |conv: usize| if conv == 0 { 2 * f[s] } else { f[s] };
             let load = |i: usize| loader.conv_norm(&decoder_conv(u, i), f[s], inputs(i), c.kernels[s], ONE);
             net.decoder.push(convs.map(load).collect::<Result<_>>()?);
-            net.heads.push(loader.conv(&head(u), c.classes, f[s], ONE, ONE)?);
         }
         Ok(net)
     }
@@ -252,7 +243,8 @@ impl Unet {
         self.encoder.kept_bytes() + self.decoder.iter().flatten().map(ConvNorm::kept_bytes).sum::<usize>()
     }
 
-    /// How its filters, and the activations of a pass, are stored; transposed convolutions work in floats.
+    /// How its filters are stored, and the activations of a pass unless they are f32 and the pass asks for less
+    /// ([`Ctx::storing`]); transposed convolutions work in floats.
     #[must_use]
     pub fn precision(&self) -> Precision {
         self.precision
@@ -263,12 +255,7 @@ impl Unet {
     /// # Errors
     /// As [`super::StuNet::head`].
     pub fn head(&self) -> Result<&Head> {
-        if let Some(head) = self.last_head.get() {
-            return Ok(head);
-        }
-        let last = self.heads.last().ok_or_else(|| Error::shape(OP, "no head"))?;
-        let head = Head::of(last, self.config.classes, self.config.features[0])?;
-        Ok(self.last_head.get_or_init(|| head))
+        self.heads.last()
     }
 
     /// The last decoder stage's output `[N, features[0], D, H, W]`: everything but the full-resolution head.
@@ -287,8 +274,7 @@ impl Unet {
     /// As [`Unet::features`].
     pub fn labels<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<u16>> {
         let features = self.features(cx, x)?;
-        let head = self.head()?;
-        ops::head_labels(cx, features, &head.weight, &head.bias)
+        self.heads.labels(cx, features)
     }
 
     /// All heads' logits, the full resolution first (deep supervision's outputs), each `[N, classes, ...]`.
@@ -298,18 +284,14 @@ impl Unet {
     pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
         let mut outs = Vec::new();
         let last = self.run(cx, x, Some(&mut outs))?;
-        outs.push(self.scores(cx, self.heads.len() - 1, last)?);
+        outs.push(self.heads.last_scores(cx, last)?);
         outs.reverse();
         Ok(outs)
     }
 
     fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, outs: Option<&mut Vec<Var>>) -> Result<Var> {
         self.check(&x)?;
-        // Activations are stored as the filters are.
-        let before = cx.set_precision(self.precision);
-        let last = self.stages(cx, x, outs);
-        cx.set_precision(before);
-        last
+        storing(cx, self.precision, |cx| self.stages(cx, x, outs))
     }
 
     fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
@@ -322,18 +304,10 @@ impl Unet {
             if u + 1 < self.decoder.len()
                 && let Some(outs) = &mut outs
             {
-                outs.push(self.scores(cx, u, x.clone())?);
+                outs.push(self.heads.scores(cx, u, x.clone())?);
             }
         }
         Ok(x)
-    }
-
-    /// What head `u` says: results, not activations, so not rounded.
-    fn scores<'m>(&'m self, cx: &mut Ctx<'m>, u: usize, x: Var) -> Result<Var> {
-        let before = cx.set_precision(Precision::F32);
-        let scores = self.heads[u].run(cx, x);
-        cx.set_precision(before);
-        scores
     }
 
     fn check(&self, x: &Var) -> Result<()> {
@@ -356,21 +330,20 @@ impl Module for Unet {
     /// The full-resolution logits `[N, classes, D, H, W]`.
     fn forward<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
         let f = self.features(cx, x)?;
-        self.scores(cx, self.heads.len() - 1, f)
+        self.heads.last_scores(cx, f)
     }
 
     fn params<'m>(&'m self, visit: &mut dyn FnMut(&'m Param)) {
         self.encoder.params(visit);
         self.decoder.iter().flatten().for_each(|c| c.params(visit));
         self.up.iter().for_each(|c| c.params(visit));
-        self.heads.iter().for_each(|c| c.params(visit));
+        self.heads.params(visit);
     }
 
     fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
-        self.last_head.take();
         self.encoder.params_mut(visit);
         self.decoder.iter_mut().flatten().for_each(|c| c.params_mut(visit));
         self.up.iter_mut().for_each(|c| c.params_mut(visit));
-        self.heads.iter_mut().for_each(|c| c.params_mut(visit));
+        self.heads.params_mut(visit);
     }
 }

@@ -1,17 +1,21 @@
 //! The sizes of nnU-Net's U-Nets, and what follows from them.
 
+use serde::{Deserialize, Serialize};
+
 use super::unet;
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::tensor::{BLOCK, Device, Precision};
 
 /// Which of nnU-Net's two U-Nets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum UnetKind {
     /// `PlainConvUNet`: stages of convolutions.
+    #[serde(rename = "PlainConvUNet")]
     Plain,
     /// `ResidualEncoderUNet`: a stem and stages of residual blocks, a decoder of convolutions.
+    #[serde(rename = "ResidualEncoderUNet")]
     ResEnc,
 }
 
@@ -24,13 +28,21 @@ impl UnetKind {
             UnetKind::ResEnc => "ResidualEncoderUNet",
         }
     }
+
+    /// The one of a class's name, with or without its module.
+    #[must_use]
+    pub fn of_class(name: &str) -> Option<Self> {
+        let class = name.rsplit('.').next().unwrap_or(name);
+        [UnetKind::Plain, UnetKind::ResEnc].into_iter().find(|k| k.class_name() == class)
+    }
 }
 
 /// Sizes that make a U-Net of nnU-Net: instance norm with eps 1e-5 and leaky ReLU of slope 0.01 throughout. A 2D network is
 /// one of depth 1 with kernels `[1, k, k]` whose files hold filters of four axes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnetConfig {
     /// Which of the two.
+    #[serde(rename = "class")]
     pub kind: UnetKind,
     /// Input channels.
     pub in_channels: usize,

@@ -112,60 +112,113 @@ simd_entry!(input_of = input_piece(
     c: &Channels, masked: bool, mean: &[[f32; BLOCK]; 2], x: &[f32], dy: Option<&[f32]>, out: &mut [f32]
 ));
 
-/// Sums of `value(i)`, a pair of `g` and `h`, over voxels.
-#[inline(always)]
-fn summed<S: Simd>(s: S, voxels: usize, mut value: impl FnMut(usize) -> (S::V, S::V)) -> Sums {
-    let mut all = Sums::default();
-    let zero = s.splat(0.0);
-    for first in (0..voxels).step_by(VOXELS) {
-        let n = VOXELS.min(voxels - first);
-        let (mut g4, mut gh4) = ([zero; 4], [zero; 4]);
-        let mut take = |k: usize, i: usize| {
-            let (g, h) = value(first + i);
-            g4[k] = s.add(g4[k], g);
-            gh4[k] = s.fma(g, h, gh4[k]);
-        };
-        for i in (0..n / 4 * 4).step_by(4) {
-            for k in 0..4 {
-                take(k, i + k);
-            }
+/// [`Channels`] in registers.
+#[derive(Clone, Copy)]
+struct Loaded<S: Simd> {
+    mean: S::V,
+    scale: S::V,
+    shift: S::V,
+    inverse: S::V,
+    slope: S::V,
+}
+
+impl<S: Simd> Loaded<S> {
+    #[inline(always)]
+    fn of(s: S, c: &Channels) -> Self {
+        let a = &c.affine;
+        Self {
+            mean: s.load(&a.mean),
+            scale: s.load(&a.scale),
+            shift: s.load(&a.shift),
+            inverse: s.load(&c.inverse),
+            slope: s.splat(a.slope),
         }
-        for i in n / 4 * 4..n {
-            take(0, i);
-        }
+    }
+
+    /// `dy` through leaky ReLU of what was `d` from the mean.
+    #[inline(always)]
+    fn masked(&self, s: S, d: S::V, dy: S::V) -> S::V {
+        s.leaky_relu_grad(s.fma(d, self.scale, self.shift), self.slope, dy)
+    }
+}
+
+/// Sums over voxels that are taken in. No closures: they would not be compiled for the instruction set.
+struct Strands<S: Simd> {
+    g: [S::V; 4],
+    gh: [S::V; 4],
+}
+
+impl<S: Simd> Strands<S> {
+    #[inline(always)]
+    fn new(s: S) -> Self {
+        let zeros = [s.splat(0.0); 4];
+        Self { g: zeros, gh: zeros }
+    }
+
+    #[inline(always)]
+    fn take(&mut self, s: S, strand: usize, g: S::V, h: S::V) {
+        self.g[strand] = s.add(self.g[strand], g);
+        self.gh[strand] = s.fma(g, h, self.gh[strand]);
+    }
+
+    #[inline(always)]
+    fn add_to(&self, s: S, all: &mut Sums) {
         let (mut g, mut gh) = ([0.0; BLOCK], [0.0; BLOCK]);
-        s.store(s.add(s.add(g4[0], g4[1]), s.add(g4[2], g4[3])), &mut g);
-        s.store(s.add(s.add(gh4[0], gh4[1]), s.add(gh4[2], gh4[3])), &mut gh);
+        s.store(s.add(s.add(self.g[0], self.g[1]), s.add(self.g[2], self.g[3])), &mut g);
+        s.store(s.add(s.add(self.gh[0], self.gh[1]), s.add(self.gh[2], self.gh[3])), &mut gh);
         for lane in 0..BLOCK {
             all.g[lane] += f64::from(g[lane]);
             all.gh[lane] += f64::from(gh[lane]);
         }
     }
-    all
 }
 
 #[inline(always)]
 fn sums_of_normalised<S: Simd>(s: S, c: &Channels, x: &[f32], dy: &[f32]) -> Sums {
-    let a = &c.affine;
-    let (mean, scale, shift) = (s.load(&a.mean), s.load(&a.scale), s.load(&a.shift));
-    let (inverse, slope) = (s.load(&c.inverse), s.splat(a.slope));
+    let c = Loaded::of(s, c);
     let (x, dy) = (x.as_chunks::<BLOCK>().0, dy.as_chunks::<BLOCK>().0);
-    summed(s, x.len(), |i| {
-        let d = s.sub(s.load(&x[i]), mean);
-        let g = s.leaky_relu_grad(s.fma(d, scale, shift), slope, s.load(&dy[i]));
-        (g, s.mul(d, inverse))
-    })
+    let mut all = Sums::default();
+    for (x, dy) in x.chunks(VOXELS).zip(dy.chunks(VOXELS)) {
+        let mut strands = Strands::new(s);
+        let ((x4, x), (dy4, dy)) = (x.as_chunks::<4>(), dy.as_chunks::<4>());
+        for (x, dy) in x4.iter().zip(dy4) {
+            for k in 0..4 {
+                let d = s.sub(s.load(&x[k]), c.mean);
+                strands.take(s, k, c.masked(s, d, s.load(&dy[k])), s.mul(d, c.inverse));
+            }
+        }
+        for (x, dy) in x.iter().zip(dy) {
+            let d = s.sub(s.load(x), c.mean);
+            strands.take(s, 0, c.masked(s, d, s.load(dy)), s.mul(d, c.inverse));
+        }
+        strands.add_to(s, &mut all);
+    }
+    all
 }
 
 #[inline(always)]
 fn sums_of_result<S: Simd>(s: S, c: &Channels, x: &[f32], y: &[f32], dy: &mut [f32]) -> Sums {
-    let (mean, inverse, slope) = (s.load(&c.affine.mean), s.load(&c.inverse), s.splat(c.affine.slope));
+    let c = Loaded::of(s, c);
     let (x, y, dy) = (x.as_chunks::<BLOCK>().0, y.as_chunks::<BLOCK>().0, dy.as_chunks_mut::<BLOCK>().0);
-    summed(s, x.len(), |i| {
-        let g = s.leaky_relu_grad(s.load(&y[i]), slope, s.load(&dy[i]));
-        s.store(g, &mut dy[i]);
-        (g, s.mul(s.sub(s.load(&x[i]), mean), inverse))
-    })
+    let mut all = Sums::default();
+    for ((x, y), dy) in x.chunks(VOXELS).zip(y.chunks(VOXELS)).zip(dy.chunks_mut(VOXELS)) {
+        let mut strands = Strands::new(s);
+        let ((x4, x), (y4, y), (dy4, dy)) = (x.as_chunks::<4>(), y.as_chunks::<4>(), dy.as_chunks_mut::<4>());
+        for ((x, y), dy) in x4.iter().zip(y4).zip(dy4) {
+            for k in 0..4 {
+                let g = s.leaky_relu_grad(s.load(&y[k]), c.slope, s.load(&dy[k]));
+                s.store(g, &mut dy[k]);
+                strands.take(s, k, g, s.mul(s.sub(s.load(&x[k]), c.mean), c.inverse));
+            }
+        }
+        for ((x, y), dy) in x.iter().zip(y).zip(dy) {
+            let g = s.leaky_relu_grad(s.load(y), c.slope, s.load(dy));
+            s.store(g, dy);
+            strands.take(s, 0, g, s.mul(s.sub(s.load(x), c.mean), c.inverse));
+        }
+        strands.add_to(s, &mut all);
+    }
+    all
 }
 
 #[inline(always)]
@@ -178,22 +231,28 @@ fn input_piece<S: Simd>(
     dy: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    let a = &c.affine;
-    let (mean, scale, shift) = (s.load(&a.mean), s.load(&a.scale), s.load(&a.shift));
-    let (inverse, slope) = (s.load(&c.inverse), s.splat(a.slope));
-    let (g_mean, gh_mean) = (s.load(&mean_g[0]), s.load(&mean_g[1]));
-    let zero = s.splat(0.0);
+    let c = Loaded::of(s, c);
+    let means = [s.load(&mean_g[0]), s.load(&mean_g[1])];
     let (x, out) = (x.as_chunks::<BLOCK>().0, out.as_chunks_mut::<BLOCK>().0);
-    let dy = dy.map(|dy| dy.as_chunks::<BLOCK>().0);
-    for (i, (x, o)) in x.iter().zip(out).enumerate() {
-        let d = s.sub(s.load(x), mean);
-        let mut g = s.load(dy.map_or(&*o, |dy| &dy[i]));
-        if masked {
-            g = s.leaky_relu_grad(s.fma(d, scale, shift), slope, g);
+    match dy {
+        Some(dy) => {
+            for ((x, dy), o) in x.iter().zip(dy.as_chunks::<BLOCK>().0).zip(out) {
+                s.store(input_voxel(s, &c, masked, means, s.load(x), s.load(dy)), o);
+            }
         }
-        // (g - mean(g)) - h * mean(g * h)
-        let h = s.mul(d, inverse);
-        let centred = s.fma(s.sub(zero, h), gh_mean, s.sub(g, g_mean));
-        s.store(s.mul(centred, scale), o);
+        None => {
+            for (x, o) in x.iter().zip(out) {
+                s.store(input_voxel(s, &c, masked, means, s.load(x), s.load(o)), o);
+            }
+        }
     }
+}
+
+/// `w * inverse * ((g - mean(g)) - h * mean(g * h))`.
+#[inline(always)]
+fn input_voxel<S: Simd>(s: S, c: &Loaded<S>, masked: bool, means: [S::V; 2], x: S::V, dy: S::V) -> S::V {
+    let d = s.sub(x, c.mean);
+    let g = if masked { c.masked(s, d, dy) } else { dy };
+    let minus_h = s.sub(s.splat(0.0), s.mul(d, c.inverse));
+    s.mul(s.fma(minus_h, means[1], s.sub(g, means[0])), c.scale)
 }

@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::unet::UnetSizes;
+use super::unet;
 use crate::error::{Error, Result};
 use crate::io::weights::Weights;
-use crate::models::{NetworkConfig, StuNetConfig};
+use crate::models::{NetworkConfig, StuNetConfig, UnetConfig};
 use crate::nnunet::plans::InferencePlan;
 use crate::tensor::DType;
 
@@ -33,7 +33,7 @@ pub enum Architecture {
     },
     /// A U-Net of nnU-Net v2.
     #[serde(rename = "unet")]
-    Unet(UnetSizes),
+    Unet(UnetConfig),
 }
 
 impl Architecture {
@@ -44,7 +44,7 @@ impl Architecture {
     /// [`Error::Unsupported`] for another network, [`Error::Model`] naming the first tensor that does not fit.
     pub fn infer(weights: &Weights) -> Result<Self> {
         if weights.shape("seg_outputs.4.weight").is_none() && weights.shape(&conv(ENCODER, 0, 0, "conv1")).is_none() {
-            let net = UnetSizes::infer(weights)?.map(Architecture::Unet).ok_or_else(|| other_network(weights))?;
+            let net = unet::infer(weights)?.map(Architecture::Unet).ok_or_else(|| other_network(weights))?;
             net.check(weights)?;
             return Ok(net);
         }
@@ -143,7 +143,7 @@ impl Architecture {
                 strides,
             }
             .into(),
-            Architecture::Unet(sizes) => sizes.config().into(),
+            Architecture::Unet(config) => config.clone().into(),
         }
     }
 }

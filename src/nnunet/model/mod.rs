@@ -29,7 +29,6 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
-pub use unet::{UnetClass, UnetSizes};
 pub use v2::planned_architecture;
 
 const V1_CHECKPOINT: &str = "model_final_checkpoint";

@@ -1,225 +1,151 @@
 //! nnU-Net's U-Nets: their sizes told from tensors, and read from plans.
 
-use serde::{Deserialize, Serialize};
-
 use super::json::Field;
 use crate::error::{Error, Result};
 use crate::io::weights::{Weights, printable};
 use crate::models::{UnetConfig, UnetKind};
 
-/// A U-Net of nnU-Net and its sizes; see [`UnetConfig`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct UnetSizes {
-    /// The network's class.
-    pub class: UnetClass,
-    /// Input channels.
-    pub in_channels: usize,
-    /// Output channels.
-    pub classes: usize,
-    /// Channels of each stage, finest first.
-    pub features: Vec<usize>,
-    /// Kernel sizes (z, y, x) of each stage.
-    pub kernels: Vec<[usize; 3]>,
-    /// Strides (z, y, x) into each stage.
-    pub strides: Vec<[usize; 3]>,
-    /// Convolutions, or residual blocks, of each encoder stage.
-    pub depth: Vec<usize>,
-    /// Convolutions of each decoder stage, coarsest first.
-    pub decoder_depth: Vec<usize>,
-    /// Whether convolutions have a bias.
-    pub conv_bias: bool,
-    /// A 2D network.
-    pub planar: bool,
-}
-
-/// Classes of `dynamic_network_architectures` that nnU-Net's planners use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum UnetClass {
-    /// Stages of convolutions.
-    PlainConvUNet,
-    /// Residual blocks on the way down.
-    ResidualEncoderUNet,
-}
-
-impl UnetClass {
-    fn kind(self) -> UnetKind {
-        match self {
-            UnetClass::PlainConvUNet => UnetKind::Plain,
-            UnetClass::ResidualEncoderUNet => UnetKind::ResEnc,
-        }
-    }
-
-    /// The class of a name, with or without its module.
-    fn of(name: &str) -> Option<Self> {
-        let class = name.rsplit('.').next().unwrap_or(name);
-        [UnetClass::PlainConvUNet, UnetClass::ResidualEncoderUNet].into_iter().find(|c| c.kind().class_name() == class)
-    }
-}
-
 /// The largest number that a size in plans may be: keeps products far from overflow.
 const MAX_SIZE: usize = 1 << 16;
 
-impl UnetSizes {
-    /// The network of these sizes.
-    #[must_use]
-    pub fn config(&self) -> UnetConfig {
-        UnetConfig {
-            kind: self.class.kind(),
-            in_channels: self.in_channels,
-            classes: self.classes,
-            features: self.features.clone(),
-            kernels: self.kernels.clone(),
-            strides: self.strides.clone(),
-            depth: self.depth.clone(),
-            decoder_depth: self.decoder_depth.clone(),
-            conv_bias: self.conv_bias,
-            planar: self.planar,
-        }
+/// Tells a U-Net from its tensors; `None` where they are none's.
+pub(super) fn infer(weights: &Weights) -> Result<Option<UnetConfig>> {
+    let has = |name: &str| weights.shape(name).is_some();
+    let kind = if has("encoder.stem.convs.0.conv.weight") {
+        UnetKind::ResEnc
+    } else if has("encoder.stages.0.0.convs.0.conv.weight") {
+        UnetKind::Plain
+    } else {
+        return Ok(None);
+    };
+    let part = |s: usize, i: usize| match kind {
+        UnetKind::Plain => format!("encoder.stages.{s}.0.convs.{i}.conv.weight"),
+        UnetKind::ResEnc => format!("encoder.stages.{s}.blocks.{i}.conv1.conv.weight"),
+    };
+    let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&i| has(&name(i))).count();
+    let filter = |name: String| Filter::read(weights, kind, name);
+    let first = filter(match kind {
+        UnetKind::Plain => part(0, 0),
+        UnetKind::ResEnc => "encoder.stem.convs.0.conv.weight".into(),
+    })?;
+    let stages = count(&|s| part(s, 0));
+    let levels = stages.saturating_sub(1);
+    let (mut features, mut kernels) = (Vec::new(), Vec::new());
+    for s in 0..stages {
+        let filter = filter(part(s, 0))?;
+        features.push(filter.channels[0]);
+        kernels.push(filter.space);
     }
-
-    /// Tells a U-Net from its tensors; `None` where they are none's.
-    pub(super) fn infer(weights: &Weights) -> Result<Option<Self>> {
-        let has = |name: &str| weights.shape(name).is_some();
-        let class = if has("encoder.stem.convs.0.conv.weight") {
-            UnetClass::ResidualEncoderUNet
-        } else if has("encoder.stages.0.0.convs.0.conv.weight") {
-            UnetClass::PlainConvUNet
-        } else {
-            return Ok(None);
-        };
-        let part = |s: usize, i: usize| match class {
-            UnetClass::PlainConvUNet => format!("encoder.stages.{s}.0.convs.{i}.conv.weight"),
-            UnetClass::ResidualEncoderUNet => format!("encoder.stages.{s}.blocks.{i}.conv1.conv.weight"),
-        };
-        let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&i| has(&name(i))).count();
-        let filter = |name: String| Filter::read(weights, class, name);
-        let first = filter(match class {
-            UnetClass::PlainConvUNet => part(0, 0),
-            UnetClass::ResidualEncoderUNet => "encoder.stem.convs.0.conv.weight".into(),
-        })?;
-        let stages = count(&|s| part(s, 0));
-        let levels = stages.saturating_sub(1);
-        let (mut features, mut kernels) = (Vec::new(), Vec::new());
-        for s in 0..stages {
-            let filter = filter(part(s, 0))?;
-            features.push(filter.channels[0]);
-            kernels.push(filter.space);
-        }
-        let mut strides = vec![[1; 3]];
-        for u in (0..levels).rev() {
-            strides.push(filter(format!("decoder.transpconvs.{u}.weight"))?.space);
-        }
-        let sizes = Self {
-            class,
-            in_channels: first.channels[1],
-            classes: filter("decoder.seg_layers.0.weight".into())?.channels[0],
-            features,
-            kernels,
-            strides,
-            depth: (0..stages).map(|s| count(&|i| part(s, i))).collect(),
-            decoder_depth: (0..levels)
-                .map(|u| count(&|i| format!("decoder.stages.{u}.convs.{i}.conv.weight")))
-                .collect(),
-            conv_bias: has(&first.name.replace(".weight", ".bias")),
-            planar: first.planar,
-        };
-        let at = |e: Error| Error::unsupported(format!("{}: {}", weights.path().display(), text(e)));
-        sizes.config().validate().map_err(at)?;
-        Ok(Some(sizes))
+    let mut strides = vec![[1; 3]];
+    for u in (0..levels).rev() {
+        strides.push(filter(format!("decoder.transpconvs.{u}.weight"))?.space);
     }
+    let sizes = UnetConfig {
+        kind,
+        in_channels: first.channels[1],
+        classes: filter("decoder.seg_layers.0.weight".into())?.channels[0],
+        features,
+        kernels,
+        strides,
+        depth: (0..stages).map(|s| count(&|i| part(s, i))).collect(),
+        decoder_depth: (0..levels).map(|u| count(&|i| format!("decoder.stages.{u}.convs.{i}.conv.weight"))).collect(),
+        conv_bias: has(&first.name.replace(".weight", ".bias")),
+        planar: first.planar,
+    };
+    let at = |e: Error| Error::unsupported(format!("{}: {}", weights.path().display(), text(e)));
+    sizes.validate().map_err(at)?;
+    Ok(Some(sizes))
+}
 
-    /// The network that a configuration of `plans.json` asks for, with so many input channels and classes.
-    ///
-    /// # Errors
-    /// [`Error::Model`] naming the key that is missing or of the wrong kind, [`Error::Unsupported`] naming the class,
-    /// operation or size that there is nothing for.
-    pub(super) fn from_plans(conf: &Field<'_>, in_channels: usize, classes: usize) -> Result<Self> {
-        let sizes = match conf.get("architecture") {
-            Some(a) => Self::from_architecture(&a, in_channels, classes)?,
-            None => Self::from_old_plans(conf, in_channels, classes)?,
-        };
-        sizes.config().validate()?;
-        Ok(sizes)
-    }
+/// The network that a configuration of `plans.json` asks for, with so many input channels and classes.
+///
+/// # Errors
+/// [`Error::Model`] naming the key that is missing or of the wrong kind, [`Error::Unsupported`] naming the kind,
+/// operation or size that there is nothing for.
+pub(super) fn from_plans(conf: &Field<'_>, in_channels: usize, classes: usize) -> Result<UnetConfig> {
+    let sizes = match conf.get("architecture") {
+        Some(a) => from_architecture(&a, in_channels, classes)?,
+        None => from_old_plans(conf, in_channels, classes)?,
+    };
+    sizes.validate()?;
+    Ok(sizes)
+}
 
-    fn from_architecture(a: &Field<'_>, in_channels: usize, classes: usize) -> Result<Self> {
-        let class = class(&a.need("network_class_name")?)?;
-        let kwargs = a.need("arch_kwargs")?;
-        let depth_key = match class {
-            UnetClass::PlainConvUNet => "n_conv_per_stage",
-            UnetClass::ResidualEncoderUNet => "n_blocks_per_stage",
-        };
-        let mut planar = None;
-        let mut seen = Vec::new();
-        for (key, value) in kwargs.entries()? {
-            seen.push(key);
-            match (key, value.value.as_str()) {
-                ("conv_op", Some(op)) => planar = planar_op(op, "Conv"),
-                ("norm_op", Some(op)) if planar_op(op, "InstanceNorm").is_some() => continue,
-                ("nonlin", Some("torch.nn.LeakyReLU" | "torch.nn.modules.activation.LeakyReLU")) => continue,
-                ("norm_op_kwargs", _) => instance_norm(&value)?,
-                ("nonlin_kwargs", _) => leaky_relu(&value)?,
-                ("dropout_op" | "dropout_op_kwargs", None) if value.value.is_null() => continue,
-                ("n_stages" | "features_per_stage" | "kernel_sizes" | "strides" | "conv_bias", _) => continue,
-                ("n_conv_per_stage_decoder", _) => continue,
-                (key, _) if key == depth_key => continue,
-                _ => {
-                    let what = printable(&value.value.to_string());
-                    return Err(Error::unsupported(format!("{} {what} of {class:?}", printable(key))));
-                }
-            }
-            if key == "conv_op" && planar.is_none() {
-                return Err(Error::unsupported(format!("conv_op {}; Conv2d and Conv3d are", value.value)));
+fn from_architecture(a: &Field<'_>, in_channels: usize, classes: usize) -> Result<UnetConfig> {
+    let kind = class(&a.need("network_class_name")?)?;
+    let kwargs = a.need("arch_kwargs")?;
+    let depth_key = match kind {
+        UnetKind::Plain => "n_conv_per_stage",
+        UnetKind::ResEnc => "n_blocks_per_stage",
+    };
+    let mut planar = None;
+    let mut seen = Vec::new();
+    for (key, value) in kwargs.entries()? {
+        seen.push(key);
+        match (key, value.value.as_str()) {
+            ("conv_op", Some(op)) => planar = planar_op(op, "Conv"),
+            ("norm_op", Some(op)) if planar_op(op, "InstanceNorm").is_some() => continue,
+            ("nonlin", Some("torch.nn.LeakyReLU" | "torch.nn.modules.activation.LeakyReLU")) => continue,
+            ("norm_op_kwargs", _) => instance_norm(&value)?,
+            ("nonlin_kwargs", _) => leaky_relu(&value)?,
+            ("dropout_op" | "dropout_op_kwargs", None) if value.value.is_null() => continue,
+            ("n_stages" | "features_per_stage" | "kernel_sizes" | "strides" | "conv_bias", _) => continue,
+            ("n_conv_per_stage_decoder", _) => continue,
+            (key, _) if key == depth_key => continue,
+            _ => {
+                let what = printable(&value.value.to_string());
+                return Err(Error::unsupported(format!("{} {what} of {}", printable(key), kind.class_name())));
             }
         }
-        // What is absent would be another network by the class's own defaults.
-        for key in ["norm_op", "nonlin", "norm_op_kwargs"] {
-            if !seen.contains(&key) {
-                kwargs.need(key)?;
-            }
+        if key == "conv_op" && planar.is_none() {
+            return Err(Error::unsupported(format!("conv_op {}; Conv2d and Conv3d are", value.value)));
         }
-        let planar = planar.ok_or_else(|| kwargs.error("conv_op: missing"))?;
-        let stages = kwargs.need("n_stages")?.usize(MAX_SIZE)?;
-        let features = numbers(&kwargs.need("features_per_stage")?, stages)?;
-        Ok(Self {
-            class,
-            in_channels,
-            classes,
-            kernels: triples(&kwargs.need("kernel_sizes")?, planar)?,
-            strides: triples(&kwargs.need("strides")?, planar)?,
-            depth: numbers(&kwargs.need(depth_key)?, stages)?,
-            decoder_depth: numbers(&kwargs.need("n_conv_per_stage_decoder")?, stages.saturating_sub(1))?,
-            conv_bias: kwargs.need("conv_bias")?.bool()?,
-            features,
-            planar,
-        })
     }
+    // What is absent would be another network by the class's own defaults.
+    for key in ["norm_op", "nonlin", "norm_op_kwargs"] {
+        if !seen.contains(&key) {
+            kwargs.need(key)?;
+        }
+    }
+    let planar = planar.ok_or_else(|| kwargs.error("conv_op: missing"))?;
+    let stages = kwargs.need("n_stages")?.usize(MAX_SIZE)?;
+    let features = numbers(&kwargs.need("features_per_stage")?, stages)?;
+    Ok(UnetConfig {
+        kind,
+        in_channels,
+        classes,
+        kernels: triples(&kwargs.need("kernel_sizes")?, planar)?,
+        strides: triples(&kwargs.need("strides")?, planar)?,
+        depth: numbers(&kwargs.need(depth_key)?, stages)?,
+        decoder_depth: numbers(&kwargs.need("n_conv_per_stage_decoder")?, stages.saturating_sub(1))?,
+        conv_bias: kwargs.need("conv_bias")?.bool()?,
+        features,
+        planar,
+    })
+}
 
-    /// Plans of nnU-Net 2.2 and before.
-    fn from_old_plans(conf: &Field<'_>, in_channels: usize, classes: usize) -> Result<Self> {
-        let class = class(&conf.need("UNet_class_name")?)?;
-        let kernels = conf.need("conv_kernel_sizes")?;
-        let planar = kernels.items()?.first().is_some_and(|k| k.value.as_array().is_some_and(|k| k.len() == 2));
-        let kernels = triples(&kernels, planar)?;
-        let base = conf.need("UNet_base_num_features")?.usize(MAX_SIZE)?;
-        let most = conf.need("unet_max_num_features")?.usize(MAX_SIZE)?;
-        let stages = kernels.len();
-        let doubled = |s: usize| u32::try_from(s).ok().and_then(|s| 2usize.checked_pow(s)).unwrap_or(usize::MAX);
-        Ok(Self {
-            class,
-            in_channels,
-            classes,
-            features: (0..stages).map(|s| base.saturating_mul(doubled(s)).min(most)).collect(),
-            strides: triples(&conf.need("pool_op_kernel_sizes")?, planar)?,
-            depth: numbers(&conf.need("n_conv_per_stage_encoder")?, stages)?,
-            decoder_depth: numbers(&conf.need("n_conv_per_stage_decoder")?, stages.saturating_sub(1))?,
-            kernels,
-            conv_bias: true,
-            planar,
-        })
-    }
+/// Plans of nnU-Net 2.2 and before.
+fn from_old_plans(conf: &Field<'_>, in_channels: usize, classes: usize) -> Result<UnetConfig> {
+    let kind = class(&conf.need("UNet_class_name")?)?;
+    let kernels = conf.need("conv_kernel_sizes")?;
+    let planar = kernels.items()?.first().is_some_and(|k| k.value.as_array().is_some_and(|k| k.len() == 2));
+    let kernels = triples(&kernels, planar)?;
+    let base = conf.need("UNet_base_num_features")?.usize(MAX_SIZE)?;
+    let most = conf.need("unet_max_num_features")?.usize(MAX_SIZE)?;
+    let stages = kernels.len();
+    let doubled = |s: usize| u32::try_from(s).ok().and_then(|s| 2usize.checked_pow(s)).unwrap_or(usize::MAX);
+    Ok(UnetConfig {
+        kind,
+        in_channels,
+        classes,
+        features: (0..stages).map(|s| base.saturating_mul(doubled(s)).min(most)).collect(),
+        strides: triples(&conf.need("pool_op_kernel_sizes")?, planar)?,
+        depth: numbers(&conf.need("n_conv_per_stage_encoder")?, stages)?,
+        decoder_depth: numbers(&conf.need("n_conv_per_stage_decoder")?, stages.saturating_sub(1))?,
+        kernels,
+        conv_bias: true,
+        planar,
+    })
 }
 
 /// An error's message without what an unsupported thing's begins with.
@@ -230,9 +156,9 @@ fn text(e: Error) -> String {
     }
 }
 
-fn class(field: &Field<'_>) -> Result<UnetClass> {
+fn class(field: &Field<'_>) -> Result<UnetKind> {
     let name = field.str()?;
-    UnetClass::of(name).ok_or_else(|| {
+    UnetKind::of_class(name).ok_or_else(|| {
         let what = format!("network class {:?}; PlainConvUNet and ResidualEncoderUNet are", printable(name));
         Error::unsupported(what)
     })
@@ -303,15 +229,16 @@ struct Filter {
 }
 
 impl Filter {
-    fn read(weights: &Weights, class: UnetClass, name: String) -> Result<Self> {
+    fn read(weights: &Weights, kind: UnetKind, name: String) -> Result<Self> {
         let Some(shape) = weights.shape(&name) else {
-            return Err(Error::model(weights.path(), &name, format!("missing: not a complete {class:?}")));
+            return Err(Error::model(weights.path(), &name, format!("missing: not a complete {}", kind.class_name())));
         };
         let (channels, space, planar) = match *shape {
             [a, b, d, h, w] => ([a, b], [d, h, w], false),
             [a, b, h, w] => ([a, b], [1, h, w], true),
             _ => {
-                let what = format!("shape {shape:?}, expected four or five axes: a convolution of {class:?}");
+                let what =
+                    format!("shape {shape:?}, expected four or five axes: a convolution of {}", kind.class_name());
                 return Err(Error::model(weights.path(), &name, what));
             }
         };

@@ -5,10 +5,11 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::json::Field;
-use super::{Architecture, UnetSizes, cut_strides, json};
+use super::{Architecture, cut_strides, json, unet};
 use crate::error::{Error, Result};
 use crate::io::pth::Pickle;
 use crate::io::weights::printable;
+use crate::models::UnetConfig;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
 
 /// What a checkpoint says beside its weights.
@@ -113,11 +114,11 @@ pub fn planned_architecture(plans: &Path, name: &str, in_channels: usize, classe
     let value = json::read(plans)?;
     let resolved = Value::Object(resolve(&Field::root(plans, &value).need("configurations")?, name)?);
     let conf = Field::at(plans, format!("configurations.{name}"), &resolved);
-    UnetSizes::from_plans(&conf, in_channels, classes).map(Architecture::Unet)
+    unet::from_plans(&conf, in_channels, classes).map(Architecture::Unet)
 }
 
 /// Checks that a checkpoint's U-Net is the one that the plans ask for: its tensors do not tell what is between them.
-pub(super) fn check_architecture(folder: &Path, info: &CheckpointInfo, found: &UnetSizes) -> Result<()> {
+pub(super) fn check_architecture(folder: &Path, info: &CheckpointInfo, found: &UnetConfig) -> Result<()> {
     let path = folder.join("plans.json");
     let planned = planned_architecture(&path, &info.configuration, found.in_channels, found.classes)?;
     if planned != Architecture::Unet(found.clone()) {
