@@ -88,6 +88,9 @@ impl Errors {
         assert!(n > 0, "{}: nothing compared", self.what);
         let (median, worst) = (ratios[n / 2], ratios[n - 1]);
         eprintln!("{}: {n} tensors, median {median:.2} and worst {worst:.2} times PyTorch's error", self.what);
+        for (ours, own, name) in self.all.iter().filter(|e| e.0 > 3.0 * e.1) {
+            eprintln!("  {name}: {ours:.1e}, PyTorch {own:.1e}");
+        }
         (median, torch[n - 1])
     }
 }

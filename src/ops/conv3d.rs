@@ -266,7 +266,8 @@ pub(super) fn run<'m>(
         super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
-    let wish = Wish { name, strict: cx.is_strict(), close: cx.is_recorded(), ..Wish::default() };
+    // Errors of values become errors of gradients, from layer to layer.
+    let wish = Wish { name, strict: cx.is_strict() || cx.is_recorded(), ..Wish::default() };
     if !cx.is_recorded() {
         return compute(cx, inputs, g, w, b, wish, measure);
     }

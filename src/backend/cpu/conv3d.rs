@@ -106,6 +106,8 @@ static CONV3D: &[Algorithm] = &[
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_244_avx512", isa: Isa::Avx512, strict: false, how: How::Winograd(2, 4) },
     #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_422_avx512", isa: Isa::Avx512, strict: true, how: How::Winograd(4, 2) },
+    #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_222_avx512", isa: Isa::Avx512, strict: true, how: How::Winograd(2, 2) },
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "direct_avx512", isa: Isa::Avx512, strict: true, how: How::Direct(&tile::AVX512) },
@@ -114,11 +116,14 @@ static CONV3D: &[Algorithm] = &[
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_244_avx2", isa: Isa::Avx2, strict: false, how: How::Winograd(2, 4) },
     #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_422_avx2", isa: Isa::Avx2, strict: true, how: How::Winograd(4, 2) },
+    #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_222_avx2", isa: Isa::Avx2, strict: true, how: How::Winograd(2, 2) },
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "direct_avx2", isa: Isa::Avx2, strict: true, how: How::Direct(&tile::AVX2) },
     Algorithm { name: "winograd_444_scalar", isa: Isa::Scalar, strict: false, how: How::Winograd(4, 4) },
     Algorithm { name: "winograd_244_scalar", isa: Isa::Scalar, strict: false, how: How::Winograd(2, 4) },
+    Algorithm { name: "winograd_422_scalar", isa: Isa::Scalar, strict: true, how: How::Winograd(4, 2) },
     Algorithm { name: "winograd_222_scalar", isa: Isa::Scalar, strict: true, how: How::Winograd(2, 2) },
     Algorithm { name: "direct_scalar", isa: Isa::Scalar, strict: true, how: How::Direct(&tile::SCALAR) },
     Algorithm { name: "reference", isa: Isa::Scalar, strict: true, how: How::Reference },
@@ -149,9 +154,6 @@ pub(crate) struct Wish<'n> {
     pub(crate) name: Option<&'n str>,
     /// Only implementations as accurate as adding up the products one after the other.
     pub(crate) strict: bool,
-    /// Only implementations whose errors are about those of adding up the products one after the other: for training, where
-    /// errors of values become errors of gradients.
-    pub(crate) close: bool,
     /// Only those that can finish a residual block.
     pub(crate) residual: bool,
 }
@@ -242,8 +244,13 @@ fn direct_cycles(g: &Geometry) -> f64 {
             (0..g.output[a]).map(|o| (0..g.kernel[a]).filter(|k| inside(o, *k)).count() as f64).sum::<f64>()
         })
         .product();
-    let share = if g.stride == [1; 3] { 0.92 } else { 0.85 };
+    let share = if g.stride == [1; 3] { 0.92 } else { 0.85 } * row_share(g.output[2]);
     taps * (g.batch * g.in_channels * g.out_channels.div_ceil(BLOCK)) as f64 / share
+}
+
+/// How well tiles do in rows of so many voxels: a vector of weights is read for each tile, and meets as few voxels.
+pub(in crate::backend::cpu) fn row_share(voxels: usize) -> f64 {
+    voxels as f64 / (voxels as f64 + 3.0)
 }
 
 /// The implementation of least estimated time that the device and `wish` allow. `channels` are those of each source.
@@ -252,7 +259,6 @@ pub(crate) fn choose(isa: Isa, g: &Geometry, channels: &[usize], storage: Storag
     let allowed = |a: &&'static Algorithm| {
         wish.name.map_or(a.isa == isa, |n| n == a.name && a.isa <= isa)
             && (a.strict || !wish.strict)
-            && !(wish.close && matches!(a.how, How::Winograd(4, 4)))
             && (!wish.residual || matches!(a.how, How::Direct(_)))
     };
     let choices = CONV3D.iter().filter(allowed).filter_map(|a| Choice::new(a, g, channels, storage));

@@ -67,6 +67,8 @@ static CONV3D_GRAD: &[Algorithm] = &[
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_244_avx512", isa: Isa::Avx512, strict: false, how: How::Winograd(2, 4) },
     #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_422_avx512", isa: Isa::Avx512, strict: true, how: How::Winograd(4, 2) },
+    #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_222_avx512", isa: Isa::Avx512, strict: true, how: How::Winograd(2, 2) },
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "direct_avx512", isa: Isa::Avx512, strict: true, how: How::Direct(&tile::AVX512) },
@@ -75,11 +77,14 @@ static CONV3D_GRAD: &[Algorithm] = &[
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_244_avx2", isa: Isa::Avx2, strict: false, how: How::Winograd(2, 4) },
     #[cfg(target_arch = "x86_64")]
+    Algorithm { name: "winograd_422_avx2", isa: Isa::Avx2, strict: true, how: How::Winograd(4, 2) },
+    #[cfg(target_arch = "x86_64")]
     Algorithm { name: "winograd_222_avx2", isa: Isa::Avx2, strict: true, how: How::Winograd(2, 2) },
     #[cfg(target_arch = "x86_64")]
     Algorithm { name: "direct_avx2", isa: Isa::Avx2, strict: true, how: How::Direct(&tile::AVX2) },
     Algorithm { name: "winograd_444_scalar", isa: Isa::Scalar, strict: false, how: How::Winograd(4, 4) },
     Algorithm { name: "winograd_244_scalar", isa: Isa::Scalar, strict: false, how: How::Winograd(2, 4) },
+    Algorithm { name: "winograd_422_scalar", isa: Isa::Scalar, strict: true, how: How::Winograd(4, 2) },
     Algorithm { name: "winograd_222_scalar", isa: Isa::Scalar, strict: true, how: How::Winograd(2, 2) },
     Algorithm { name: "direct_scalar", isa: Isa::Scalar, strict: true, how: How::Direct(&tile::SCALAR) },
     Algorithm { name: "reference", isa: Isa::Scalar, strict: true, how: How::Reference },
@@ -129,12 +134,6 @@ impl DgradChoice {
     /// The implementation's name.
     pub(crate) fn name(&self) -> &'static str {
         self.algorithm.name
-    }
-
-    /// Four outputs per tile along all three axes leave thrice a plain sum's error, which on the way back through a network
-    /// goes from layer to layer.
-    fn is_rough(&self) -> bool {
-        self.plan.as_ref().is_some_and(|p| p.scheme().is_largest())
     }
 
     /// Floats of working memory for `threads` threads.
@@ -228,7 +227,6 @@ fn allowed(isa: Isa, wish: Wish<'_>) -> impl Iterator<Item = &'static Algorithm>
 /// The implementation of the input's gradient of least estimated time that the device and `wish` allow.
 pub(crate) fn choose_dgrad(isa: Isa, g: &Geometry, factor: [usize; 3], wish: Wish<'_>) -> Option<DgradChoice> {
     let choices = allowed(isa, wish).filter_map(|a| DgradChoice::new(a, g, factor));
-    let choices = choices.filter(|c| wish.name.is_some() || !c.is_rough());
     choices.reduce(|best, c| if c.cycles < best.cycles { c } else { best })
 }
 

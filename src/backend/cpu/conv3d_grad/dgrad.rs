@@ -7,7 +7,7 @@
 use crate::backend::cpu::Shared;
 use crate::backend::cpu::conv3d::direct::{ITEM_FLOPS, cover};
 use crate::backend::cpu::conv3d::tile::{Finish, Kernels, STEPS, Stream, Tile, TileFn};
-use crate::backend::cpu::conv3d::{Geometry, packed_place};
+use crate::backend::cpu::conv3d::{Geometry, packed_place, row_share};
 use crate::base::par;
 use crate::tensor::{BLOCK, Stored};
 
@@ -105,7 +105,8 @@ pub(super) fn cycles(g: &Geometry, factor: [usize; 3]) -> f64 {
     let one = |c: &Class, axis: usize| -> f64 {
         (0..c.count).map(|t| c.valid(t, g.output[axis])).map(|(first, last)| (last - first) as f64).sum()
     };
-    let sums: f64 = classes(g, factor).iter().map(|c| (0..3).map(|a| one(&c[a], a)).product::<f64>()).sum();
+    let class = |c: &[Class; 3]| (0..3).map(|a| one(&c[a], a)).product::<f64>() / row_share(c[2].count);
+    let sums: f64 = classes(g, factor).iter().map(class).sum();
     sums * (g.batch * g.out_channels * g.in_channels.div_ceil(BLOCK)) as f64 / 0.88
 }
 

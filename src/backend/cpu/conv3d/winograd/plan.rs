@@ -68,11 +68,6 @@ impl Scheme {
         Some(Self { z: kind(self.z, factor[0])?, xy: kind(self.xy, factor[1])? })
     }
 
-    /// Four outputs of a convolution per tile along every axis.
-    pub(in crate::backend::cpu) fn is_largest(self) -> bool {
-        [self.z, self.xy].iter().all(|k| matches!(k, Kind::F4 | Kind::F4Sums))
-    }
-
     /// A number of its own.
     pub(crate) fn key(self) -> u64 {
         (self.z as u64) << 8 | self.xy as u64
