@@ -7,7 +7,7 @@
 
 mod dgrad;
 pub(super) mod outer;
-mod wgrad;
+pub(super) mod wgrad;
 
 use super::conv3d::winograd::{self, Scheme, WeightPlan};
 use super::conv3d::{Geometry, Problem, Source, Storage, packed_place, tile};

@@ -3,6 +3,8 @@
 //! The outputs are cut into chunks whose values stay in a level-2 cache for all taps. Where there are few weights, pieces
 //! of the outputs have sums of their own, put together in a fixed order.
 
+use std::ops::Range;
+
 use super::Wgrad;
 use super::outer::{Outer, OuterFn, cover};
 use crate::backend::cpu::Shared;
@@ -12,6 +14,10 @@ use crate::tensor::{BLOCK, Isa, Layout, Stored};
 
 /// Voxels of a chunk of outputs: two blocks of so many lie in a level-2 cache.
 const CHUNK: usize = 2048;
+
+/// Voxels whose inputs and gradients stay in a level-1 cache for all channels and the taps of a row. From a level-2 cache
+/// the sums would wait: they take 128 bytes for every six multiply-adds.
+pub(in crate::backend::cpu) const NEAR: usize = 128;
 
 /// Work items, at least, for processors of many cores.
 const ITEMS: usize = 64;
@@ -76,7 +82,7 @@ pub(super) fn cycles(g: &Geometry, channels: &[usize]) -> f64 {
 }
 
 /// Those of the outputs `of` whose tap `k` meets an input, along one axis.
-fn outputs(g: &Geometry, axis: usize, k: usize, of: std::ops::Range<usize>) -> std::ops::Range<usize> {
+fn outputs(g: &Geometry, axis: usize, k: usize, of: Range<usize>) -> Range<usize> {
     let (s, p) = (g.stride[axis], g.padding[axis]);
     let first = of.start.max(p.saturating_sub(k).div_ceil(s));
     let end = (g.input[axis] + p).saturating_sub(k).div_ceil(s);
@@ -180,13 +186,33 @@ impl Job<'_> {
         }
     }
 
-    /// Adds the products of a chunk of outputs.
+    /// Adds the products of a chunk of outputs, some rows at a time.
     fn chunk(
         &self,
         view: &View,
         sample: usize,
         out_block: usize,
-        of: &[std::ops::Range<usize>; 2],
+        of: &[Range<usize>; 2],
+        kernels: &[(usize, OuterFn)],
+        to: Sums,
+    ) {
+        let rows = (NEAR / self.p.geometry.output[2]).clamp(1, of[1].len());
+        let slices = (NEAR / (rows * self.p.geometry.output[2])).max(1);
+        for z in of[0].clone().step_by(slices) {
+            for y in of[1].clone().step_by(rows) {
+                let near = [z..of[0].end.min(z + slices), y..of[1].end.min(y + rows)];
+                self.rows(view, sample, out_block, &near, kernels, to);
+            }
+        }
+    }
+
+    /// Adds the products of some rows of outputs, tap by tap.
+    fn rows(
+        &self,
+        view: &View,
+        sample: usize,
+        out_block: usize,
+        of: &[Range<usize>; 2],
         kernels: &[(usize, OuterFn)],
         to: Sums,
     ) {
@@ -198,7 +224,7 @@ impl Job<'_> {
             let k = [tap / (kh * kw), tap / kw % kh, tap % kw];
             let outputs =
                 [outputs(g, 0, k[0], of[0].clone()), outputs(g, 1, k[1], of[1].clone()), outputs(g, 2, k[2], 0..ow)];
-            if outputs.iter().any(std::ops::Range::is_empty) {
+            if outputs.iter().any(Range::is_empty) {
                 continue;
             }
             let at = [0, 1, 2].map(|a| outputs[a].start * g.stride[a] + k[a] - g.padding[a]);
@@ -224,7 +250,7 @@ impl Job<'_> {
     }
 
     /// Inputs that a chunk of outputs meets.
-    fn view(&self, s: &Source<'_>, sample: usize, part: usize, of: &[std::ops::Range<usize>; 2]) -> View {
+    fn view(&self, s: &Source<'_>, sample: usize, part: usize, of: &[Range<usize>; 2]) -> View {
         let g = &self.p.geometry;
         let [d, h, w] = g.input;
         let lanes = s.layout.block;

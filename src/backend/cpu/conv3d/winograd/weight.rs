@@ -12,6 +12,7 @@ use crate::backend::cpu::Shared;
 use crate::backend::cpu::conv3d::{Geometry, Source, Storage, packed_place};
 use crate::backend::cpu::conv3d_grad::Wgrad;
 use crate::backend::cpu::conv3d_grad::outer::{Outer, OuterFn, cover};
+use crate::backend::cpu::conv3d_grad::wgrad::NEAR;
 use crate::backend::cpu::isa::simd_entry;
 use crate::backend::cpu::lanes::Lanes;
 use crate::base::par;
@@ -214,16 +215,18 @@ impl Job<'_> {
             let out_lane = pair % x.out_blocks * BLOCK;
             let from = self.work.ptr().wrapping_add(point * x.inputs_point(b.len()) + lane);
             let with = self.work.ptr().wrapping_add(x.common() + point * dy.inputs_point(b.len()) + out_lane);
-            for &(channel, function) in &self.kernels {
+            for (tile, &(channel, function)) in
+                (0..b.len()).step_by(NEAR).flat_map(|t| self.kernels.iter().map(move |k| (t, k)))
+            {
                 let sum = Outer {
-                    x: from.wrapping_add(channel),
+                    x: from.wrapping_add(tile * x.row + channel),
                     x_step: [0, 0, x.row],
-                    y: with,
+                    y: with.wrapping_add(tile * dy.row),
                     y_step: [0, 0, dy.row],
-                    size: [1, 1, b.len()],
+                    size: [1, 1, NEAR.min(b.len() - tile)],
                     to: self.sums(slot).wrapping_add(point * POINT + channel * BLOCK),
                     to_step: BLOCK,
-                    add: false,
+                    add: tile > 0,
                 };
                 // SAFETY: both transforms are complete and no longer written; the point's sums are this item's; the device
                 // has the function's instruction set.
