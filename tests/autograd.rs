@@ -216,4 +216,31 @@ fn misuse_is_an_error() {
     let x = cx.variable(tensor());
     assert!(cx.backward_from(vec![(x, tensor())], &mut grads).is_err());
     assert!(grads.variable(&Ctx::train(&device).variable(tensor())).is_none());
+    // The side of a leaky ReLU after a sum cannot be told from its result.
+    let ones = testing::vector(&[1.0; 3], &device).unwrap();
+    let mut cx = Ctx::train(&device);
+    let (x, r) = (cx.variable(tensor()), cx.variable(tensor()));
+    let how = ops::InstanceNorm { eps: 1e-5, slope: Some(-0.5) };
+    let e = ops::instance_norm(&mut cx, x, &ones, &ones, Some(r), how).unwrap_err().to_string();
+    assert!(e.contains("slope -0.5"), "{e}");
+}
+
+/// An image of planes that is repeated while it is read.
+#[test]
+fn planes_are_repeated_and_learnt_from() {
+    let device = Device::cpu();
+    let x = values(2 * 3 * 4 * 5, 1);
+    let w = testing::filter(&values(4 * 2 * 27, 2), [4, 2, 3, 3, 3], &device).unwrap();
+    let how = ops::Conv3d { stride: [1; 3], padding: [1; 3] };
+    let learnt = |planes: bool| {
+        let mut grads = Grads::new();
+        let mut cx = Ctx::train(&device);
+        let image = Tensor::from_host(&x, Dims::from([1, 2, 3, 4, 5]), &device).unwrap();
+        let image = cx.variable(if planes { image } else { blocked(&x, [1, 2, 3, 4, 5], &device) });
+        let y = ops::conv3d(&mut cx, ops::Source::repeated(image.clone(), [2; 3]), &w, None, how).unwrap();
+        let dy = blocked(&values(4 * 6 * 8 * 10, 3), [1, 4, 6, 8, 10], &device);
+        cx.backward_from(vec![(y, dy)], &mut grads).unwrap();
+        [grads.param(&w), grads.variable(&image)].map(|g| bits(&g.unwrap().to_host().unwrap()))
+    };
+    assert_eq!(learnt(true), learnt(false));
 }

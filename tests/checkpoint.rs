@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 use stunet::autograd::{Ctx, Grads, Param, Var};
 use stunet::io::weights::Weights;
-use stunet::models::{StuNet, StuNetConfig};
+use stunet::models::{NetworkConfig, StuNet, StuNetConfig, UnetConfig, UnetKind};
 use stunet::nn::{self, Module, Optimizer, ParamSource, RandomParams, Rule};
 use stunet::nnunet::checkpoint::{self, Checkpoint, Logged, Origin, TrainingState};
 use stunet::{Device, Error, Precision, Result};
@@ -118,9 +118,9 @@ fn all_of_the_state_comes_back() {
     // NaN is not equal to itself.
     let text = |s: &TrainingState| serde_json::to_string(s).unwrap();
     assert_eq!(text(Checkpoint::open(&own).unwrap().state()), text(&all));
-    // nnU-Net keeps no random numbers and counts no steps.
+    // nnU-Net keeps no random numbers and counts no steps, of which an epoch has 250.
     let found = Checkpoint::open(&pth).unwrap().state().clone();
-    let expected = TrainingState { step: 0, seed: 0, counters: BTreeMap::new(), ..all.clone() };
+    let expected = TrainingState { step: 500, seed: 0, counters: BTreeMap::new(), ..all.clone() };
     assert_eq!(text(&found), text(&expected));
     let all = TrainingState { origin: Origin { fold: "all".into(), mirror_axes: None, ..all.origin }, ..all };
     checkpoint::write_nnunet(&pth, &a, &optimizer, &all).unwrap();
@@ -312,6 +312,88 @@ fn nnunets_files_have_all_names() {
     let bytes = std::fs::read(&path).unwrap();
     let first = nn::values(&bag.0[0]).unwrap()[0].to_le_bytes();
     assert!(bytes.chunks_exact(64).any(|line| line[..4] == first));
+}
+
+/// Filters of a 2D network have four axes in files, as PyTorch's have.
+#[test]
+fn networks_in_two_dimensions() {
+    let config = NetworkConfig::from(UnetConfig {
+        kind: UnetKind::Plain,
+        in_channels: 1,
+        classes: 2,
+        features: vec![4, 8],
+        kernels: vec![[1, 3, 3]; 2],
+        strides: vec![[1; 3], [1, 2, 2]],
+        depth: vec![1; 2],
+        decoder_depth: vec![1],
+        conv_bias: true,
+        planar: true,
+    });
+    let device = Device::cpu();
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["checkpoint_latest.pth", "latest"] {
+        let path = dir.path().join(file);
+        let mut net = config.build_random(&device, 1).unwrap();
+        let mut optimizer = Optimizer::nnunet();
+        step(&mut net, &mut optimizer, 1);
+        let write = if file == "latest" { checkpoint::write } else { checkpoint::write_nnunet };
+        write(path.as_path(), &net, &optimizer, &state()).unwrap();
+        let opened = Checkpoint::open(&path).unwrap();
+        for (name, shape) in config.parameters() {
+            assert_eq!(ParamSource::shape(&opened, &name), Some(shape), "{name}");
+        }
+        let mut other = config.build_random(&device, 2).unwrap();
+        let mut restored = opened.restore(&mut other).unwrap();
+        assert_eq!(weights(&other), weights(&net));
+        assert_eq!(weights(&config.build(&opened, &device).unwrap()), weights(&net));
+        step(&mut net, &mut optimizer, 2);
+        step(&mut other, &mut restored, 2);
+        assert_eq!(weights(&other), weights(&net));
+    }
+}
+
+/// What no training can go on from is not written over what one can.
+#[test]
+fn what_is_not_finite_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for (file, write) in [("latest", true), ("latest.pth", false)] {
+        let path = dir.path().join(file);
+        let write = |net: &StuNet, o: &Optimizer| {
+            if write {
+                checkpoint::write(&path, net, o, &state())
+            } else {
+                checkpoint::write_nnunet(&path, net, o, &state())
+            }
+        };
+        let mut net = net(1);
+        let mut optimizer = Optimizer::new(ADAM, None).unwrap();
+        step(&mut net, &mut optimizer, 1);
+        write(&net, &optimizer).unwrap();
+        let before = std::fs::read(&path).unwrap();
+        // Its square is infinite.
+        let mut grads = Grads::new();
+        let p = params(&net)[0];
+        grads.add_param(p.id(), nn::pack(p, &vec![1e21; p.dims().len()], Precision::F32).unwrap()).unwrap();
+        let name = p.name().to_string();
+        optimizer.step(params_mut(&mut net), &mut grads, 0.01).unwrap();
+        let e = write(&net, &optimizer).unwrap_err();
+        assert!(matches!(e, Error::NotFinite { .. }) && e.to_string().contains(&name), "{e}");
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
+}
+
+/// nnU-Net's file tells neither how many epochs there are nor how many steps were done.
+#[test]
+fn a_trainers_name_tells_its_epochs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("checkpoint_latest.pth");
+    for (trainer, epochs) in [("nnUNetTrainer_250epochs", 250), ("nnUNetTrainer_1epoch", 1), ("STUNetTrainer", 1000)] {
+        let mut state = state();
+        state.origin.trainer = trainer.into();
+        checkpoint::write_nnunet(&path, &net(1), &Optimizer::nnunet(), &state).unwrap();
+        let opened = Checkpoint::open(&path).unwrap();
+        assert_eq!((opened.state().schedule.epochs, opened.state().step), (epochs, 500));
+    }
 }
 
 const CHILD: &str = "STUNET_TEST_CHECKPOINTS";

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use stunet::Device;
+use stunet::models::{NetworkConfig, StuNetConfig, UnetConfig, UnetKind};
 use stunet::nn::{ParamSource, RandomParams, Scheme};
 
 use crate::common::drive::bits;
@@ -19,6 +21,45 @@ fn shapes() -> BTreeMap<String, Vec<usize>> {
         all.insert(format!("{name}.bias"), vec![bias]);
     }
     all
+}
+
+/// A residual encoder's blocks begin as their shortcuts; nothing else of it is zero but what all begin with.
+#[test]
+fn networks_begin_as_their_trainers_have_it() {
+    let unet = |kind| {
+        NetworkConfig::from(UnetConfig {
+            kind,
+            in_channels: 1,
+            classes: 3,
+            features: vec![8, 12, 16],
+            kernels: vec![[3; 3]; 3],
+            strides: vec![[1; 3], [2; 3], [2; 3]],
+            depth: vec![2; 3],
+            decoder_depth: vec![1; 2],
+            conv_bias: true,
+            planar: false,
+        })
+    };
+    for (config, scheme) in [
+        (unet(UnetKind::Plain), Scheme::He),
+        (unet(UnetKind::ResEnc), Scheme::He),
+        (NetworkConfig::from(StuNetConfig::small(1, 3)), Scheme::Torch),
+    ] {
+        let source = config.initial(7, scheme);
+        let mut zeros = 0;
+        for (name, _) in config.parameters() {
+            let zero = values(&source, &name).iter().all(|v| *v == 0.0);
+            let last = name.contains(".conv2.norm.") && name.starts_with("encoder.stages");
+            assert_eq!(zero, last || (name.ends_with("bias") && scheme == Scheme::He) || is_norm_bias(&name), "{name}");
+            zeros += usize::from(zero && name.ends_with("norm.weight"));
+        }
+        assert_eq!(zeros, if matches!(&config, NetworkConfig::Unet(c) if c.kind == UnetKind::ResEnc) { 6 } else { 0 });
+        assert_eq!(config.build(&source, &Device::cpu()).unwrap().parameters(), config.parameters());
+    }
+}
+
+fn is_norm_bias(name: &str) -> bool {
+    name.ends_with("bias") && name.rsplit('.').nth(1).is_some_and(|layer| layer.starts_with("norm"))
 }
 
 fn values(source: &RandomParams, name: &str) -> Vec<f32> {

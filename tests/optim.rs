@@ -290,6 +290,9 @@ fn bad_arguments_are_errors() {
     for rule in [sgd(1.0, 0.0, false), sgd(0.9, -1.0, false), sgd(0.0, 0.0, true), sgd(f64::NAN, 0.0, false)] {
         assert!(Optimizer::new(rule, None).is_err(), "{rule:?}");
     }
+    // Nothing as f32: a gradient of zero would be divided by it.
+    let adam = Rule::Adam { betas: [0.9, 0.999], eps: 1e-50, weight_decay: 0.0, decoupled: false };
+    assert!(Optimizer::new(adam, None).is_err());
     assert!(Optimizer::new(Rule::NNUNET, Some(0.0)).is_err());
     let device = Device::cpu();
     let mut p = testing::vector(&[1.0; 5], &device).unwrap();

@@ -7,7 +7,8 @@ use crate::tensor::{Precision, Tensor};
 
 /// The way back of a part that runs again.
 struct Recompute<F> {
-    inputs: Vec<Tensor>,
+    /// And whether their gradients are wanted.
+    inputs: Vec<(Tensor, bool)>,
     /// What results were stored in.
     precision: Precision,
     part: F,
@@ -26,14 +27,19 @@ impl<'m> Ctx<'m> {
     ) -> Result<Var> {
         let Some(tape) = self.tape.take() else { return part(self, inputs) };
         let nodes: Vec<_> = inputs.iter().map(|v| v.node).collect();
-        let kept: Vec<Tensor> = inputs.iter().map(|v| v.value.clone()).collect();
+        let kept: Vec<_> = inputs.iter().map(|v| (v.value.clone(), v.node.is_some())).collect();
         // On a tape that is thrown away: what is recorded is computed as it will be on the way back, to the last bit.
         self.tape = Some(Tape::new());
-        let inputs = inputs.into_iter().map(|v| self.variable(v.value)).collect();
+        let inputs = inputs.into_iter().map(|v| self.input(v.value, v.node.is_some())).collect();
         let y = part(self, inputs);
         self.tape = Some(tape);
         let precision = self.precision;
         Ok(self.record(y?.value, &nodes, || Box::new(Recompute { inputs: kept, precision, part })))
+    }
+
+    /// An input of a part.
+    fn input(&mut self, value: Tensor, wanted: bool) -> Var {
+        if wanted { self.variable(value) } else { self.leaf(value) }
     }
 }
 
@@ -43,14 +49,14 @@ impl<'m, F: Fn(&mut Ctx<'m>, Vec<Var>) -> Result<Var> + Send> Backward<'m> for R
     }
 
     fn saved<'s>(&'s self, visit: &mut dyn FnMut(&'s Tensor)) {
-        self.inputs.iter().for_each(visit);
+        self.inputs.iter().map(|i| &i.0).for_each(visit);
     }
 
     fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
         let Self { inputs, precision, part } = *self;
         let before = cx.set_precision(precision);
         cx.tape = Some(Tape::new());
-        let inputs: Vec<Var> = inputs.into_iter().map(|x| cx.variable(x)).collect();
+        let inputs: Vec<Var> = inputs.into_iter().map(|(x, wanted)| cx.input(x, wanted)).collect();
         let nodes: Vec<_> = inputs.iter().map(|v| v.node).collect();
         let y = part(cx, inputs);
         // The walk around this one is not to be recorded either way.

@@ -36,6 +36,7 @@ pub struct Param {
     value: Tensor,
     dims: Dims,
     kind: ParamKind,
+    planar: bool,
     /// Other forms of the values that an operation keeps, by its key.
     derived: Mutex<Vec<(u64, Arc<Tensor>)>>,
 }
@@ -45,7 +46,7 @@ impl Param {
     /// the filter of a convolution.
     pub(crate) fn new(name: impl Into<String>, value: Tensor, dims: Dims) -> Self {
         let kind = if dims.as_slice().len() == 1 { ParamKind::Vector } else { ParamKind::Filter };
-        Self { id: ParamId::next(), name: name.into(), value, dims, kind, derived: Mutex::default() }
+        Self { id: ParamId::next(), name: name.into(), value, dims, kind, planar: false, derived: Mutex::default() }
     }
 
     /// The same as the filter of a transposed convolution.
@@ -69,6 +70,21 @@ impl Param {
     #[must_use]
     pub fn dims(&self) -> &Dims {
         &self.dims
+    }
+
+    /// Its sizes as files have them: those of [`Param::dims`], but a filter of a 2D network has no axis of depth.
+    #[must_use]
+    pub fn shape(&self) -> Vec<usize> {
+        let mut shape = self.dims.as_slice().to_vec();
+        if self.planar && shape.len() == 5 {
+            shape.remove(2);
+        }
+        shape
+    }
+
+    /// Makes it one of a 2D network.
+    pub(crate) fn set_planar(&mut self) {
+        self.planar = true;
     }
 
     /// What it is to its operation.

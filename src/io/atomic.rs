@@ -49,16 +49,18 @@ pub(crate) fn write_keeping(
     };
     let failed = |e| Error::io("write", path, e);
     let temporary = write_beside(path, part, write)?;
-    if path.exists() {
-        let link = hidden(".link");
-        let _ = fs::remove_file(&link);
-        match fs::hard_link(path, &link) {
-            Ok(()) => fs::rename(&link, previous),
-            Err(_) => fs::rename(path, previous),
+    let link = hidden(".link");
+    let _ = fs::remove_file(&link);
+    if fs::hard_link(path, &link).is_ok() {
+        // The new file has its name before the old one takes that of the one before, which may be the only good one.
+        temporary.rename(path).map_err(failed)?;
+        fs::rename(&link, previous).map_err(failed)?;
+    } else {
+        if path.exists() {
+            fs::rename(path, previous).map_err(failed)?;
         }
-        .map_err(failed)?;
+        temporary.rename(path).map_err(failed)?;
     }
-    temporary.rename(path).map_err(failed)?;
     sync_folder(folder_of(path));
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! Any of the networks, behind one type.
 
-use super::{Head, StuNet, StuNetConfig, Unet, UnetConfig};
+use super::{Head, StuNet, StuNetConfig, Unet, UnetConfig, UnetKind};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
-use crate::nn::{Module, ParamSource, RandomParams};
+use crate::nn::{Module, ParamSource, RandomParams, Scheme};
 use crate::tensor::{Device, Precision};
 
 /// The sizes of a network.
@@ -126,7 +126,19 @@ impl NetworkConfig {
         })
     }
 
-    /// Builds the network with seeded random parameters.
+    /// Parameters as a training begins with them. nnU-Net's networks and STU-Net's first trainers begin by [`Scheme::He`],
+    /// STU-Net's for nnU-Net 2.2 by [`Scheme::Torch`]; a residual encoder's blocks as their shortcuts, the norm before the
+    /// sum zero (`init_last_bn_before_add_to_0`).
+    #[must_use]
+    pub fn initial(&self, seed: u64, scheme: Scheme) -> RandomParams {
+        let source = RandomParams::new(seed, self.parameters().into_iter().collect()).scheme(scheme);
+        match self {
+            NetworkConfig::Unet(c) if c.kind == UnetKind::ResEnc => source.zeros(|name| name.contains(".conv2.norm.")),
+            _ => source,
+        }
+    }
+
+    /// Builds the network with seeded random parameters, none of them zero but biases: for tests and measurements.
     ///
     /// # Errors
     /// As [`NetworkConfig::build`].

@@ -228,6 +228,9 @@ impl Unet {
             let load = |i: usize| loader.conv_norm(&decoder_conv(u, i), f[s], inputs(i), c.kernels[s], ONE);
             net.decoder.push(convs.map(load).collect::<Result<_>>()?);
         }
+        if c.planar {
+            net.params_mut(&mut Param::set_planar);
+        }
         Ok(net)
     }
 

@@ -30,7 +30,7 @@ pub enum Rule {
     Adam {
         /// Decay of the running means of gradients and of their squares, in `[0, 1)`.
         betas: [f64; 2],
-        /// Added to the root of the mean square.
+        /// Added to the root of the mean square; positive as f32, since a gradient may be zero.
         eps: f64,
         /// Not negative.
         weight_decay: f64,
@@ -61,7 +61,7 @@ impl Rule {
                 factor(momentum) && positive(weight_decay) && (momentum > 0.0 || !nesterov)
             }
             Rule::Adam { betas, eps, weight_decay, .. } => {
-                betas.into_iter().all(factor) && positive(eps) && positive(weight_decay)
+                betas.into_iter().all(factor) && positive(eps) && eps as f32 > 0.0 && positive(weight_decay)
             }
         }
     }

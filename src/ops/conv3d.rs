@@ -386,8 +386,10 @@ pub(super) fn read(s: &Source) -> backend::Source<'_> {
 }
 
 /// Only sources of one layout can be walked together.
-fn one_layout(inputs: Vec<Source>) -> Result<Vec<Source>> {
-    if inputs.iter().any(|s| s.value.value().layout() == Layout::BLOCKED) { all_blocked(inputs) } else { Ok(inputs) }
+/// Sources in channel blocks, unless all are planes that are read as they are.
+pub(super) fn one_layout(inputs: Vec<Source>) -> Result<Vec<Source>> {
+    let as_it_is = |s: &Source| s.value.value().layout() != Layout::BLOCKED && s.is_plain();
+    if inputs.iter().all(as_it_is) { Ok(inputs) } else { all_blocked(inputs) }
 }
 
 fn all_blocked(inputs: Vec<Source>) -> Result<Vec<Source>> {

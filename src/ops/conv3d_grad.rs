@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::conv3d::{Conv3d, concatenated, read, sizes};
+use super::conv3d::{Conv3d, concatenated, one_layout, read, sizes};
 use super::lazy::Sources;
 use super::{activation, memory, same_device};
 use crate::autograd::Param;
@@ -58,7 +58,7 @@ pub fn dgrad_implementations(device: &Device, layer: Layer, factor: [usize; 3]) 
 /// # Errors
 /// [`Error::Shape`] when the sources do not fit together.
 pub fn wgrad_implementations(device: &Device, x: Sources, w: [usize; 5], how: Conv3d) -> Result<Vec<&'static str>> {
-    let inputs = x.into_vec();
+    let inputs = one_layout(x.into_vec())?;
     let g = Layer { x: concatenated(&inputs)?.five(), w, how }.geometry()?;
     let sources: Vec<_> = inputs.iter().map(read).collect();
     let channels: Vec<usize> = sources.iter().map(|s| s.channels).collect();
@@ -119,7 +119,7 @@ pub fn wgrad(
     into: Option<Tensor>,
 ) -> Result<(Tensor, &'static str)> {
     let device = dy.device();
-    let inputs = x.into_vec();
+    let inputs = one_layout(x.into_vec())?;
     inputs.iter().try_for_each(|s| same_device(OP, device, s.value.value().device()))?;
     let layer = Layer { x: concatenated(&inputs)?.five(), w, how };
     let g = layer.geometry()?;

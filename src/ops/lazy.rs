@@ -222,6 +222,10 @@ impl Affine {
         }
         if cx.is_recorded() {
             processor("training", cx.device())?;
+            if residual.is_some() {
+                // The way back tells the side of leaky ReLU by the sign of its result.
+                self.is_readable(OP, x.value().dims())?;
+            }
         }
         on_card!(cx.device(), super::cuda::apply(cx, x, self, residual));
         let clock = cx.clock();

@@ -224,8 +224,10 @@ fn allowed(isa: Isa, wish: Wish<'_>) -> impl Iterator<Item = &'static Algorithm>
     })
 }
 
-/// The implementation of the input's gradient of least estimated time that the device and `wish` allow.
+/// The implementation of the input's gradient of least estimated time that the device and `wish` allow; a rough one by name
+/// only: an error of a filter's gradient stays there, one of an input's gradient goes on from layer to layer.
 pub(crate) fn choose_dgrad(isa: Isa, g: &Geometry, factor: [usize; 3], wish: Wish<'_>) -> Option<DgradChoice> {
+    let wish = Wish { strict: wish.strict || wish.name.is_none(), ..wish };
     let choices = allowed(isa, wish).filter_map(|a| DgradChoice::new(a, g, factor));
     choices.reduce(|best, c| if c.cycles < best.cycles { c } else { best })
 }

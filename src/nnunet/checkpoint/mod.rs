@@ -41,7 +41,8 @@ struct Manifest {
 /// only when it is complete and on the disk; the one before it stays as `NAME.previous`.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::Unsupported`] for a network on a card.
+/// [`Error::Io`], [`Error::NotFinite`] naming a parameter from which no training can go on, [`Error::Unsupported`] for a
+/// network on a card. The checkpoints that are there stay then.
 pub fn write(path: impl AsRef<Path>, net: &dyn Module, optimizer: &Optimizer, state: &TrainingState) -> Result<()> {
     let path = path.as_ref();
     let params = parameters(net);
@@ -53,21 +54,33 @@ pub fn write(path: impl AsRef<Path>, net: &dyn Module, optimizer: &Optimizer, st
         steps: with_state().map(|p| (p.name().to_string(), optimizer.steps(p))).collect(),
     };
     let text = serde_json::to_string(&manifest).map_err(|e| Error::io("write", path, e.into()))?;
-    let entry = |folder: &str, p: &'_ Param| (format!("{folder}/{}", p.name()), p.dims().as_slice().to_vec());
+    let entry = |folder: &str, p: &'_ Param| (format!("{folder}/{}", p.name()), p.shape());
     let mut entries = Vec::new();
     for &p in &params {
         let (name, shape) = entry("weights", p);
-        entries.push(Entry { name, shape, values: Box::new(|| nn::values(p)) });
+        entries.push(Entry { name, shape, values: Box::new(|| finite(p, nn::values(p)?)) });
     }
     for (at, buffer) in optimizer.rule().buffers().iter().enumerate() {
         for &p in with_state() {
             let (name, shape) = entry(buffer, p);
-            let values = move || optimizer.buffer(p, at).unwrap_or_else(|| Ok(Vec::new()));
-            entries.push(Entry { name, shape, values: Box::new(values) });
+            entries.push(Entry { name, shape, values: Box::new(move || kept_values(optimizer, p, at)) });
         }
     }
     let texts = [("format", FORMAT.into()), ("version", VERSION.to_string()), ("training", text)];
     sealed::write(path, &previous(path), &texts, &entries)
+}
+
+/// What an optimizer keeps of a parameter.
+fn kept_values(optimizer: &Optimizer, p: &Param, buffer: usize) -> Result<Vec<f32>> {
+    finite(p, optimizer.buffer(p, buffer).unwrap_or_else(|| Ok(Vec::new()))?)
+}
+
+/// A training cannot go on from anything else, and what it could go on from would be replaced.
+fn finite(p: &Param, values: Vec<f32>) -> Result<Vec<f32>> {
+    if values.iter().all(|v| v.is_finite()) {
+        return Ok(values);
+    }
+    Err(Error::NotFinite { what: format!("{}, or what the optimizer keeps of it", p.name()) })
 }
 
 /// The name of the checkpoint before.
@@ -217,7 +230,7 @@ impl Checkpoint {
     }
 
     fn check(&self, name: &str, p: &Param) -> Result<()> {
-        let expected = p.dims().as_slice();
+        let expected = p.shape();
         match self.weights.shape(name) {
             Some(shape) if shape == expected => Ok(()),
             Some(shape) => Err(self.error(name, format!("shape {shape:?}, expected {expected:?}"))),

@@ -6,8 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::state::{Logs, Origin, TrainingState};
-use super::{Checkpoint, Kept, names, parameters};
-use crate::autograd::Param;
+use super::{Checkpoint, Kept, finite, kept_values, names, parameters};
 use crate::error::{Error, Result};
 use crate::io::pth::View;
 use crate::io::pth::write::{self, Py, Storage, dict};
@@ -17,11 +16,14 @@ use crate::nn::{self, Module, Optimizer, PolyLr, Rule};
 /// More values than any plan, data set description or log has.
 const MAX_VALUES: usize = 4 << 20;
 
+/// nnU-Net's `num_iterations_per_epoch`.
+const STEPS_PER_EPOCH: u64 = 250;
+
 /// Writes a checkpoint that nnU-Net goes on with or predicts with: `torch.load` reads it, and its networks load it with
 /// `strict=True`. The file appears under its name only when it is complete.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::Unsupported`] for a network on a card.
+/// As [`super::write()`].
 pub fn write_nnunet(
     path: impl AsRef<Path>,
     net: &dyn Module,
@@ -31,10 +33,9 @@ pub fn write_nnunet(
     let params = parameters(net);
     let mut storages: Vec<Storage<'_>> = Vec::new();
     for &p in &params {
-        storages.push(Box::new(|| nn::values(p)));
+        storages.push(Box::new(|| finite(p, nn::values(p)?)));
     }
-    let shape = |p: &Param| p.dims().as_slice().to_vec();
-    let tensor = |(name, i): (String, usize)| (Py::Str(name), Py::Tensor { storage: i, shape: shape(params[i]) });
+    let tensor = |(name, i): (String, usize)| (Py::Str(name), Py::Tensor { storage: i, shape: params[i].shape() });
     let all: Vec<&str> = params.iter().map(|p| p.name()).collect();
     let weights = names::state_dict(&all).into_iter().map(tensor).collect();
     let mut kept = Vec::new();
@@ -49,8 +50,8 @@ pub fn write_nnunet(
             storages.push(Box::new(move || Ok(vec![steps as f32])));
         }
         for (at, buffer) in optimizer.rule().buffers().iter().enumerate() {
-            slot.push((Py::Str((*buffer).into()), Py::Tensor { storage: storages.len(), shape: shape(p) }));
-            storages.push(Box::new(move || optimizer.buffer(p, at).unwrap_or_else(|| Ok(Vec::new()))));
+            slot.push((Py::Str((*buffer).into()), Py::Tensor { storage: storages.len(), shape: p.shape() }));
+            storages.push(Box::new(move || kept_values(optimizer, p, at)));
         }
         kept.push((Py::Int(place as i64), Py::Dict(slot)));
     }
@@ -152,21 +153,27 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let mut steps = BTreeMap::new();
     for (place, slot) in optimizer.get("state").and_then(View::entries).into_iter().flatten() {
         // A parameter that never had a gradient, or plain descent, which keeps nothing.
+        let plain = slot.get("step").and_then(View::int).and_then(|s| u64::try_from(s).ok());
         if !slot.entries().is_some_and(|mut s| s.any(|(_, v)| v.is_tensor())) {
             continue;
         }
         let place = place.int().and_then(|i| usize::try_from(i).ok()).filter(|i| *i < n);
         let place = place.ok_or_else(|| bad("optimizer_state.state", "a key that is no parameter's number"))?;
         let name = format!("step/{place}");
-        let count =
-            if weights.shape(&name).is_some() { weights.values(&name)?.first().map_or(1, |v| *v as u64) } else { 1 };
-        steps.insert(place, count.max(1));
+        let tensor = if weights.shape(&name).is_some() { weights.values(&name)?.first().copied() } else { None };
+        steps.insert(place, tensor.map(|v| v as u64).or(plain).unwrap_or(1).max(1));
     }
     let args = root.get("init_args");
+    let text = |v: Option<View<'_>>| v.and_then(|v| v.str()).unwrap_or_default().to_string();
     let arg = |key: &str| args.and_then(|a| a.get(key));
     let object = |v: Value| if let Value::Object(map) = v { map } else { Map::new() };
     let epoch = root.get("current_epoch").and_then(View::int).and_then(|e| u32::try_from(e).ok());
     let logs = match json(root.get("logging"), "logging")? {
+        Value::Object(mut all) => {
+            // Trainers of other people log more.
+            all.retain(|name, _| Logs::NAMES.contains(&name.as_str()));
+            serde_json::from_value(all.into()).map_err(|e| bad("logging", &printable(&e.to_string())))?
+        }
         Value::Null => Logs::default(),
         v => serde_json::from_value(v).map_err(|e| bad("logging", &printable(&e.to_string())))?,
     };
@@ -174,18 +181,23 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         Value::Null => None,
         v => Some(serde_json::from_value(v).map_err(|_| bad("inference_allowed_mirroring_axes", "expected axes"))?),
     };
+    let epoch = epoch.ok_or_else(|| bad("current_epoch", "missing, or no number of an epoch"))?;
+    let trainer = text(root.get("trainer_name"));
+    let epochs = named_epochs(&trainer).unwrap_or(PolyLr::NNUNET.epochs);
+    // SGD does not count its steps.
+    let counted = steps.values().copied().max().unwrap_or(0);
+    let step = if matches!(rule, Rule::Sgd { .. }) { u64::from(epoch) * STEPS_PER_EPOCH } else { counted };
     let initial = group.get("initial_lr").or(group.get("lr")).and_then(Value::as_f64);
-    let text = |v: Option<View<'_>>| v.and_then(|v| v.str()).unwrap_or_default().to_string();
     let state = TrainingState {
-        epoch: epoch.ok_or_else(|| bad("current_epoch", "missing, or no number of an epoch"))?,
-        step: steps.values().copied().max().unwrap_or(0),
-        schedule: PolyLr { initial: initial.unwrap_or(PolyLr::NNUNET.initial), ..PolyLr::NNUNET },
+        epoch,
+        step,
+        schedule: PolyLr { initial: initial.unwrap_or(PolyLr::NNUNET.initial), epochs, ..PolyLr::NNUNET },
         best_ema: json(root.get("_best_ema"), "_best_ema")?.as_f64(),
         logs,
         ..TrainingState::new(
             0,
             Origin {
-                trainer: text(root.get("trainer_name")),
+                trainer,
                 configuration: text(arg("configuration")),
                 fold: arg("fold")
                     .map_or_else(String::new, |f| f.int().map_or_else(|| text(Some(f)), |i| i.to_string())),
@@ -200,6 +212,13 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint { weights, state, rule, max_norm, kept: Kept::ByPlace(steps, n), warning: None })
 }
 
+/// The number of epochs that a trainer's name tells, as nnU-Net's variants have them: `nnUNetTrainer_250epochs`.
+fn named_epochs(trainer: &str) -> Option<u32> {
+    let (before, _) = trainer.rsplit_once("epoch")?;
+    let digits = before.len() - before.bytes().rev().take_while(u8::is_ascii_digit).count();
+    before[digits..].parse().ok().filter(|n| *n > 0)
+}
+
 /// What PyTorch's optimizer keeps of each parameter, as `BUFFER/PLACE`.
 fn optimizer_tensors<'v>(path: &Path, root: View<'v>) -> Result<Vec<(String, View<'v>)>> {
     let mut out = Vec::new();
@@ -209,6 +228,10 @@ fn optimizer_tensors<'v>(path: &Path, root: View<'v>) -> Result<Vec<(String, Vie
         for (name, value) in slot.entries().into_iter().flatten() {
             let name = name.str().unwrap_or("?");
             // torch.optim.SGD without momentum keeps a None.
+            // Before PyTorch 1.12 Adam counted in plain numbers.
+            if name == "step" && value.int().is_some() {
+                continue;
+            }
             if value.is_tensor() {
                 out.push((format!("{name}/{place}"), value));
             } else if value.kind() != "None" {

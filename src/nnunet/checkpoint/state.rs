@@ -46,6 +46,20 @@ pub struct Logs {
     pub epoch_end_timestamps: Vec<Logged>,
 }
 
+impl Logs {
+    /// What nnU-Net calls the lists.
+    pub(super) const NAMES: [&str; 8] = [
+        "mean_fg_dice",
+        "ema_fg_dice",
+        "dice_per_class_or_region",
+        "train_losses",
+        "val_losses",
+        "lrs",
+        "epoch_start_timestamps",
+        "epoch_end_timestamps",
+    ];
+}
+
 /// What is trained, in nnU-Net's terms.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -70,7 +84,7 @@ pub struct Origin {
 pub struct TrainingState {
     /// Epochs that are over: the number of the next one.
     pub epoch: u32,
-    /// Optimizer steps that are over.
+    /// Optimizer steps that are over; of nnU-Net's file, whose SGD does not count them, 250 per epoch.
     pub step: u64,
     /// Of all random numbers.
     pub seed: u64,

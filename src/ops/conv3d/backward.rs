@@ -83,11 +83,10 @@ fn gradients(
     let x = concatenated(&sources)?;
     let (g, _) = geometry(&x, w, None, how)?;
     let layer = Layer { x: x.five(), w: w.dims().five(), how };
-    // An error of a filter's gradient stays there; one of an input's gradient goes on from layer to layer.
-    let by = |strict| By { name: None, strict };
+    let by = By { name: None, strict: cx.is_strict() };
     let sources = one_layout(sources)?;
     let clock = cx.clock();
-    let (dw, name) = wgrad(by(cx.is_strict()), Sources::of(sources.clone())?, layer.w, how, &dy, None)?;
+    let (dw, name) = wgrad(by, Sources::of(sources.clone())?, layer.w, how, &dy, None)?;
     cx.note("conv3d filter gradient", clock, name, macs(&g), || describe(&g));
     grads.add_param(w.id(), dw)?;
     let mut first = 0;
@@ -101,7 +100,7 @@ fn gradients(
         }
         let clock = cx.clock();
         let part = Geometry { in_channels: channels.len(), ..g };
-        let (dx, name) = dgrad(by(true), layer, &dy, w, channels, factor, None)?;
+        let (dx, name) = dgrad(by, layer, &dy, w, channels, factor, None)?;
         cx.note("conv3d input gradient", clock, name, macs(&part), || describe(&part));
         // Weight and bias of a normalisation learn even where its input does not.
         all.push(Some(match norm {
