@@ -225,6 +225,28 @@ pub(super) fn ptx_variants_through_the_library() {
     }
 }
 
+/// The image as it arrives, at every stride: what the processor makes of it, without voxels of it in memory.
+#[test]
+pub(super) fn ptx_first_layers_through_the_library() {
+    let (dims, weight) = ([1, 2, 5, 9, 18], random(20 * 2 * 27, 3));
+    for stride in [[1; 3], [2; 3], [1, 2, 2]] {
+        let run = |device: &Device, precision: Precision| {
+            let values: Vec<f32> = random(2 * 5 * 9 * 18, 4).iter().map(|v| Precision::Bf16.round(*v)).collect();
+            let rounded: Vec<f32> = weight.iter().map(|v| Precision::Bf16.round(*v)).collect();
+            let w = testing::stored_filter(&rounded, [20, 2, 3, 3, 3], precision, device).unwrap();
+            let mut cx = Ctx::infer(device).traced();
+            let x = cx.leaf(Tensor::from_host(&values, Dims::from(dims), device).unwrap());
+            let y = ops::conv3d(&mut cx, x, &w, None, Conv3d { stride, padding: [1; 3] }).unwrap();
+            let kernel = cx.steps()[0].implementation;
+            (y.into_value().to_host().unwrap(), kernel)
+        };
+        let device = Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+        let (got, kernel) = run(&device, Precision::Bf16);
+        assert_eq!(kernel, "first");
+        assert!(error(&got, &run(&Device::cpu(), Precision::F32).0) < 2f64.powi(-8), "{stride:?}");
+    }
+}
+
 /// Planes as they arrive are made voxels by whoever reads them; what does not fit is refused, not read as something else.
 #[test]
 pub(super) fn ptx_operands_are_what_they_are_taken_for() {
