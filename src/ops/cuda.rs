@@ -450,11 +450,57 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))
 }
 
-/// Adds a window's features `[1, C, D, H, W]`, times `scale` and the window's importance if there is one, to the sums of an
-/// image: `[ring][H][W][channels]` of size `ring`, of whose channels the features' begin at `first`; and the importance to
-/// `counted`, `[ring][H][W]`.
+/// A network's last layer on a card, where windows' scores are summed.
+#[derive(Debug)]
+pub(crate) struct ScoreLayer {
+    filter: Tensor,
+    bias: Tensor,
+    classes: usize,
+    activation: backend::aggregate::Activation,
+}
+
+impl ScoreLayer {
+    /// Of `weight` `[classes][features]` and `bias` `[classes]`; `how` is done to the scores of a voxel.
+    pub(crate) fn new(weight: &[f32], bias: &[f32], how: super::head::Activation, device: &Device) -> Result<Self> {
+        use backend::aggregate::Activation;
+        const OP: &str = "aggregate";
+        let classes = bias.len();
+        let features = weight.len() / classes.max(1);
+        let mut rows = vec![0.0; classes * padded(features)];
+        for (row, to) in weight.chunks_exact(features.max(1)).zip(rows.chunks_exact_mut(padded(features).max(1))) {
+            to[..features].copy_from_slice(row);
+        }
+        let filter = backend::resample::pack_filter(&rows, [classes, padded(features)])?;
+        let floats = |v: &[f32]| upload(OP, bytemuck::cast_slice(v), Precision::F32, device);
+        Ok(Self {
+            filter: floats(&filter)?,
+            bias: floats(&backend::head_labels::pack_bias(bias))?,
+            classes,
+            activation: match how {
+                super::head::Activation::Identity => Activation::Identity,
+                super::head::Activation::Softmax => Activation::Softmax,
+                super::head::Activation::Sigmoid => Activation::Sigmoid,
+            },
+        })
+    }
+
+    /// Channels of the sums of that many classes.
+    pub(crate) const fn lanes(classes: usize) -> usize {
+        backend::aggregate::lanes(classes)
+    }
+
+    /// Whether there is one for so many features.
+    pub(crate) fn is_supported(device: &Device, features: usize) -> bool {
+        device.driver().is_some_and(|d| backend::aggregate::scores_supported(d, features))
+    }
+}
+
+/// Adds a window's features `[1, C, D, H, W]`, or the scores that `layer` makes of them, times `scale` and the window's
+/// importance if there is one, to the sums of an image: `[ring][H][W][channels]` of size `ring`, of whose channels the
+/// window's begin at `first`; and the importance to `counted`, `[ring][H][W]`.
 pub(crate) fn aggregate(
     features: &Tensor,
+    layer: Option<&ScoreLayer>,
     importance: Option<&Tensor>,
     sum: &Tensor,
     counted: Option<&Tensor>,
@@ -479,7 +525,11 @@ pub(crate) fn aggregate(
         flip,
         scale,
     };
-    backend::aggregate::run(card(OP, features.device())?, &p)
+    let driver = card(OP, device)?;
+    let Some(l) = layer else { return backend::aggregate::run(driver, &p) };
+    let (filter, bias) = (memory(OP, device, &l.filter)?, memory(OP, device, &l.bias)?);
+    let (classes, activation) = (l.classes, l.activation);
+    backend::aggregate::run_scores(driver, &backend::aggregate::Scores { window: p, filter, bias, classes, activation })
 }
 
 /// Some of the floats of a tensor, from place `at` on.

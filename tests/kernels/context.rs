@@ -68,6 +68,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     head_labels::ptx_head_labels_of_equal_scores,
     head_labels::ptx_head_labels_of_sums_over_windows,
     aggregate::ptx_aggregate_adds_windows_in_order,
+    aggregate::ptx_aggregate_scores,
     resample::ptx_resample_labels,
     resample::ptx_resample_labels_paints_regions,
     resample::ptx_resample_labels_of_odd_and_of_equal_values,
