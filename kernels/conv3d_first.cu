@@ -1,22 +1,27 @@
 // targets: 75 80
 // max-registers: 128
 // The first convolution: 1 to 8 channels given as planes [N][C][D][H][W], f32 or 16-bit. Channels times taps are the terms
-// of one product of matrices; stride 1. Otherwise as conv3d.cuh.
+// of one product of matrices. Otherwise as conv3d.cuh.
 #include "conv3d.cuh"
 
 // Weights are [16 terms][filter][16]; term c * taps + t is tap t of channel c, zero beyond the last.
-constexpr int MOST = 8, EDGE = 10, TERMS = MOST * 27 + 8;
+constexpr int MOST = 8, TERMS = MOST * 27 + 8;
+
+// n / d for the numbers of a brick, of which 2^32 / d is known.
+__device__ __forceinline__ int quotient(int n, u32 by) { return (int)__umulhi((u32)n, by); }
+__device__ __forceinline__ u32 reciprocal(int d) { return 0xffffffffu / (u32)d + 1; }
 
 template <class T, bool WIDE, int NI>
 __device__ __forceinline__ void first(const Conv3dParams& p, unsigned char* shared) {
     constexpr int MI = 2, N = NI * 8, TZ = WARPS * MI / 4;
     __shared__ u16 places[TERMS];                                   // where a term's value is, from the voxel's first
-    __shared__ __align__(16) u16 brick[MOST * (TZ + 2) * EDGE * EDGE];
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const Tile t(p, TZ, N);
     const int taps = p.kernel_z * p.kernel_y * p.kernel_x, terms = p.a.channels * taps, steps = (terms + 15) / 16;
-    const int depth = TZ - 1 + p.kernel_z, volume = depth * EDGE * EDGE;
+    const int depth = (TZ - 1) * p.stride_z + p.kernel_z, rows = 7 * p.stride_y + p.kernel_y, edge = 7 * p.stride_x + p.kernel_x;
+    const int plane = rows * edge, volume = depth * plane;
     const u32 weight = shared_address(shared);
+    u16* brick = (u16*)(shared + steps * N * ROW);
     for (int i = tid; i < steps * N * 2; i += THREADS) {
         const int rest = i % (N * 2);
         const bool ok = t.first + (rest >> 1) < p.filters;
@@ -28,15 +33,16 @@ __device__ __forceinline__ void first(const Conv3dParams& p, unsigned char* shar
         const int c = i / taps, k = i % taps;
         const int z = k / (p.kernel_x * p.kernel_y), y = k / p.kernel_x % p.kernel_y, x = k % p.kernel_x;
         // Beyond the last term the weight is zero; any value that is read anyway will do.
-        places[i] = i < terms ? (u16)(c * volume + (z * EDGE + y) * EDGE + x) : (u16)0;
+        places[i] = i < terms ? (u16)(c * volume + z * plane + y * edge + x) : (u16)0;
     }
-    const u64 plane = (u64)p.d * p.h * p.w;
+    const u32 by_edge = reciprocal(edge), by_rows = reciprocal(rows), by_depth = reciprocal(depth);
+    const int x0 = t.x0 * p.stride_x - p.kernel_x / 2, y0 = t.y0 * p.stride_y - p.kernel_y / 2, z0 = t.z0 * p.stride_z - p.kernel_z / 2;
     for (int i = tid; i < p.a.channels * volume; i += THREADS) {
-        const int x = i % EDGE, y = i / EDGE % EDGE, z = i / (EDGE * EDGE) % depth, c = i / volume;
-        const int gx = t.x0 - p.kernel_x / 2 + x, gy = t.y0 - p.kernel_y / 2 + y, gz = t.z0 - p.kernel_z / 2 + z;
+        const int row = quotient(i, by_edge), slice = quotient(row, by_rows), c = quotient(slice, by_depth);
+        const int gx = x0 + i - row * edge, gy = y0 + row - slice * rows, gz = z0 + slice - c * depth;
         u16 v = 0;
         if ((u32)gx < (u32)p.w && (u32)gy < (u32)p.h && (u32)gz < (u32)p.d) {
-            const u64 at = ((u64)t.n * p.a.channels + c) * plane + ((u64)gz * p.h + gy) * p.w + gx;
+            const u64 at = (((u64)t.n * p.a.channels + c) * p.d + gz) * p.h * p.w + (u64)gy * p.w + gx;
             v = WIDE ? (u16)T::pack(((const float*)p.a.data)[at], 0.f) : ((const u16*)p.a.data)[at];
         }
         brick[i] = v;
@@ -54,9 +60,10 @@ __device__ __forceinline__ void first(const Conv3dParams& p, unsigned char* shar
         #pragma unroll
         for (int i = 0; i < MI; ++i) {
             const int f = warp * MI + i;
-            const u16* v = brick + ((f >> 2) * EDGE + (f & 3) * 2) * EDGE + (lane >> 2);
-            const u32 a[4] = {v[at[0]] | (u32)v[at[1]] << 16, v[at[0] + EDGE] | (u32)v[at[1] + EDGE] << 16,
-                              v[at[2]] | (u32)v[at[3]] << 16, v[at[2] + EDGE] | (u32)v[at[3] + EDGE] << 16};
+            const u16* v = brick + (f >> 2) * p.stride_z * plane + (f & 3) * 2 * p.stride_y * edge + (lane >> 2) * p.stride_x;
+            const u16* below = v + p.stride_y * edge;
+            const u32 a[4] = {v[at[0]] | (u32)v[at[1]] << 16, below[at[0]] | (u32)below[at[1]] << 16,
+                              v[at[2]] | (u32)v[at[3]] << 16, below[at[2]] | (u32)below[at[3]] << 16};
             #pragma unroll
             for (int j = 0; j < NI; ++j) T::mma(acc[i][j], a, b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
         }

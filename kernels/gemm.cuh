@@ -1,6 +1,6 @@
 // Products of voxels and filters without neighbours, for tensor cores with 16-bit storage: convolutions of one voxel at any
-// stride, and transposed convolutions whose kernel is their stride, where every tap is a product of its own that is
-// scattered.
+// stride, by themselves or as the end of a residual block, and transposed convolutions whose kernel is their stride, where
+// every tap is a product of its own that is scattered.
 #pragma once
 #include "common.cuh"
 
@@ -17,14 +17,29 @@ struct GemmParams {
     int unused;
 };
 
-constexpr int THREADS = 256, ROWS = 128, ROW = 32, STAGES = 4;
+// The end of a residual block: leaky(normalised(y) + product + bias).
+struct ResidualParams : GemmParams {
+    u64 y;          // of the result's size, or the result itself: a block reads what it writes, and nothing else of it
+    u64 norm;       // of y, f32 [N][mean, scale, shift][filters]
+    float slope;
+    int channels;   // of `a` where it is planes
+};
 
-template <class T, int WM, int WN, int MI, int NI>
-__device__ __forceinline__ void gemm(const GemmParams& p) {
-    constexpr int N = WN * NI * 8, STAGE = (ROWS + N) * ROW;
+constexpr int THREADS = 256, ROWS = 128, ROW = 32;
+
+// What a product is for: itself; the end of a residual block; the end of the first block, whose input is the image as it
+// arrives, f32 [N][C][D][H][W] of 1 to 8 channels.
+enum Use { PRODUCT, END, END_OF_PLANES };
+
+template <class T, Use USE, int WM, int WN, int MI, int NI, class Params>
+__device__ __forceinline__ void gemm(const Params& p) {
+    constexpr bool ENDS = USE != PRODUCT;
+    constexpr int N = WN * NI * 8, STAGE = (ROWS + N) * ROW, STAGES = USE == END_OF_PLANES ? 2 : 4;
     static_assert(WM * WN * 32 == THREADS && WM * MI * 16 == ROWS && NI % 2 == 0, "tile");
-    static_assert(STAGES * STAGE >= ROWS * N * 2, "results reuse the stages");
-    __shared__ __align__(128) unsigned char shared[STAGES * STAGE];
+    static_assert(ENDS || STAGES * STAGE >= ROWS * N * 2, "results reuse the stages");
+    __shared__ __align__(128) unsigned char shared[STAGES * STAGE + (ENDS ? ROWS * N * 2 : 0)];
+    // Results lie in the place of what they are added to.
+    unsigned char* const results = shared + (ENDS ? STAGES * STAGE : 0);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, wm = warp / WN, wn = warp % WN;
     const int groups = (p.filters + N - 1) / N, taps = p.kernel_z * p.kernel_y * p.kernel_x;
     const int group = blockIdx.x % (groups * taps), first = group % groups * N, tap = group / groups;
@@ -45,7 +60,16 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     auto load = [&](int slab, int stage) {
         const int c = slab * BLOCK;
         const u32 to = base + stage * STAGE;
-        copy16(to + place, c < p.a.channels ? from_a + c : from_b + (c - p.a.channels), real ? 16 : 0);
+        if constexpr (USE == END_OF_PLANES) {
+            const u64 plane = (u64)p.a.d * p.a.h * p.a.w;
+            const float* from = (const float*)p.a.data + (u64)n * p.channels * plane + ((u64)z * p.a.h + y) * p.a.w + x;
+            float v[8];
+            #pragma unroll
+            for (int k = 0; k < 8; ++k) v[k] = real && part + k < p.channels ? from[(part + k) * plane] : 0.f;
+            Halves<T>::store8(shared + stage * STAGE + place, 0, v);
+        } else {
+            copy16(to + place, c < p.a.channels ? from_a + c : from_b + (c - p.a.channels), real ? 16 : 0);
+        }
         if (tid < N * 2) {
             const bool ok = first + (tid >> 1) < p.filters;
             const u16* w = (const u16*)p.weight + ((u64)(slab * taps + tap) * p.filters + first) * BLOCK + tid * 8;
@@ -56,6 +80,15 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
         if (s < slabs) load(s, s);
+        // Under way from the beginning, needed at the end.
+        if constexpr (ENDS)
+            if (s == STAGES - 2)
+                for (int i = tid; i < ROWS * (N / 8); i += THREADS) {
+                    const int m = i / (N / 8), c = i % (N / 8) * 8;
+                    const bool ok = start + m < rows && first + c < p.filters;
+                    const u16* from = (const u16*)p.y + (ok ? (u64)(start + m) * p.filters + first + c : 0);
+                    copy16(shared_address(results) + swizzle<N * 2>(m * N * 2 + c * 2), from, ok ? 16 : 0);
+                }
         copy_commit();
     }
     float acc[MI][NI][4] = {};
@@ -86,18 +119,34 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
             #pragma unroll
             for (int j = 0; j < NI; ++j) T::mma(acc[i][j], a[i], b[j >> 1][(j & 1) * 2], b[j >> 1][(j & 1) * 2 + 1]);
     }
+    if (ENDS) copy_wait<0>();
     __syncthreads();
     #pragma unroll
     for (int j = 0; j < NI; ++j) {
         const int c = wn * NI * 8 + j * 8 + (lane & 3) * 2;
         const bool biased = p.bias && first + c < p.filters;
         const float b0 = biased ? ((const float*)p.bias)[first + c] : 0.f, b1 = biased ? ((const float*)p.bias)[first + c + 1] : 0.f;
+        float2 mean = {}, scale = {}, shift = {};
+        int held = -1;
         #pragma unroll
         for (int i = 0; i < MI; ++i)
             #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int m = (wm * MI + i) * 16 + h * 8 + (lane >> 2);
-                *(u32*)(shared + swizzle<N * 2>(m * N * 2 + c * 2)) = T::pack(acc[i][j][2 * h] + b0, acc[i][j][2 * h + 1] + b1);
+                u32* to = (u32*)(results + swizzle<N * 2>(m * N * 2 + c * 2));
+                float low = acc[i][j][2 * h] + b0, high = acc[i][j][2 * h + 1] + b1;
+                if constexpr (ENDS) {
+                    // A tile may lie in several samples.
+                    const int sample = min(start + m, rows - 1) / (p.w * p.h * p.d);
+                    if (sample != held && first + c < p.filters) {
+                        const float* planes = (const float*)p.norm + (u64)sample * 3 * p.filters + first + c;
+                        mean = *(const float2*)planes, scale = *(const float2*)(planes + p.filters);
+                        shift = *(const float2*)(planes + 2 * p.filters), held = sample;
+                    }
+                    low = leaky(__fadd_rn(__fmaf_rn(__fsub_rn(T::low(*to), mean.x), scale.x, shift.x), low), p.slope);
+                    high = leaky(__fadd_rn(__fmaf_rn(__fsub_rn(T::high(*to), mean.y), scale.y, shift.y), high), p.slope);
+                }
+                *to = T::pack(low, high);
             }
     }
     __syncthreads();
@@ -111,9 +160,11 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
             out = ((u64)(to / (p.w * p.h)) * p.kernel_z + tz) * p.h * p.kernel_y + oy;     // sample and plane together
             out = out * p.w * p.kernel_x + ox;
         }
-        *(uint4*)((u16*)p.out + out * p.filters + first + c) = *(const uint4*)(shared + swizzle<N * 2>(m * N * 2 + c * 2));
+        *(uint4*)((u16*)p.out + out * p.filters + first + c) = *(const uint4*)(results + swizzle<N * 2>(m * N * 2 + c * 2));
     }
 }
 
 #define GEMM(NAME, STORAGE, WM, WN, MI, NI)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(const GemmParams p) { gemm<STORAGE, WM, WN, MI, NI>(p); }
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(const GemmParams p) {                                  \
+        gemm<STORAGE, PRODUCT, WM, WN, MI, NI>(p);                                                                       \
+    }

@@ -1,12 +1,12 @@
 // targets: 75 80
 // max-registers: 64
-// The end of a residual block: y = leaky(normalised(x) + shortcut + repeated), each of the three read once.
+// Normalisation by itself, and the end of a residual block without a convolution in its shortcut:
+// y = leaky(normalised(x) + shortcut), each read once.
 #include "common.cuh"
 
 struct NormParams {
     Source x;           // with its normalisation, if any
     Source shortcut;    // of the same size, or absent
-    Source low;         // repeated, or absent
     u64 out;
     int batch, d, h, w;
     float slope;
@@ -37,11 +37,6 @@ __device__ __forceinline__ void instance_norm(const NormParams& p) {
     float v[8] = {};
     add<T>(p.x, i * 8, n, c, v);
     if (p.shortcut.channels) add<T>(p.shortcut, i * 8, n, c, v);
-    if (p.low.channels) {
-        const int voxel = (int)(place % voxels), x = voxel % p.w, y = voxel / p.w % p.h, z = voxel / (p.w * p.h);
-        const u64 from = (((u64)n * p.low.d + (z >> p.low.shift_z)) * p.low.h + (y >> p.low.shift_y)) * p.low.w + (x >> p.low.shift_x);
-        add<T>(p.low, from * p.low.channels + c, n, c, v);
-    }
     #pragma unroll
     for (int k = 0; k < 8; ++k) v[k] = leaky(v[k], p.slope);
     T::store8((void*)p.out, i * 8, v);

@@ -3,7 +3,7 @@
 // From sums over windows to labels on the image's own grid, a plane at a time: sums are divided by what their windows
 // counted, interpolated linearly, and the last 1x1x1 layer with its decision is applied to what comes out. Neither features
 // nor scores of the image are ever in memory.
-#include "common.cuh"
+#include "scores.cuh"
 
 struct ResampleParams {
     u64 sum;        // f32 [ring][h][w][channels]
@@ -18,7 +18,7 @@ struct ResampleParams {
     int first, second;      // slots of the ring; the same where the plane is one of the grid's
     float between;          // weight of the second
     int h, w, pad_y, pad_x; // of the sums, and where the grid begins in them
-    int channels, classes;  // padded to multiples of 16
+    int channels, classes;  // padded to a multiple of 4, and of 16
     int height, width;      // of the image
     int tile;               // voxels of a block, twice its threads
     int wide;               // labels are u16
@@ -26,8 +26,6 @@ struct ResampleParams {
     float threshold;
     int unused;
 };
-
-constexpr int PER_THREAD = 2;
 
 // Four channels of a voxel of a plane of the sums.
 __device__ __forceinline__ float4 feature(const ResampleParams& p, int slot, int y, int x, int c) {
@@ -56,8 +54,7 @@ __device__ __forceinline__ float4 down(const ResampleParams& p, const uint4& row
 
 __device__ __forceinline__ bool finite(float v) { return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u; }
 
-// A block takes `tile` voxels. Their features are interpolated once, into shared memory [channel][voxel]; then the filter
-// passes 16 classes at a time, each weight of which serves two voxels of a thread.
+// A block takes `tile` voxels. Their features are interpolated once, into shared memory [channel][voxel].
 extern "C" __global__ void __launch_bounds__(128) resample_labels_f32(const ResampleParams p) {
     extern __shared__ __align__(128) unsigned char shared[];
     float* features = (float*)shared;
@@ -86,35 +83,7 @@ extern "C" __global__ void __launch_bounds__(128) resample_labels_f32(const Resa
     u32 label[PER_THREAD];
     #pragma unroll
     for (int v = 0; v < PER_THREAD; ++v) best[v] = p.threshold, label[v] = 0;
-    for (int k = 0; k < p.classes; k += BLOCK) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < p.channels * 4; i += threads)
-            ((float4*)filter)[i] = ((const float4*)p.filter)[(u64)k / 4 * p.channels + i];
-        __syncthreads();
-        float score[PER_THREAD][BLOCK];
-        #pragma unroll
-        for (int q = 0; q < BLOCK; ++q) {
-            const float bias = ((const float*)p.bias)[k + q];
-            #pragma unroll
-            for (int v = 0; v < PER_THREAD; ++v) score[v][q] = bias;
-        }
-        #pragma unroll 2
-        for (int c = 0; c < p.channels; ++c) {
-            float f[PER_THREAD];
-            #pragma unroll
-            for (int v = 0; v < PER_THREAD; ++v) f[v] = features[c * p.tile + v * threads + threadIdx.x];
-            #pragma unroll
-            for (int q = 0; q < BLOCK; q += 4) {
-                const float4 w = *(const float4*)(filter + c * BLOCK + q);
-                #pragma unroll
-                for (int v = 0; v < PER_THREAD; ++v) {
-                    score[v][q] = __fmaf_rn(w.x, f[v], score[v][q]);
-                    score[v][q + 1] = __fmaf_rn(w.y, f[v], score[v][q + 1]);
-                    score[v][q + 2] = __fmaf_rn(w.z, f[v], score[v][q + 2]);
-                    score[v][q + 3] = __fmaf_rn(w.w, f[v], score[v][q + 3]);
-                }
-            }
-        }
+    each_score(features, filter, p.filter, p.bias, p.channels, p.classes, p.tile, [&](int k, float (&score)[PER_THREAD][BLOCK]) {
         #pragma unroll
         for (int q = 0; q < BLOCK; ++q) {
             const u32 name = ((const u32*)p.names)[k + q];
@@ -125,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(128) resample_labels_f32(const Resa
                     if (!p.painted) best[v] = score[v][q];
                 }
         }
-    }
+    });
     #pragma unroll
     for (int v = 0; v < PER_THREAD; ++v) {
         const int at = start + v * threads + threadIdx.x;

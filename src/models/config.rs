@@ -190,7 +190,7 @@ impl StuNetConfig {
         }
         let voxels = |s: usize| space[s].iter().try_fold(precision.size(), |n, &d| n.checked_mul(d));
         let t = |s: usize, of: usize| voxels(s)?.checked_mul(self.dims[of].next_multiple_of(BLOCK));
-        let (mut peak, mut kept) = (0usize, 0usize);
+        let (mut peak, mut most, mut kept) = (0usize, 0usize, 0usize);
         // One convolution of a stage beside `live` bytes, its input among them if no one else reads that (`owned`).
         let mut conv = |live: usize, channels: &[usize], s: usize, stride: [usize; 3], owned: bool| {
             let strided = stride != [1; 3];
@@ -204,6 +204,14 @@ impl StuNetConfig {
             peak = peak.max(live.checked_add(output)?.checked_add(m.working)?);
             Some(())
         };
+        // The end of a stage's first block beside `live` bytes, its inputs and the second convolution's output among them.
+        let end = |live: usize, channels: &[usize], repeat: [usize; 3], s: usize, stride: [usize; 3]| {
+            let w = [self.dims[s], channels.iter().sum(), 1, 1, 1];
+            let input = space[s - usize::from(stride != [1; 3])];
+            let how = ops::Conv3d { stride, padding: [0; 3] };
+            let more = ops::conv3d_residual_memory(device, strict, precision, channels, repeat, w, input, how).ok()?;
+            live.checked_add(more)
+        };
         // The second convolution of a block has the only use of the first's output.
         let mut skips = space[0].iter().try_fold(4usize, |n, &d| n.checked_mul(d))?.checked_mul(self.in_channels)?;
         for s in 0..6 {
@@ -213,6 +221,7 @@ impl StuNetConfig {
                 if s == 0 { (self.in_channels, [1; 3]) } else { (self.dims[s - 1], self.strides[s - 1]) };
             conv(skips, &[from], s, stride, false)?;
             conv(live, &[self.dims[s]], s, [1; 3], true)?;
+            most = most.max(end(live, &[from], [1; 3], s, stride)?);
             for _ in 1..self.depth[s] {
                 conv(live, &[self.dims[s]], s, [1; 3], false)?;
                 conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3], true)?;
@@ -222,18 +231,20 @@ impl StuNetConfig {
         for u in 0..5 {
             let s = 4 - u;
             let (size, low) = (t(s, s)?, t(s + 1, s)?);
-            // What is below this level is gone once its channels are mixed; the mixed tensor and its shortcut stay.
+            // What is below this level is gone once its channels are mixed.
             skips -= t(s + 1, s + 1)?;
-            let live = skips.checked_add(low.checked_mul(2)?)?;
-            conv(live, &[self.dims[s], self.dims[s]], s, [1; 3], false)?;
+            let live = skips.checked_add(low)?;
+            let both = [self.dims[s], self.dims[s]];
+            conv(live, &both, s, [1; 3], false)?;
             conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3], true)?;
+            most = most.max(end(live.checked_add(size)?, &both, self.strides[s], s, [1; 3])?);
             for _ in 1..self.decoder_depth[u] {
                 let live = live.checked_add(size)?;
                 conv(live, &[self.dims[s]], s, [1; 3], false)?;
                 conv(live.checked_add(size)?, &[self.dims[s]], s, [1; 3], true)?;
             }
         }
-        Some((peak, kept))
+        Some((peak.max(most), kept))
     }
 
     /// Builds the network with parameters from `source`.

@@ -217,13 +217,65 @@ pub fn conv3d_memory(
     });
     let wish = Wish { strict, ..Wish::default() };
     let storage = Storage { input: precision, output: precision, in_place: owned, ..Storage::PLAIN };
-    let choice = dispatch!(device, conv3d::choose(&g, channels, storage, wish));
+    planned(device, &g, channels, w, storage, wish)
+}
+
+/// Bytes that [`conv3d_residual`] takes on `device` beside its operands, its result in the place of `y`. `channels` are those
+/// of each source, of which the first of two is repeated `repeat` times per axis; the rest as for [`conv3d_memory`].
+///
+/// # Errors
+/// [`Error::Shape`] when the sizes do not fit.
+pub fn conv3d_residual_memory(
+    device: &Device,
+    strict: bool,
+    precision: Precision,
+    channels: &[usize],
+    repeat: [usize; 3],
+    w: [usize; 5],
+    input: [usize; 3],
+    how: Conv3d,
+) -> Result<usize> {
+    let [d, h, width] = input;
+    let x = Dims::from([1, channels.iter().sum(), d, h, width]);
+    let out = how.output_dims(&x, &w.into())?;
+    on_card!(device, Ok(super::cuda::conv3d_residual_memory(precision, w, out.space())));
+    let mut g = sizes(&x, &w.into(), &out, how);
+    let wish = Wish { strict, ..Wish::default() };
+    let mut storage = Storage { input: precision, output: precision, ..Storage::PLAIN };
+    let (mut addend, mut before, mut rest) = (0, 0, channels);
+    if let [first, last] = channels
+        && repeat != [1; 3]
+        && g.kernel == [1; 3]
+        && g.stride == [1; 3]
+    {
+        let space = [0, 1, 2].map(|a| input[a] / repeat[a].max(1));
+        let lanes = [Layout::BLOCKED.padded(w[0]), space[0], space[1], space[2]];
+        addend = lanes.iter().fold(precision.size(), |n, &v| n.saturating_mul(v));
+        let part = Geometry { in_channels: *first, input: space, output: space, ..g };
+        before = planned(device, &part, &[*first], w, storage, wish)?.working;
+        (g.filter_first, g.in_channels, rest) = (*first, *last, &channels[1..]);
+        storage.addend = precision;
+    }
+    let after = planned(device, &g, rest, w, storage, Wish { residual: true, ..wish })?.working;
+    Ok(before.max(after).saturating_add(addend))
+}
+
+/// What the implementation that is chosen takes.
+fn planned(
+    device: &Device,
+    g: &Geometry,
+    channels: &[usize],
+    w: [usize; 5],
+    storage: Storage,
+    wish: Wish<'_>,
+) -> Result<Conv3dMemory> {
+    let choice = dispatch!(device, conv3d::choose(g, channels, storage, wish));
     let choice = choice.ok_or_else(|| no_implementation(OP, None))?;
-    let halves = precision == Precision::Bf16;
+    let halves = storage.input == Precision::Bf16;
     // The filter as floats, and sources that are read so.
     let widened = if halves && !choice.reads_lazily() { packed_len(w) } else { 0 };
     let lanes: usize = channels.iter().map(|c| Layout::BLOCKED.padded(*c)).sum();
-    let sources = if halves && !choice.reads_halves(&g) { lanes * input.iter().product::<usize>() } else { 0 };
+    let sources = if halves && !choice.reads_halves(g) { lanes * g.input.iter().product::<usize>() } else { 0 };
     let work = choice.workspace(device.threads(), Stored::F32(&[])) + widened + sources;
     Ok(Conv3dMemory {
         working: work.saturating_mul(4),

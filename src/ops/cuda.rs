@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::tensor::cuda::{Driver, Memory};
 use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
-pub(super) use conv3d::{conv3d_memory, conv3d_variants};
+pub(super) use conv3d::{conv3d_memory, conv3d_residual, conv3d_residual_memory, conv3d_variants};
 
 /// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
 const FIRST: usize = kernels::first::CHANNELS;
@@ -118,11 +118,6 @@ impl Form {
             Form::Halves => i.is_multiple_of(2) && !(i / 2).is_multiple_of(backend::BLOCK),
             Form::First => i <= FIRST && precision != Precision::F32,
         }
-    }
-
-    /// Whether an input of planes is convolved in this form at that stride.
-    fn takes(self, dims: [usize; 5], precision: Precision, stride: [usize; 3]) -> bool {
-        self == Form::First && self.exists(dims, precision) && stride == [1; 3]
     }
 
     /// Input channels with their padding, all taps together.
@@ -245,11 +240,9 @@ pub(super) fn conv3d(
     let clock = cx.clock();
     let driver = card(OP, cx.device())?;
     let precision = w.precision();
-    if cx.is_strict() && precision != Precision::F32 {
-        return unsupported(OP, &format!("strictly, stored as {}; expected f32", precision.name()));
-    }
+    check_strict(cx, OP, precision)?;
     // The image as it arrives; inner layers of so few channels have voxels.
-    let first = Form::First.takes(w.dims().five(), precision, how.stride)
+    let first = Form::First.exists(w.dims().five(), precision)
         && sources.iter().all(|s| s.is_plain() && s.value.value().layout() == Layout::PLAIN);
     let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let form = if first { Form::First } else { Form::of(OP, &each)? };
@@ -277,11 +270,12 @@ pub(super) fn conv3d(
             bias,
             filters,
             kernel,
+            stride: how.stride,
             out: to,
             partials: None,
         };
         if measure {
-            let tiles = kernels::first::tiles(space);
+            let tiles = kernels::first::tiles([d, h, width]);
             let t = partials(tiles)?;
             p.partials = Some(memory(OP, device, &t)?);
             moments = Some((t, tiles));
@@ -321,6 +315,14 @@ pub(super) fn conv3d(
         None => return Ok((out, Moments::new(filters, Vec::new()))),
     };
     Ok((out, Moments::on_card(filters, moments)))
+}
+
+/// Sums of a strict pass are of values that nothing was rounded of.
+fn check_strict(cx: &Ctx<'_>, op: &str, precision: Precision) -> Result<()> {
+    if cx.is_strict() && precision != Precision::F32 {
+        return unsupported(op, &format!("strictly, stored as {}; expected f32", precision.name()));
+    }
+    Ok(())
 }
 
 /// Runs a convolution with memory for sums in parts, which goes back to the pool: what comes after runs after it.
@@ -369,8 +371,8 @@ pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps
     Ok(planes)
 }
 
-/// `leaky_relu(normalised(x) + shortcut + low)`, in place in `x` if it has no other owner.
-fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>, low: Option<&Source>) -> Result<Var> {
+/// `leaky_relu(normalised(x) + shortcut)`, in place in `x` if it has no other owner.
+fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>) -> Result<Var> {
     const OP: &str = "instance_norm";
     let clock = cx.clock();
     let [batch, channels, space @ ..] = activation(OP, x.dims())?;
@@ -383,18 +385,11 @@ fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>,
         Ok(backend::Source::plain(memory(OP, device, t)?, channels, space))
     };
     let (storage, slope) = (storage(x.precision()), n.slope());
-    let (shortcut, low) = (shortcut.map(plain).transpose()?, low.map(|l| read(OP, device, l)).transpose()?);
+    let shortcut = shortcut.map(plain).transpose()?;
     // Kernels run in order, so that `x` is read before its memory is given to anyone else.
     let out = if x.is_unique() { x.clone() } else { voxels(OP, *x.dims(), x.precision(), cx.device())? };
-    let p = backend::instance_norm::Problem {
-        storage,
-        batch,
-        x: from,
-        shortcut,
-        low,
-        slope,
-        out: memory(OP, device, &out)?,
-    };
+    let p =
+        backend::instance_norm::Problem { storage, batch, x: from, shortcut, slope, out: memory(OP, device, &out)? };
     backend::instance_norm::run(card(OP, cx.device())?, &p)?;
     note(cx, OP, clock, "instance_norm", 0, || format!("{:?}", out.dims()))?;
     Ok(cx.leaf(out))
@@ -406,7 +401,7 @@ pub(super) fn apply(cx: &mut Ctx<'_>, x: Var, n: &Affine, residual: Option<Var>)
     let precision = x.value().precision();
     let x = as_voxels(OP, x.into_value(), precision)?;
     let residual = residual.map(|r| as_voxels(OP, r.into_value(), precision)).transpose()?;
-    block_end(cx, x, n, residual.as_ref(), None)
+    block_end(cx, x, n, residual.as_ref())
 }
 
 /// See [`super::instance_norm`].
@@ -425,68 +420,6 @@ pub(super) fn instance_norm(
     let n = Affine::new(&moments, w, b, how)?;
     let x = cx.leaf(x);
     apply(cx, x, &n, residual)
-}
-
-/// See [`super::conv3d_residual`].
-pub(super) fn conv3d_residual(
-    cx: &mut Ctx<'_>,
-    y: Var,
-    n: &Affine,
-    mut sources: Vec<Source>,
-    w: &Param,
-    b: Option<&Param>,
-    how: Conv3d,
-) -> Result<Var> {
-    const OP: &str = "conv3d";
-    let kernel = w.dims().space();
-    let y = as_voxels(OP, y.into_value(), w.precision())?;
-    let mut low = None;
-    let repeated = sources.len() == 2 && sources[0].norm.is_none() && sources[0].factor != [1; 3];
-    let shortcut = if repeated && kernel == [1; 3] && how.stride == [1; 3] {
-        // The filter lies by slabs of input channels, so those of the first source are its beginning.
-        let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
-        let weight = Form::of(OP, &each)?.memory(OP, cx.device(), w)?;
-        let first = sources.remove(0);
-        let factor = first.factor;
-        let x = pointwise(cx, Source::from(first.value), w, weight, 0, None)?;
-        low = Some(Source::repeated(x, factor));
-        pointwise(cx, sources.remove(0), w, weight, padded(each[0]), b)?
-    } else {
-        conv3d(cx, sources, w, b, how, None, false)?.0
-    };
-    block_end(cx, y, n, Some(shortcut.value()), low.as_ref())
-}
-
-/// A convolution of single voxels with the part of the filter at `weight` that begins at its input channel `start`.
-fn pointwise(cx: &mut Ctx<'_>, x: Source, w: &Param, weight: Memory, start: usize, b: Option<&Param>) -> Result<Var> {
-    const OP: &str = "conv3d";
-    let clock = cx.clock();
-    let (precision, filters) = (w.precision(), w.dims().five()[0]);
-    let inputs = Inputs::new(OP, vec![x], w, false)?;
-    let [batch, channels, d, h, width] = inputs.dims;
-    let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
-    let [skip, len] = [start, padded(channels)].map(|c| c * padded(filters) * precision.size());
-    let device = cx.device();
-    let bytes = len.min(weight.bytes.saturating_sub(skip));
-    let p = kernels::Problem {
-        storage: storage(precision),
-        batch,
-        sources: &[read(OP, device, &inputs.sources[0])?],
-        weight: Memory { address: weight.address + skip as u64, bytes },
-        bias: b.map(|b| memory(OP, device, b.value())).transpose()?,
-        filters,
-        kernel: [1; 3],
-        stride: [1; 3],
-        out: memory(OP, device, &out)?,
-        partials: None,
-        workspace: None,
-    };
-    let driver = card(OP, device)?;
-    let plan = kernels::plan(driver, &p, false, kernels::Wish::default())?;
-    let name = run(device, driver, p, &plan)?;
-    let (what, macs) = describe([filters, channels, 1, 1, 1], [1; 3], &out);
-    note(cx, OP, clock, name, macs, || what)?;
-    Ok(cx.leaf(out))
 }
 
 /// See [`super::head_labels`].
@@ -517,11 +450,57 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))
 }
 
-/// Adds a window's features `[1, C, D, H, W]`, times `scale` and the window's importance if there is one, to the sums of an
-/// image: `[ring][H][W][channels]` of size `ring`, of whose channels the features' begin at `first`; and the importance to
-/// `counted`, `[ring][H][W]`.
+/// A network's last layer on a card, where windows' scores are summed.
+#[derive(Debug)]
+pub(crate) struct ScoreLayer {
+    filter: Tensor,
+    bias: Tensor,
+    classes: usize,
+    activation: backend::aggregate::Activation,
+}
+
+impl ScoreLayer {
+    /// Of `weight` `[classes][features]` and `bias` `[classes]`; `how` is done to the scores of a voxel.
+    pub(crate) fn new(weight: &[f32], bias: &[f32], how: super::head::Activation, device: &Device) -> Result<Self> {
+        use backend::aggregate::Activation;
+        const OP: &str = "aggregate";
+        let classes = bias.len();
+        let features = weight.len() / classes.max(1);
+        let mut rows = vec![0.0; classes * padded(features)];
+        for (row, to) in weight.chunks_exact(features.max(1)).zip(rows.chunks_exact_mut(padded(features).max(1))) {
+            to[..features].copy_from_slice(row);
+        }
+        let filter = backend::resample::pack_filter(&rows, [classes, padded(features)])?;
+        let floats = |v: &[f32]| upload(OP, bytemuck::cast_slice(v), Precision::F32, device);
+        Ok(Self {
+            filter: floats(&filter)?,
+            bias: floats(&backend::head_labels::pack_bias(bias))?,
+            classes,
+            activation: match how {
+                super::head::Activation::Identity => Activation::Identity,
+                super::head::Activation::Softmax => Activation::Softmax,
+                super::head::Activation::Sigmoid => Activation::Sigmoid,
+            },
+        })
+    }
+
+    /// Channels of the sums of that many classes.
+    pub(crate) const fn lanes(classes: usize) -> usize {
+        backend::aggregate::lanes(classes)
+    }
+
+    /// Whether there is one for so many features.
+    pub(crate) fn is_supported(device: &Device, features: usize) -> bool {
+        device.driver().is_some_and(|d| backend::aggregate::scores_supported(d, features))
+    }
+}
+
+/// Adds a window's features `[1, C, D, H, W]`, or the scores that `layer` makes of them, times `scale` and the window's
+/// importance if there is one, to the sums of an image: `[ring][H][W][channels]` of size `ring`, of whose channels the
+/// window's begin at `first`; and the importance to `counted`, `[ring][H][W]`.
 pub(crate) fn aggregate(
     features: &Tensor,
+    layer: Option<&ScoreLayer>,
     importance: Option<&Tensor>,
     sum: &Tensor,
     counted: Option<&Tensor>,
@@ -546,7 +525,11 @@ pub(crate) fn aggregate(
         flip,
         scale,
     };
-    backend::aggregate::run(card(OP, features.device())?, &p)
+    let driver = card(OP, device)?;
+    let Some(l) = layer else { return backend::aggregate::run(driver, &p) };
+    let (filter, bias) = (memory(OP, device, &l.filter)?, memory(OP, device, &l.bias)?);
+    let (classes, activation) = (l.classes, l.activation);
+    backend::aggregate::run_scores(driver, &backend::aggregate::Scores { window: p, filter, bias, classes, activation })
 }
 
 /// Some of the floats of a tensor, from place `at` on.

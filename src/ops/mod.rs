@@ -27,8 +27,8 @@ pub use add::add;
 pub use avg_pool::avg_pool;
 pub use conv_transpose3d::{ConvTranspose3d, conv_transpose3d, pack_transposed_filter, unpack_transposed_filter};
 pub use conv3d::{
-    Conv3d, Conv3dMemory, conv3d, conv3d_measured, conv3d_memory, conv3d_residual, pack_filter, pack_vector,
-    unpack_filter, unpack_vector,
+    Conv3d, Conv3dMemory, conv3d, conv3d_measured, conv3d_memory, conv3d_residual, conv3d_residual_memory, pack_filter,
+    pack_vector, unpack_filter, unpack_vector,
 };
 pub use head_labels::head_labels;
 pub use instance_norm::{InstanceNorm, instance_norm};

@@ -9,7 +9,7 @@ pub(crate) use card::{Labels, SumsOnCard};
 #[cfg(feature = "cuda")]
 mod card {
     use crate::backend::cuda::{head_labels, resample as kernel};
-    use crate::error::Result;
+    use crate::error::{Error, Result};
     use crate::ops::cuda::{card, memory, part, plain};
     use crate::ops::head::{LinearHead, Tap, Winner};
     use crate::tensor::{Device, Tensor};
@@ -55,21 +55,25 @@ mod card {
 
     impl Labels {
         /// For planes of `rows` by `columns` voxels on a grid of `grid` voxels along y and x, `planes` in all; `wide` for
-        /// labels above 255. `None` where the card has no kernel for so many channels.
+        /// labels above 255. The sums have `channels`, which `head` reads; without one they begin with the `classes`' scores.
+        /// `None` where the card has no kernel for so many channels.
         ///
         /// # Errors
         /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::Shape`](crate::Error::Shape) for taps outside of
         /// the grid, [`Error::Device`](crate::Error::Device).
         pub(crate) fn new(
             device: &Device,
-            head: &LinearHead,
+            head: Option<&LinearHead>,
+            [channels, classes]: [usize; 2],
             winner: Winner<'_>,
             grid: [usize; 2],
             [rows, columns]: [&[Tap]; 2],
             planes: usize,
             wide: bool,
         ) -> Result<Option<Self>> {
-            let (classes, channels) = (head.classes(), head.channels());
+            if !head.map_or(classes <= channels, |h| [h.channels(), h.classes()] == [channels, classes]) {
+                return Err(Error::shape(OP, format!("sums of {channels} channels for {classes} classes")));
+            }
             if !kernel::supports(card(OP, device)?, channels) {
                 return Ok(None);
             }
@@ -80,9 +84,14 @@ mod card {
             let plane = rows.len() * columns.len() * if wide { 2 } else { 1 };
             let room = (SLAB / plane.max(1)).clamp(1, planes.max(1));
             let floats = |values: &[f32]| upload(bytemuck::cast_slice(values), device);
+            // What takes scores as they are.
+            let unit =
+                || (0..classes * channels).map(|i| if i / channels == i % channels { 1.0 } else { 0.0 }).collect();
+            let weight = head.map_or_else(unit, |h| h.weight().to_vec());
+            let bias = head.map_or_else(|| vec![0.0; classes], |h| h.bias().to_vec());
             Ok(Some(Self {
-                filter: floats(&kernel::pack_filter(head.weight(), [classes, channels])?)?,
-                bias: floats(&head_labels::pack_bias(head.bias()))?,
+                filter: floats(&kernel::pack_filter(&weight, [classes, channels])?)?,
+                bias: floats(&head_labels::pack_bias(&bias))?,
                 names: upload(bytemuck::cast_slice(&kernel::pack_names(&names)), device)?,
                 taps: [
                     upload(bytemuck::cast_slice(&kernel::pack_taps(rows, grid[0])?), device)?,

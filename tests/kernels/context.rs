@@ -12,8 +12,8 @@ use stunet::{Device, Error, Precision};
 
 use super::sim::{Sim, on_card};
 use super::{
-    aggregate, conv_transpose3d, conv3d, conv3d_first, device, head_labels, instance_norm, moments, network, probe,
-    relayout, resample, runtime,
+    aggregate, conv_transpose3d, conv3d, conv3d_first, conv3d_residual, device, head_labels, instance_norm, moments,
+    network, probe, relayout, resample, runtime,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -23,6 +23,8 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_parameters_have_the_size_of_their_structs", "runs nothing"),
     ("ptx_has_no_entry_that_the_host_side_does_not_know", "runs nothing"),
     ("ptx_conv3d_wastes_no_bank_and_no_sector", "counts what a card does not count"),
+    ("ptx_conv3d_residual_refuses_what_does_not_fit", "ends before anything runs"),
+    ("ptx_conv3d_residual_wastes_no_bank_and_no_sector", "counts what a card does not count"),
     ("ptx_faults_in_conv3d_are_found", "finds what a card does not find"),
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
@@ -53,6 +55,9 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     conv3d::ptx_conv3d_of_one_voxel,
     conv3d::ptx_conv3d_in_parts,
     conv3d_first::ptx_conv3d_first,
+    conv3d_first::ptx_conv3d_first_strides,
+    conv3d_residual::ptx_conv3d_residual,
+    conv3d_residual::ptx_conv3d_residual_of_planes,
     conv_transpose3d::ptx_conv_transpose3d,
     moments::ptx_moments_of_a_tensor,
     moments::ptx_moments_do_not_cancel,
@@ -63,6 +68,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     head_labels::ptx_head_labels_of_equal_scores,
     head_labels::ptx_head_labels_of_sums_over_windows,
     aggregate::ptx_aggregate_adds_windows_in_order,
+    aggregate::ptx_aggregate_scores,
     resample::ptx_resample_labels,
     resample::ptx_resample_labels_paints_regions,
     resample::ptx_resample_labels_of_odd_and_of_equal_values,
@@ -79,6 +85,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     device::ptx_prediction_through_the_library,
     device::ptx_prediction_on_another_grid_through_the_library,
     device::ptx_variants_through_the_library,
+    device::ptx_first_layers_through_the_library,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
 ];

@@ -14,11 +14,12 @@ fn check(
     space: [usize; 3],
     filters: usize,
     kernel: [usize; 3],
+    stride: [usize; 3],
     storage: Storage,
     wide: bool,
 ) {
     for card in cards(storage) {
-        check_on(*card, batch, channels, space, filters, kernel, storage, wide);
+        check_on(*card, batch, channels, space, filters, kernel, stride, storage, wide);
     }
 }
 
@@ -29,6 +30,7 @@ fn check_on(
     space: [usize; 3],
     filters: usize,
     kernel: [usize; 3],
+    stride: [usize; 3],
     storage: Storage,
     wide: bool,
 ) {
@@ -38,6 +40,7 @@ fn check_on(
         sources: vec![(channels, [1; 3], false)],
         filters,
         kernel,
+        stride,
         bias: true,
         ..Case::new(space, channels, filters)
     };
@@ -54,7 +57,8 @@ fn check_on(
     let (weight, bias) = (case.weight(), case.bias());
     let dims = [filters, channels, kernel[0], kernel[1], kernel[2]];
     let packed = first::pack_weight(&weight, dims, storage).unwrap();
-    let tiles = first::tiles(space);
+    let tiles = first::tiles(case.out());
+    let results: usize = case.out().iter().product();
     let padded = filters.next_multiple_of(16);
     let run = |seed: u64| {
         let sim = Sim::of(seed, card);
@@ -69,7 +73,8 @@ fn check_on(
             bias: Some(sim.with(bytemuck::cast_slice(&bias))),
             filters,
             kernel,
-            out: room(&sim, batch * n * padded, storage),
+            stride,
+            out: room(&sim, batch * results * padded, storage),
             partials: Some(room(&sim, batch * tiles * 3 * padded, Storage::F32)),
         };
         first::run(&sim, &p).unwrap();
@@ -88,12 +93,21 @@ fn check_on(
 
 #[test]
 pub(super) fn ptx_conv3d_first() {
-    check(2, 1, [5, 9, 10], 16, [3; 3], Storage::Bf16, true);
-    check(1, 1, [6, 7, 17], 32, [3; 3], Storage::F16, false);
-    check(1, 3, [4, 8, 8], 48, [1, 3, 3], Storage::Bf16, false);
-    check(1, 8, [3, 5, 6], 20, [3; 3], Storage::F16, true);
-    check(1, 2, [2, 3, 2], 80, [3, 1, 1], Storage::Bf16, true);
-    check(1, 4, [5, 5, 5], 16, [3; 3], Storage::F16, false);
-    check(1, 1, [4, 4, 9], 16, [3; 3], Storage::F16, true);
-    check(2, 2, [4, 4, 9], 16, [1, 3, 3], Storage::Bf16, false);
+    check(2, 1, [5, 9, 10], 16, [3; 3], [1; 3], Storage::Bf16, true);
+    check(1, 1, [6, 7, 17], 32, [3; 3], [1; 3], Storage::F16, false);
+    check(1, 3, [4, 8, 8], 48, [1, 3, 3], [1; 3], Storage::Bf16, false);
+    check(1, 8, [3, 5, 6], 20, [3; 3], [1; 3], Storage::F16, true);
+    check(1, 2, [2, 3, 2], 80, [3, 1, 1], [1; 3], Storage::Bf16, true);
+    check(1, 4, [5, 5, 5], 16, [3; 3], [1; 3], Storage::F16, false);
+    check(1, 1, [4, 4, 9], 16, [3; 3], [1; 3], Storage::F16, true);
+    check(2, 2, [4, 4, 9], 16, [1, 3, 3], [1; 3], Storage::Bf16, false);
+}
+
+#[test]
+pub(super) fn ptx_conv3d_first_strides() {
+    check(2, 1, [9, 17, 20], 16, [3; 3], [2; 3], Storage::Bf16, true);
+    check(1, 8, [7, 18, 19], 40, [3; 3], [2; 3], Storage::F16, true);
+    check(1, 4, [6, 9, 18], 32, [1, 3, 3], [1, 2, 2], Storage::Bf16, false);
+    check(1, 3, [8, 5, 11], 20, [3, 1, 3], [2, 2, 1], Storage::F16, false);
+    check(1, 1, [1, 2, 17], 32, [3; 3], [1, 1, 2], Storage::Bf16, true);
 }

@@ -6,6 +6,7 @@ mod aggregate;
 mod context;
 mod conv3d;
 mod conv3d_first;
+mod conv3d_residual;
 mod conv_transpose3d;
 mod device;
 mod entries;
@@ -118,18 +119,8 @@ fn input_in(
     let mut values = stored;
     if norm {
         let slope = 0.01;
-        let mut planes = random(batch * 3 * c, seed + 1);
-        for (i, v) in planes.iter_mut().enumerate() {
-            let (plane, channel) = (i / c % 3, i % c);
-            *v = if channel >= channels { 0.0 } else { [*v * 0.3, *v + 1.5, *v * 0.5][plane] };
-        }
-        let voxels: usize = space.iter().product();
-        for (i, v) in values.iter_mut().enumerate() {
-            let at = |plane: usize| planes[(i / c / voxels * 3 + plane) * c + i % c];
-            let n = (*v - at(0)).mul_add(at(1), at(2));
-            *v = if n > 0.0 { n } else { n * slope };
-        }
-        values = rounded(&values, kept);
+        let planes = norm_planes(batch, channels, seed + 1);
+        values = rounded(&normalised(&values, &planes, space.iter().product(), channels, slope), kept);
         source.norm = Some(Norm { planes: sim.with(bytemuck::cast_slice(&planes)), slope });
     }
     let [d, h, w] = source.read_space();
@@ -141,6 +132,28 @@ fn input_in(
         }
     }
     Input { source, values: read }
+}
+
+/// A normalisation `[N][mean, scale, shift][padded C]`, zero for the padding.
+fn norm_planes(batch: usize, channels: usize, seed: u64) -> Vec<f32> {
+    let c = padded(channels);
+    let mut planes = random(batch * 3 * c, seed);
+    for (i, v) in planes.iter_mut().enumerate() {
+        let (plane, channel) = (i / c % 3, i % c);
+        *v = if channel >= channels { 0.0 } else { [*v * 0.3, *v + 1.5, *v * 0.5][plane] };
+    }
+    planes
+}
+
+/// Values `[N][voxel][padded C]` normalised in f32 in the order that kernels promise.
+fn normalised(values: &[f32], planes: &[f32], voxels: usize, channels: usize, slope: f32) -> Vec<f32> {
+    let c = padded(channels);
+    let one = |(i, v): (usize, &f32)| {
+        let at = |plane: usize| planes[(i / c / voxels * 3 + plane) * c + i % c];
+        let n = (v - at(0)).mul_add(at(1), at(2));
+        if n > 0.0 { n } else { n * slope }
+    };
+    values.iter().enumerate().map(one).collect()
 }
 
 /// The source of an input that the device gets in another way.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use stunet::autograd::Ctx;
-use stunet::backend_testing::cuda::conv3d::{self, Wish, first};
+use stunet::backend_testing::cuda::conv3d::{self, Wish, first, residual};
 use stunet::backend_testing::cuda::{Norm, Source, Storage, head_labels, instance_norm, moments, padded, relayout};
 use stunet::models::StuNetConfig;
 use stunet::nn::ParamSource;
@@ -63,24 +63,12 @@ impl Net<'_> {
     }
 
     /// Without its bias where a normalisation follows, which takes it out again.
-    fn conv(
-        &self,
-        name: &str,
-        from: &[Source],
-        range: Option<[usize; 2]>,
-        stride: [usize; 3],
-        norm: Option<&str>,
-    ) -> Source {
+    fn conv(&self, name: &str, from: &[Source], stride: [usize; 3], norm: Option<&str>) -> Source {
         let shape = self.source.shape(&format!("{name}.weight")).unwrap();
         let (o, i, kernel) = (shape[0], shape[1], [shape[2], shape[3], shape[4]]);
-        let mut weight = self.values(&format!("{name}.weight"));
+        let weight = self.values(&format!("{name}.weight"));
         let channels: Vec<usize> = from.iter().map(|s| s.channels).collect();
-        let [start, end] = range.unwrap_or([0, i]);
-        if range.is_some() {
-            // Some of the input channels of a kernel of one voxel.
-            weight = weight.chunks_exact(i).flat_map(|row| row[start..end].to_vec()).collect();
-        }
-        let dims = [o, end - start, kernel[0], kernel[1], kernel[2]];
+        let dims = [o, i, kernel[0], kernel[1], kernel[2]];
         let packed = conv3d::pack_weight(&weight, dims, &channels, self.storage).unwrap();
         let out = conv3d::output_space(from[0].read_space(), kernel, stride);
         let voxels: usize = out.iter().product();
@@ -89,8 +77,7 @@ impl Net<'_> {
             batch: self.batch,
             sources: from,
             weight: self.sim.with(&packed),
-            // A part of the channels brings the bias, and that is the last.
-            bias: (norm.is_none() && end == i).then(|| self.vector(&format!("{name}.bias"))),
+            bias: norm.is_none().then(|| self.vector(&format!("{name}.bias"))),
             filters: o,
             kernel,
             stride,
@@ -111,7 +98,7 @@ impl Net<'_> {
     fn first(&self, name: &str, planes: Memory, channels: usize, space: [usize; 3], norm: Option<&str>) -> Source {
         let shape = self.source.shape(&format!("{name}.weight")).unwrap();
         if self.storage == Storage::F32 {
-            return self.conv(name, &[self.voxels(planes, channels, space)], None, ONE, norm);
+            return self.conv(name, &[self.voxels(planes, channels, space)], ONE, norm);
         }
         let (o, kernel) = (shape[0], [shape[2], shape[3], shape[4]]);
         let weight = self.values(&format!("{name}.weight"));
@@ -129,6 +116,7 @@ impl Net<'_> {
             bias: norm.is_none().then(|| self.vector(&format!("{name}.bias"))),
             filters: o,
             kernel,
+            stride: ONE,
             out: room(self.sim, self.batch * voxels * padded(o), self.storage),
             partials: norm.map(|_| room(self.sim, self.batch * tiles * 3 * padded(o), Storage::F32)),
         };
@@ -180,46 +168,72 @@ impl Net<'_> {
         x
     }
 
-    /// The end of a block: `y` is normalised without a leaky ReLU, which comes after the sum.
-    fn end(&self, mut y: Source, shortcut: Option<Source>, low: Option<Source>) -> Source {
-        y.norm.as_mut().unwrap().slope = 1.0;
+    /// The end of a block with the shortcut of that name, of planes of f32 or of sources.
+    fn end(&self, mut y: Source, name: &str, input: residual::Input<'_>, stride: [usize; 3]) -> Source {
         let out = room(self.sim, y.data.bytes / self.storage.bytes(), self.storage);
-        let p =
-            instance_norm::Problem { storage: self.storage, batch: self.batch, x: y, shortcut, low, slope: SLOPE, out };
-        instance_norm::run(self.sim, &p).unwrap();
+        if self.storage == Storage::F32 {
+            let shortcut = match input {
+                residual::Input::Voxels(from) => self.conv(name, from, stride, None),
+                residual::Input::Planes { data, channels, space } => self.first(name, data, channels, space, None),
+            };
+            // Leaky ReLU comes after the sum.
+            y.norm.as_mut().unwrap().slope = 1.0;
+            let (storage, batch, shortcut) = (self.storage, self.batch, Some(shortcut));
+            let p = instance_norm::Problem { storage, batch, x: y, shortcut, slope: SLOPE, out };
+            instance_norm::run(self.sim, &p).unwrap();
+            return Source::plain(out, y.channels, y.space);
+        }
+        let shape = self.source.shape(&format!("{name}.weight")).unwrap();
+        let channels: Vec<usize> = match input {
+            residual::Input::Voxels(from) => from.iter().map(|s| s.channels).collect(),
+            residual::Input::Planes { channels, .. } => vec![channels],
+        };
+        let weight = self.values(&format!("{name}.weight"));
+        let packed = conv3d::pack_weight(&weight, [shape[0], shape[1], 1, 1, 1], &channels, self.storage).unwrap();
+        let p = residual::Problem {
+            storage: self.storage,
+            batch: self.batch,
+            input,
+            weight: self.sim.with(&packed),
+            bias: Some(self.vector(&format!("{name}.bias"))),
+            stride,
+            y,
+            out,
+        };
+        residual::run(self.sim, &p).unwrap();
         Source::plain(out, y.channels, y.space)
     }
 
     fn features(&self, config: &StuNetConfig, planes: Memory, space: [usize; 3]) -> Source {
         let mut skips = Vec::new();
-        let mut x = Source::plain(planes, config.in_channels, space);
+        let channels = config.in_channels;
+        let mut x = Source::plain(planes, channels, space);
         for s in 0..6 {
             let name = format!("conv_blocks_context.{s}.0");
             let stride = if s == 0 { ONE } else { config.strides[s - 1] };
-            let norm = format!("{name}.norm1");
-            let conv = |k: &str, norm: Option<&str>| match s {
-                0 => self.first(&format!("{name}.{k}"), planes, config.in_channels, space, norm),
-                _ => self.conv(&format!("{name}.{k}"), &[x], None, stride, norm),
+            let (conv1, norm) = (format!("{name}.conv1"), format!("{name}.norm1"));
+            let y = match s {
+                0 => self.first(&conv1, planes, channels, space, Some(&norm)),
+                _ => self.conv(&conv1, &[x], stride, Some(&norm)),
             };
-            let (y, shortcut) = (conv("conv1", Some(&norm)), conv("conv3", None));
-            let y = self.conv(&format!("{name}.conv2"), &[y], None, ONE, Some(&format!("{name}.norm2")));
-            x = self.end(y, Some(shortcut), None);
+            let y = self.conv(&format!("{name}.conv2"), &[y], ONE, Some(&format!("{name}.norm2")));
+            let from = [x];
+            let input = match s {
+                0 => residual::Input::Planes { data: planes, channels, space },
+                _ => residual::Input::Voxels(&from),
+            };
+            x = self.end(y, &format!("{name}.conv3"), input, stride);
             skips.push(x);
         }
         skips.pop();
         for u in 0..5 {
             let name = format!("conv_blocks_localization.{u}.0");
-            let mut up = self.conv(&format!("upsample_layers.{u}.conv"), &[x], None, ONE, None);
-            let (w, skip) = (up.channels, skips.pop().unwrap());
-            let shortcut = format!("{name}.conv3");
-            // A kernel of one voxel gives the same numbers before voxels are repeated.
-            let mut low = self.conv(&shortcut, &[up], Some([0, w]), ONE, None);
-            let full = self.conv(&shortcut, &[skip], Some([w, 2 * w]), ONE, None);
+            let mut up = self.conv(&format!("upsample_layers.{u}.conv"), &[x], ONE, None);
             up.repeat = config.strides[4 - u];
-            low.repeat = up.repeat;
-            let y = self.conv(&format!("{name}.conv1"), &[up, skip], None, ONE, Some(&format!("{name}.norm1")));
-            let y = self.conv(&format!("{name}.conv2"), &[y], None, ONE, Some(&format!("{name}.norm2")));
-            x = self.end(y, Some(full), Some(low));
+            let from = [up, skips.pop().unwrap()];
+            let y = self.conv(&format!("{name}.conv1"), &from, ONE, Some(&format!("{name}.norm1")));
+            let y = self.conv(&format!("{name}.conv2"), &[y], ONE, Some(&format!("{name}.norm2")));
+            x = self.end(y, &format!("{name}.conv3"), residual::Input::Voxels(&from), ONE);
         }
         x
     }

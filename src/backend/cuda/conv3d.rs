@@ -2,6 +2,7 @@
 //! plain reference in f32.
 
 pub mod first;
+pub mod residual;
 mod sum;
 
 use bytemuck::{Pod, Zeroable};
@@ -422,7 +423,7 @@ fn entry(v: &Variant, storage: Storage) -> String {
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    let mut all = [first::entries(), sum::entries()].concat();
+    let mut all = [first::entries(), residual::entries(), sum::entries()].concat();
     for v in &VARIANTS {
         let params = if v.kind == Kind::Pointwise { size_of::<gemm::Params>() } else { size_of::<Params>() };
         let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };

@@ -68,18 +68,13 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     params.out = p.out.at_least(out * filters * p.storage.bytes(), OP, "the result")?;
     int(OP, out)?;
     let rows = voxels(OP, p.batch, space)?;
-    let block = block(filters);
+    let block = gemm::block(filters);
     let blocks = match p.storage {
         Storage::F32 => (out * filters).div_ceil(THREADS),
         _ => rows.div_ceil(gemm::ROWS) * filters.div_ceil(block) * taps,
     };
     let launch = Launch::line(blocks, THREADS as u32, 0)?;
     FILES.launch(driver, &entry(block, p.storage), launch, bytemuck::bytes_of(&params))
-}
-
-/// Filters of a block.
-fn block(filters: usize) -> usize {
-    if filters <= 32 { filters } else { 64 }
 }
 
 fn entry(block: usize, storage: Storage) -> String {
@@ -90,7 +85,7 @@ fn entry(block: usize, storage: Storage) -> String {
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    let halves = [Storage::Bf16, Storage::F16].into_iter().flat_map(|s| [16, 32, 64].map(|b| entry(b, s)));
+    let halves = [Storage::Bf16, Storage::F16].into_iter().flat_map(|s| gemm::BLOCKS.map(|b| entry(b, s)));
     let names = halves.chain([entry(0, Storage::F32)]);
     names.flat_map(|name| Entry::of(&FILES, name, size_of::<gemm::Params>())).collect()
 }

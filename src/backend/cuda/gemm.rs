@@ -8,6 +8,13 @@ use crate::tensor::cuda::Memory;
 
 /// Voxels of a block.
 pub(super) const ROWS: usize = 128;
+/// Filters that a block may have.
+pub(super) const BLOCKS: [usize; 3] = [16, 32, 64];
+
+/// Filters of a block, of so many with their padding.
+pub(super) fn block(filters: usize) -> usize {
+    if filters <= 32 { filters } else { 64 }
+}
 
 /// `GemmParams` of `kernels/gemm.cuh`.
 #[repr(C)]
@@ -38,11 +45,24 @@ pub(super) fn params(
     bias: Option<Memory>,
     filters: usize,
 ) -> Result<Params> {
-    let channels: usize = from.iter().map(|s| padded(s.channels)).sum();
+    over(op, sources(op, storage, batch, from)?, storage, batch, weight, bias, filters)
+}
+
+/// The same of sources that are checked.
+pub(super) fn over(
+    op: &'static str,
+    sources: [SourceParams; 2],
+    storage: Storage,
+    batch: usize,
+    weight: Memory,
+    bias: Option<Memory>,
+    filters: usize,
+) -> Result<Params> {
+    let channels: usize = sources.iter().map(|s| s.channels as usize).sum();
     debug_assert_eq!(channels % BLOCK, 0);
     let filters = padded(filters);
     Ok(Params {
-        sources: sources(op, storage, batch, from)?,
+        sources,
         weight: weight.at_least(channels * filters * storage.bytes(), op, "the filter")?,
         bias: bias.map_or(Ok(0), |b| b.at_least(filters * 4, op, "the bias"))?,
         out: 0,

@@ -11,7 +11,7 @@ const THREADS: usize = 256;
 
 static FILES: Files = files!("instance_norm");
 
-/// `leaky_relu(normalised(x) + shortcut + low)`.
+/// `leaky_relu(normalised(x) + shortcut)`.
 #[derive(Debug, Clone, Copy)]
 pub struct Problem {
     /// Of all tensors.
@@ -22,8 +22,6 @@ pub struct Problem {
     pub x: Source,
     /// Of the same size.
     pub shortcut: Option<Source>,
-    /// Of the same size as it is read: repeated where it is smaller.
-    pub low: Option<Source>,
     /// For negative values, 1 for none.
     pub slope: f32,
     /// As `x`; may be the memory of `x` or of the shortcut, as every value is read before it is written.
@@ -34,7 +32,7 @@ pub struct Problem {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 struct Params {
-    sources: [SourceParams; 3],
+    sources: [SourceParams; 2],
     out: u64,
     batch: i32,
     space: [i32; 3],
@@ -48,10 +46,9 @@ struct Params {
 /// [`Error::Shape`] for sizes that do not fit each other or the memory; [`Error::Device`].
 pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     let space = p.x.space;
-    let fits = |s: &Source| s.read_space() == space && s.channels == p.x.channels;
-    let whole = |s: &Source| s.repeat == [1; 3];
-    if !whole(&p.x) || p.shortcut.is_some_and(|s| !whole(&s) || !fits(&s)) || p.low.is_some_and(|s| !fits(&s)) {
-        return Err(Error::shape(OP, format!("{:?} and {:?} for {:?}", p.shortcut, p.low, p.x)));
+    let fits = |s: Source| s.repeat == [1; 3] && s.space == space && s.channels == p.x.channels;
+    if !fits(p.x) || p.shortcut.is_some_and(|s| !fits(s)) {
+        return Err(Error::shape(OP, format!("{:?} for {:?}", p.shortcut, p.x)));
     }
     let values = voxels(OP, p.batch, space)? * padded(p.x.channels);
     let source = |s: Option<Source>| match s {
@@ -59,7 +56,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
         None => Ok(SourceParams::default()),
     };
     let params = Params {
-        sources: [source(Some(p.x))?, source(p.shortcut)?, source(p.low)?],
+        sources: [source(Some(p.x))?, source(p.shortcut)?],
         out: p.out.at_least(values * p.storage.bytes(), OP, "the result")?,
         batch: int(OP, p.batch)?,
         space: ints(OP, space)?,

@@ -12,6 +12,9 @@ const ENTRY: &str = "resample_labels_f32";
 /// Voxels of a block, the larger the better as far as its features fit into shared memory; each thread takes two.
 const TILES: [usize; 4] = [256, 128, 64, 32];
 
+/// Channels that are read at once.
+const QUAD: usize = 4;
+
 static FILES: Files = files!("resample");
 
 /// A coordinate of the image: `(1 - w) grid[i] + w grid[j]` for `(i, j, w)`; where `w` is 0, `j` is not looked at.
@@ -26,7 +29,7 @@ pub struct Problem {
     pub counted: Memory,
     /// Planes, height and width of the sums.
     pub ring: [usize; 3],
-    /// Channels of the sums, a multiple of 16.
+    /// Channels of the sums, a multiple of 4.
     pub channels: usize,
     /// Planes of the ring between which the plane lies, and the weight of the second; weight 0: only the first is read.
     pub between: Tap,
@@ -88,7 +91,7 @@ struct Params {
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit.
 pub fn pack_filter(values: &[f32], [classes, channels]: [usize; 2]) -> Result<Vec<f32>> {
-    if values.len() != classes * channels || !channels.is_multiple_of(BLOCK) {
+    if values.len() != classes * channels || !channels.is_multiple_of(QUAD) {
         return Err(Error::shape(OP, format!("{} weights, {classes} classes, {channels} channels", values.len())));
     }
     let mut packed = vec![0.0; padded(classes) * channels];
@@ -123,7 +126,7 @@ pub fn pack_taps(taps: &[Tap], n: usize) -> Result<Vec<[u32; 4]>> {
 }
 
 /// The voxels of a block, if the features of any number of them fit into its shared memory.
-fn tile(driver: &dyn Driver, channels: usize) -> Option<(usize, usize)> {
+pub(super) fn tile(driver: &dyn Driver, channels: usize) -> Option<(usize, usize)> {
     let shared = |tile: usize| (tile + BLOCK) * channels * 4;
     TILES.into_iter().map(|t| (t, shared(t))).find(|(_, bytes)| *bytes <= shared_limit(driver))
 }
@@ -131,7 +134,7 @@ fn tile(driver: &dyn Driver, channels: usize) -> Option<(usize, usize)> {
 /// Whether features of so many channels can be worked on.
 #[must_use]
 pub fn supports(driver: &dyn Driver, channels: usize) -> bool {
-    channels.is_multiple_of(BLOCK) && tile(driver, channels).is_some()
+    channels.is_multiple_of(QUAD) && tile(driver, channels).is_some()
 }
 
 /// Runs it.
@@ -144,7 +147,7 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     let (first, second, between) = p.between;
     let second = if between == 0.0 { first } else { second };
     let fits = first.max(second) < planes && p.pad[0] + p.grid[0] <= h && p.pad[1] + p.grid[1] <= w;
-    if !fits || !p.channels.is_multiple_of(BLOCK) || !(1..=1 << 16).contains(&p.classes) {
+    if !fits || !p.channels.is_multiple_of(QUAD) || !(1..=1 << 16).contains(&p.classes) {
         let what = format!("a grid of {:?} at {:?}, planes {first} and {second}, of {:?}", p.grid, p.pad, p.ring);
         return Err(Error::shape(OP, format!("{what}, {} channels, {} classes", p.channels, p.classes)));
     }

@@ -50,11 +50,14 @@ pub(crate) trait Planes {
     }
 }
 
-/// From inputs of the network's last layer on its grid to labels on another.
+/// From scores on the network's grid, or inputs of its last layer, to labels on another.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read on cards only"))]
 pub(crate) struct Labelling<'a> {
-    pub(crate) head: &'a LinearHead,
+    /// The layer, where the planes hold its inputs.
+    pub(crate) head: Option<&'a LinearHead>,
+    /// Of the scores.
+    pub(crate) classes: usize,
     pub(crate) winner: Winner<'a>,
     pub(crate) grid: &'a Grid,
     /// Labels can exceed 255.
@@ -239,11 +242,9 @@ impl Export<'_> {
     /// Calls `put` with the labels of every plane of the target, (y, x).
     fn each_plane(&self, planes: &mut dyn Planes, grid: &Grid, mut put: impl FnMut(usize, &[u16])) -> Result<()> {
         self.check(planes)?;
-        if let Some(head) = self.head {
-            let how = Labelling { head, winner: self.winner(), grid, wide: self.max_label() > 255 };
-            if planes.labels(&how, &mut put)? {
-                return Ok(());
-            }
+        let (head, classes, wide) = (self.head, self.plan.heads, self.max_label() > 255);
+        if planes.labels(&Labelling { head, classes, winner: self.winner(), grid, wide }, &mut put)? {
+            return Ok(());
         }
         let (width, channels) = (grid.x.len(), planes.channels());
         let mut window = Window::new(planes)?;

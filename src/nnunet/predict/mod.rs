@@ -365,8 +365,9 @@ impl Predictor {
         plan.gaussian = p.rules == Rules::NnunetV2 || plan.windows() > 1;
         plan.strict = o.strict;
         // On a card if there is room beside the networks; else every window's features travel.
-        plan.sums_on_card = plan.gather == Gather::Features
-            && room.is_some_and(|room| self.activations().saturating_add(plan.bytes_on_card()) <= room);
+        if let Some(room) = room {
+            plan.move_to_card(&self.device, room.saturating_sub(self.activations()));
+        }
         Ok(plan)
     }
 

@@ -1,11 +1,17 @@
-//! Sums over windows: with the processor, or on the card where the windows' features are made.
+//! Sums over windows: with the processor, or on the card where the windows' features are made, and scores of them.
 
 use std::borrow::Cow;
 
 use crate::base::par;
 use crate::error::{Error, Result};
+use crate::models::Head;
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::ScoreLayer;
+use crate::ops::head::Activation;
 #[cfg(feature = "cuda")]
 use crate::ops::resample::SumsOnCard;
+#[cfg(feature = "cuda")]
+use crate::tensor::BLOCK;
 use crate::tensor::{Device, Dims, Layout, Tensor};
 
 /// Running sums `[ring][H][W][channels]`, and what was counted in them, with the processor or on a card. Plane p of the image
@@ -18,18 +24,24 @@ pub(super) struct Sums {
     /// What a window's voxels count, on a card that knows it.
     #[cfg(feature = "cuda")]
     importance: Option<Tensor>,
+    /// The layers whose scores a card sums, one of each network; none where features are summed.
+    #[cfg(feature = "cuda")]
+    layers: Vec<ScoreLayer>,
 }
 
 impl Sums {
-    /// For windows of `depth` planes. Zeros are made plane by plane, see [`Sums::clear`].
+    /// For windows of `depth` planes, of `channels` channels, or of the scores of each network's head. Zeros are made plane
+    /// by plane, see [`Sums::clear`].
     pub(super) fn new(
         [depth, h, w]: [usize; 3],
         channels: usize,
+        scores: Option<(&[&Head], Activation)>,
         importance: Option<&[f32]>,
         place: &Device,
     ) -> Result<Self> {
         #[cfg(not(feature = "cuda"))]
-        let _ = importance;
+        let _ = (importance, scores);
+        let channels = if scores.is_some() && !place.is_cpu() { lanes_on_card(channels) } else { channels };
         let ring = [ring(depth, !place.is_cpu()), h, w];
         Ok(Self {
             values: Tensor::empty(Dims::from([ring[0], h, w, channels]), Layout::PLAIN, place)?,
@@ -40,6 +52,14 @@ impl Sums {
             importance: match importance {
                 Some(m) if !place.is_cpu() => Some(Tensor::from_host(m, Dims::from([m.len()]), place)?),
                 _ => None,
+            },
+            #[cfg(feature = "cuda")]
+            layers: match scores {
+                Some((heads, how)) if !place.is_cpu() => {
+                    let layer = |h: &&Head| ScoreLayer::new(&h.weight, &h.bias, how, place);
+                    heads.iter().map(layer).collect::<Result<_>>()?
+                }
+                _ => Vec::new(),
             },
         })
     }
@@ -61,6 +81,11 @@ impl Sums {
             par::chunks_mut(&mut unshared(t)?[slot * n..][..n], 1 << 16, |_, piece| piece.fill(0.0));
         }
         Ok(())
+    }
+
+    /// Channels with those that fill up, which stay zero.
+    pub(super) fn channels(&self) -> usize {
+        self.channels
     }
 
     /// Plane `p`, and what was counted in it.
@@ -87,26 +112,28 @@ impl Sums {
         self.slot(p)
     }
 
-    /// Adds the features of a window that begins at `start` and was mirrored by `flip`, times `scale` and what its voxels
-    /// count, to the channels from `first` on, and counts them with the first pass over the window; false if the sums are
-    /// with the processor, who has to do both.
+    /// Adds the features that the `fold`-th network made of a window that begins at `start` and was mirrored by `flip`, or
+    /// their scores, times `scale` and what its voxels count; and counts them with the first pass over the window. False if
+    /// the sums are with the processor, who has to do both.
     pub(super) fn add_on_card(
         &mut self,
         features: &Tensor,
-        first: usize,
+        fold: usize,
         start: [usize; 3],
         flip: [bool; 3],
         scale: f32,
     ) -> Result<bool> {
         #[cfg(feature = "cuda")]
         if !self.values.device().is_cpu() {
-            let counted = (first == 0 && flip == [false; 3]).then_some(&self.counted);
-            let (importance, of) = (self.importance.as_ref(), [self.channels, first]);
+            let counted = (fold == 0 && flip == [false; 3]).then_some(&self.counted);
+            let (layer, importance) = (self.layers.get(fold), self.importance.as_ref());
+            let lanes = features.dims().five()[1].next_multiple_of(BLOCK);
+            let of = [self.channels, if layer.is_some() { 0 } else { fold * lanes }];
             let (sum, ring) = (&self.values, self.ring);
-            crate::ops::cuda::aggregate(features, importance, sum, counted, ring, of, start, flip, scale)?;
+            crate::ops::cuda::aggregate(features, layer, importance, sum, counted, ring, of, start, flip, scale)?;
             return Ok(true);
         }
-        let _ = (features, first, start, flip, scale);
+        let _ = (features, fold, start, flip, scale);
         Ok(false)
     }
 
@@ -135,6 +162,25 @@ impl Sums {
 /// finished, of which the next windows need none; the processor takes each as it is finished.
 pub(super) fn ring(depth: usize, on_card: bool) -> usize {
     depth + usize::from(on_card)
+}
+
+/// Channels of the sums of so many classes' scores on a card.
+pub(super) fn lanes_on_card(classes: usize) -> usize {
+    #[cfg(feature = "cuda")]
+    return ScoreLayer::lanes(classes);
+    #[cfg(not(feature = "cuda"))]
+    classes
+}
+
+/// Whether a card can make scores of so many features.
+pub(super) fn scores_on_card(device: &Device, features: usize) -> bool {
+    #[cfg(feature = "cuda")]
+    return ScoreLayer::is_supported(device, features);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (device, features);
+        false
+    }
 }
 
 /// The `i`-th `n` values.

@@ -13,7 +13,7 @@ use crate::autograd::Ctx;
 use crate::base::par;
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::models::Network;
+use crate::models::{Head, Network};
 use crate::ops::head::{self, Activation, PackedHead};
 #[cfg(feature = "cuda")]
 use crate::ops::resample::Labels;
@@ -22,8 +22,8 @@ use crate::tensor::{BLOCK, Device, Dims, Layout, Stored, Tensor};
 /// What is aggregated over windows, and where.
 ///
 /// Averaging commutes with a linear head, so logits need not exist: the features are averaged and the head comes
-/// last. A softmax does not commute; then either the class scores of one window's depth are summed, or the windows'
-/// features are held until a plane is finished, whichever takes less memory.
+/// last, unless there are fewer classes. A softmax does not commute; then either the class scores of one window's depth are
+/// summed, or the windows' features are held until a plane is finished, whichever takes less memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Gather {
     /// Weighted sums of features; the caller applies the head to the planes.
@@ -135,10 +135,31 @@ impl SweepPlan {
         self.bytes_of(self.gather)
     }
 
-    /// The same on a card, where only sums of features can be.
-    pub(crate) fn bytes_on_card(&self) -> usize {
-        let depth = self.patch[0].max(1);
-        self.bytes_of(Gather::Features) / depth * sums::ring(depth, true)
+    /// Aggregates on `device`, a card with so many bytes to spare, if that can be: by what moves the fewest bytes in a pass
+    /// and fits. Windows are not held there.
+    pub(crate) fn move_to_card(&mut self, device: &Device, room: usize) {
+        let scores = |how| (sums::lanes_on_card(self.classes), Gather::Scores(how));
+        let mut choices = match self.gather {
+            Gather::Features | Gather::Scores(Activation::Identity) => {
+                vec![(self.features, Gather::Features), scores(Activation::Identity)]
+            }
+            Gather::Scores(how) | Gather::Held(how) => vec![scores(how)],
+        };
+        choices.sort_by_key(|(lanes, _)| *lanes);
+        let can = |g: &Gather| *g == Gather::Features || sums::scores_on_card(device, self.features);
+        let fits = choices.into_iter().map(|(_, g)| g).find(|g| can(g) && self.bytes_on_card(*g) <= room);
+        if let Some(gather) = fits {
+            (self.gather, self.sums_on_card) = (gather, true);
+        }
+    }
+
+    fn bytes_on_card(&self, gather: Gather) -> usize {
+        let (depth, [_, h, w]) = (sums::ring(self.patch[0], true), self.padded());
+        let lanes = match gather {
+            Gather::Features => self.folds * self.features,
+            Gather::Scores(_) | Gather::Held(_) => sums::lanes_on_card(self.classes),
+        };
+        [depth, h, w, lanes + 1].iter().fold(4, |n: usize, &v| n.saturating_mul(v))
     }
 
     fn bytes_of(&self, gather: Gather) -> usize {
@@ -213,7 +234,13 @@ impl<'a> Sweep<'a> {
             Gather::Held(_) => Store::Held(Vec::new()),
             Gather::Features | Gather::Scores(_) => {
                 let place = if plan.sums_on_card { device } else { &host };
-                let sums = |place| Sums::new([plan.patch[0], h, w], plan.channels(), importance.as_deref(), place);
+                let heads: Vec<&Head> = nets.iter().map(Network::head).collect::<Result<_>>()?;
+                let scores = match plan.gather {
+                    Gather::Scores(how) => Some((&heads[..], how)),
+                    Gather::Features | Gather::Held(_) => None,
+                };
+                let (size, importance) = ([plan.patch[0], h, w], importance.as_deref());
+                let sums = |place| Sums::new(size, plan.channels(), scores, importance, place);
                 let sum = match sums(place) {
                     // Other programs may have taken what the plan counted on.
                     Err(Error::OutOfMemory { .. }) if plan.sums_on_card => sums(&host)?,
@@ -349,7 +376,7 @@ impl<'a> Sweep<'a> {
         let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
         let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
         if let Store::Ring { sum, .. } = &mut self.store
-            && sum.add_on_card(features, fold * lanes, start, flip, scale)?
+            && sum.add_on_card(features, fold, start, flip, scale)?
         {
             return Ok(());
         }
@@ -454,8 +481,10 @@ impl Planes for Sweep<'_> {
         if !on_card(&self.store) {
             return Ok(false);
         }
-        let Labelling { head, winner, grid, wide } = *how;
-        let made = Labels::new(self.device, head, winner, [ny, nx], [&grid.y, &grid.x], grid.z.len(), wide);
+        let Labelling { head, classes, winner, grid, wide } = *how;
+        let Store::Ring { sum, .. } = &self.store else { return Ok(false) };
+        let (of, taps) = ([sum.channels(), classes], [&grid.y[..], &grid.x]);
+        let made = Labels::new(self.device, head, of, winner, [ny, nx], taps, grid.z.len(), wide);
         let mut labels = match made {
             Ok(Some(labels)) => labels,
             Ok(None) | Err(Error::OutOfMemory { .. }) => return Ok(false),
@@ -529,13 +558,13 @@ impl Sweep<'_> {
             return Err(Error::shape("sweep", "no sums"));
         };
         let ([_, _, w], [_, _, nx]) = (self.plan.padded(), self.plan.shape);
-        let (pad, k) = (self.plan.pad(), self.plan.channels());
+        let (pad, k, stride) = (self.plan.pad(), self.plan.channels(), sum.channels());
         let [sum, weight] = sum.plane(p)?;
         par::chunks_mut(out, nx * k, |y, out| {
             let at = (y + pad[1]) * w + pad[2];
             for (x, out) in out.chunks_exact_mut(k).enumerate() {
                 let inverse = 1.0 / weight[at + x];
-                out.iter_mut().zip(&sum[(at + x) * k..]).for_each(|(o, s)| *o = s * inverse);
+                out.iter_mut().zip(&sum[(at + x) * stride..]).for_each(|(o, s)| *o = s * inverse);
             }
         });
         Ok(())

@@ -2,7 +2,7 @@
 
 use super::super::launch::{Driver, Files, Launch, Memory, files};
 use super::super::{BLOCK, Entry, SourceParams, Storage, int, ints, padded, voxels};
-use super::{OP, Params, THREADS};
+use super::{OP, Params, THREADS, output_space};
 use crate::error::{Error, Result};
 
 static FILES: Files = files!("conv3d_first");
@@ -12,7 +12,7 @@ pub const CHANNELS: usize = 8;
 /// Planes of 8 x 8 voxels of a block.
 const PLANES: usize = 4;
 
-/// A convolution at stride 1 with padding of half the kernel.
+/// A convolution with padding of half the kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct Problem {
     /// Bf16 or F16, of filter and result.
@@ -35,20 +35,22 @@ pub struct Problem {
     pub filters: usize,
     /// 1 or 3 per axis.
     pub kernel: [usize; 3],
-    /// `[N][D][H][W][padded filters]`.
+    /// 1 or 2 per axis.
+    pub stride: [usize; 3],
+    /// `[N][D][H][W][padded filters]`, D, H, W from [`output_space`].
     pub out: Memory,
     /// As [`super::Problem::partials`] for [`tiles`].
     pub partials: Option<Memory>,
 }
 
-/// Tiles of a sample, each with its own moments.
+/// Tiles of a sample whose result has that size, each with its own moments.
 #[must_use]
-pub fn tiles(space: [usize; 3]) -> usize {
-    cut(space).iter().product()
+pub fn tiles(out: [usize; 3]) -> usize {
+    cut(out).iter().product()
 }
 
-fn cut(space: [usize; 3]) -> [usize; 3] {
-    [space[0].div_ceil(PLANES), space[1].div_ceil(8), space[2].div_ceil(8)]
+fn cut(out: [usize; 3]) -> [usize; 3] {
+    [out[0].div_ceil(PLANES), out[1].div_ceil(8), out[2].div_ceil(8)]
 }
 
 /// Filters `[O, I, kD, kH, kW]` as the kernel reads them: channels times taps are one axis, padded to 16.
@@ -65,16 +67,16 @@ pub fn pack_weight(values: &[f32], dims: [usize; 5], storage: Storage) -> Result
 /// # Errors
 /// [`Error::Shape`] for sizes that are not supported or do not fit the memory; [`Error::Device`].
 pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
-    let ok = (1..=CHANNELS).contains(&p.channels) && p.kernel.iter().all(|k| matches!(k, 1 | 3));
-    if !ok || p.storage == Storage::F32 || p.filters == 0 {
-        let what = format!("{} channels, {} filters of {:?} in {:?}", p.channels, p.filters, p.kernel, p.storage);
-        return Err(Error::shape(OP, what));
+    let known = p.kernel.iter().all(|k| matches!(k, 1 | 3)) && p.stride.iter().all(|s| matches!(s, 1 | 2));
+    if !known || !(1..=CHANNELS).contains(&p.channels) || p.storage == Storage::F32 || p.filters == 0 {
+        let what = format!("{} channels, {} filters of {:?} at stride {:?}", p.channels, p.filters, p.kernel, p.stride);
+        return Err(Error::shape(OP, format!("{what} in {:?}", p.storage)));
     }
     let filters = padded(p.filters);
     let terms = padded(p.channels * p.kernel.iter().product::<usize>());
-    let all = voxels(OP, p.batch, p.space)?;
+    let (all, out) = (voxels(OP, p.batch, p.space)?, output_space(p.space, p.kernel, p.stride));
     let block = if filters == 16 { 16 } else { 32 };
-    let tiles = cut(p.space);
+    let tiles = cut(out);
     let count = p.batch * tiles.iter().product::<usize>();
     let width = if p.wide { 4 } else { p.storage.bytes() };
     let input = SourceParams {
@@ -87,18 +89,20 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
         sources: [input, SourceParams::default()],
         weight: p.weight.at_least(terms * filters * 2, OP, "the filter")?,
         bias: p.bias.map_or(Ok(0), |b| b.at_least(filters * 4, OP, "the bias"))?,
-        out: p.out.at_least(all * filters * 2, OP, "the result")?,
+        out: p.out.at_least(voxels(OP, p.batch, out)? * filters * 2, OP, "the result")?,
         partials: p.partials.map_or(Ok(0), |m| m.at_least(count * 3 * filters * 4, OP, "the moments"))?,
         filters: int(OP, filters)?,
         space: ints(OP, p.space)?,
-        out_space: ints(OP, p.space)?,
+        out_space: ints(OP, out)?,
         kernel: ints(OP, p.kernel)?,
-        stride: [1; 3],
+        stride: ints(OP, p.stride)?,
         tiles: ints(OP, tiles)?,
         bricks: 1,
         batch: int(OP, p.batch)?,
     };
-    let shared = (terms / BLOCK * block * BLOCK * 2).max(PLANES * 64 * block * 2);
+    let edges = [PLANES, 8, 8].into_iter().zip(p.stride).zip(p.kernel).map(|((n, s), k)| (n - 1) * s + k);
+    let brick = p.channels * edges.product::<usize>() * 2;
+    let shared = (terms / BLOCK * block * BLOCK * 2 + brick).max(PLANES * 64 * block * 2);
     let launch = Launch::line(count * filters.div_ceil(block), THREADS, shared)?;
     FILES.launch(driver, &entry(block, p.wide, p.storage), launch, bytemuck::bytes_of(&params))
 }

@@ -1,0 +1,120 @@
+//! The end of a residual block whose shortcut is a convolution with a kernel of one voxel, `kernels/conv3d_residual.cu`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::super::launch::{Driver, Files, Launch, Memory, files};
+use super::super::{Entry, Source, SourceParams, Storage, gemm, int, ints, padded, voxels};
+use super::{OP, THREADS, first};
+use crate::error::{Error, Result};
+
+static FILES: Files = files!("conv3d_residual");
+
+/// What the shortcut reads.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// One or two, one after the other in channels.
+    Voxels(&'a [Source]),
+    /// The image as it arrives, f32 `[N][C][D][H][W]`.
+    Planes {
+        /// The values.
+        data: Memory,
+        /// C, 1 to [`first::CHANNELS`].
+        channels: usize,
+        /// D, H, W.
+        space: [usize; 3],
+    },
+}
+
+/// `leaky_relu(normalised(y) + convolution(input))`, rounded once.
+#[derive(Debug, Clone, Copy)]
+pub struct Problem<'a> {
+    /// Bf16 or F16, of filter, `y`, result, and input unless that is planes.
+    pub storage: Storage,
+    /// Samples.
+    pub batch: usize,
+    /// Of the shortcut.
+    pub input: Input<'a>,
+    /// From [`super::pack_weight`], of a kernel of one voxel.
+    pub weight: Memory,
+    /// f32 `[padded filters]`.
+    pub bias: Option<Memory>,
+    /// 1 or 2 per axis.
+    pub stride: [usize; 3],
+    /// Not repeated, of the result's size, normalised: the slope is that of the leaky ReLU after the sum.
+    pub y: Source,
+    /// As `y`; may be its memory.
+    pub out: Memory,
+}
+
+/// `ResidualParams` of `kernels/gemm.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+struct Params {
+    gemm: gemm::Params,
+    y: u64,
+    norm: u64,
+    slope: f32,
+    channels: i32,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// [`Error::Shape`] for sizes that are not supported or do not fit each other or the memory; [`Error::Device`].
+pub fn run(driver: &dyn Driver, p: &Problem<'_>) -> Result<()> {
+    let space = match p.input {
+        Input::Voxels(sources) => sources.first().map_or([0; 3], Source::read_space),
+        Input::Planes { space, .. } => space,
+    };
+    let (out, filters) = ([0, 1, 2].map(|a| space[a].div_ceil(p.stride[a].max(1))), p.y.channels);
+    let known = p.storage != Storage::F32 && filters > 0 && p.stride.iter().all(|s| matches!(s, 1 | 2));
+    let Some(norm) = p.y.norm.filter(|_| known && p.y.repeat == [1; 3] && p.y.space == out) else {
+        let what = format!("the end of a block of {space:?} at stride {:?} for {:?} in {:?}", p.stride, p.y, p.storage);
+        return Err(Error::shape(OP, what));
+    };
+    let (mut gemm, channels) = match p.input {
+        Input::Voxels(sources) => (gemm::params(OP, p.storage, p.batch, sources, p.weight, p.bias, filters)?, 0),
+        Input::Planes { data, channels, space } => {
+            if !(1..=first::CHANNELS).contains(&channels) {
+                return Err(Error::shape(OP, format!("planes of {channels} channels")));
+            }
+            let values = voxels(OP, p.batch, space)? * channels;
+            let planes = SourceParams {
+                data: data.at_least(values * 4, OP, "the input")?,
+                channels: int(OP, padded(channels))?,
+                space: ints(OP, space)?,
+                ..SourceParams::default()
+            };
+            (
+                gemm::over(OP, [planes, SourceParams::default()], p.storage, p.batch, p.weight, p.bias, filters)?,
+                channels,
+            )
+        }
+    };
+    let rows = voxels(OP, p.batch, out)?;
+    int(OP, rows)?;
+    let y = p.y.params(OP, p.storage, p.batch)?;
+    gemm.space = ints(OP, out)?;
+    gemm.stride = ints(OP, p.stride)?;
+    gemm.out = p.out.at_least(rows * padded(filters) * p.storage.bytes(), OP, "the result")?;
+    let params = Params { gemm, y: y.data, norm: y.norm, slope: norm.slope, channels: int(OP, channels)? };
+    let block = gemm::block(padded(filters));
+    let launch = Launch::line(rows.div_ceil(gemm::ROWS) * padded(filters).div_ceil(block), THREADS, 0)?;
+    FILES.launch(driver, &entry(channels > 0, block, p.storage), launch, bytemuck::bytes_of(&params))
+}
+
+fn entry(planes: bool, block: usize, storage: Storage) -> String {
+    format!("conv3d_residual_{}n{block}_{}", if planes { "planes_" } else { "" }, storage.name())
+}
+
+pub(super) fn entries() -> Vec<Entry> {
+    let mut all = Vec::new();
+    for storage in [Storage::Bf16, Storage::F16] {
+        for planes in [false, true] {
+            for block in gemm::BLOCKS {
+                all.extend(Entry::of(&FILES, entry(planes, block, storage), size_of::<Params>()));
+            }
+        }
+    }
+    all
+}
