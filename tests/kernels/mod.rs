@@ -6,6 +6,7 @@ mod aggregate;
 mod context;
 mod conv3d;
 mod conv3d_first;
+mod conv3d_tma;
 mod conv_transpose3d;
 mod device;
 mod entries;
