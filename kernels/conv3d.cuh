@@ -53,11 +53,18 @@ __device__ __forceinline__ bool voxel_of(const Conv3dParams& p, const Tile& t, i
     return z < p.out_d && y < p.out_h && x < p.out_w;
 }
 
+// All threads that compute have come here: those of the block, or if it has others the first THREADS.
+template <bool APART>
+__device__ __forceinline__ void meet() {
+    if constexpr (APART) asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    else __syncthreads();
+}
+
 // Adds the bias, takes the sums, and writes the results through shared memory: 16 bytes a thread, neighbours beside
 // neighbours. `shared` is free and at least WM * MI * 16 * N * 2 bytes. OWNER tells entries apart that would otherwise
 // share one static array, which PTX would have to declare outside of both.
-// The warp's i-th fragment is number `fragment` + i * STEP of the block.
-template <class T, int OWNER, int WM, int WN, int MI, int NI, int STEP = 1>
+// The warp's i-th fragment is number `fragment` + i * STEP of the block. APART: the block has other threads that do not come here.
+template <class T, int OWNER, int WM, int WN, int MI, int NI, int STEP = 1, bool APART = false>
 __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, float (&acc)[MI][NI][4], int fragment,
                                        unsigned char* shared) {
     constexpr int N = WN * NI * 8;
@@ -85,7 +92,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
             }
     }
     // From here on no warp reads the bricks.
-    __syncthreads();
+    meet<APART>();
     #pragma unroll
     for (int i = 0; i < MI; ++i)
         #pragma unroll
@@ -115,7 +122,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
                 for (int far = 4; far < 32; far *= 2) s += __shfl_xor_sync(~0u, s, far);
                 if (lane < 4) sums[0][wm][column + j * 8 + e] = s;
             }
-        __syncthreads();
+        meet<APART>();
         #pragma unroll
         for (int j = 0; j < NI; ++j)
             #pragma unroll
@@ -137,7 +144,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
                     first += __shfl_xor_sync(~0u, first, far), second += __shfl_xor_sync(~0u, second, far);
                 if (lane < 4) sums[1][wm][column + j * 8 + e] = first, sums[2][wm][column + j * 8 + e] = second;
             }
-        __syncthreads();
+        meet<APART>();
         if (tid < N && t.first + tid < p.filters) {
             float s = 0.f, first = 0.f, second = 0.f;
             #pragma unroll
@@ -150,7 +157,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
             to[2 * p.filters] = fmaxf(__fmaf_rn(-off, first, second), 0.f);
         }
     } else {
-        __syncthreads();
+        meet<APART>();
     }
     #pragma unroll 2
     for (int i = tid; i < WM * MI * 16 * (N / 8); i += THREADS) {

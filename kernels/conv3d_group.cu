@@ -2,8 +2,8 @@
 // max-registers: 224
 // Convolution by warp groups, for compute capability 9.0 alone: 3 x 3 taps in the plane at stride 1.
 //
-// Not yet run on a card. It counts on the swizzle of a matrix operand being that of the address, so that an operand may start
-// at any row; the interpreter takes it so. Until a card has said so, it runs by name only.
+// It counts on the swizzle of a matrix operand being that of the address, so that an operand may start at any row. NVIDIA does
+// not document this; the host side tries it on every card before it is used.
 #include "conv3d.cuh"
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])

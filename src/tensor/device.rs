@@ -291,6 +291,17 @@ impl Device {
         }
     }
 
+    /// Kernels that a card has but does not run, because they gave something else than expected when they were first tried on
+    /// it, each with the reason. Others take their place.
+    #[must_use]
+    pub fn refused_kernels(&self) -> Vec<(String, String)> {
+        match self {
+            Device::Cpu(_) => Vec::new(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => cuda::Driver::findings(&*d.driver).refused(),
+        }
+    }
+
     fn pool(&self) -> &Arc<Pool> {
         match self {
             Device::Cpu(d) => &d.pool,

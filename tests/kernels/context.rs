@@ -12,8 +12,8 @@ use stunet::{Device, Error, Precision};
 
 use super::sim::{Sim, on_card};
 use super::{
-    aggregate, conv_transpose3d, conv3d, conv3d_first, conv3d_residual, device, head_labels, instance_norm, moments,
-    network, probe, relayout, resample, runtime,
+    aggregate, conv_transpose3d, conv3d, conv3d_first, conv3d_residual, conv3d_tma, device, head_labels, instance_norm,
+    moments, network, probe, relayout, resample, runtime,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -29,6 +29,8 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
     ("ptx_conv3d_is_cut_where_a_card_would_idle", "runs nothing"),
+    ("ptx_conv3d_tma_is_for_its_card_and_problems", "has cards of three generations"),
+    ("ptx_conv3d_tma_faults_are_found_by_a_trial", "finds what a card does not find"),
     ("ptx_runtime_a_missing_wait_is_found", "plants a fault that a fast card hides"),
     ("ptx_runtime_windows_are_staged_beside_work_on_a_shared_card", "counts what a card does not count"),
     ("ptx_runtime_idle_memory_is_given_up", "has a card of 1 MiB"),
@@ -80,6 +82,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     runtime::ptx_runtime_uploads_arrive,
     runtime::ptx_graph_of_a_pass_gives_the_same_bytes,
     runtime::ptx_graph_of_another_network_is_never_run,
+    runtime::ptx_graph_of_boxes_gives_the_same_bytes,
     device::ptx_stunet_through_the_library,
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,
@@ -88,6 +91,10 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     device::ptx_first_layers_through_the_library,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
+    conv3d_tma::ptx_conv3d_tma_of_ragged_sizes_and_channels,
+    conv3d_tma::ptx_conv3d_tma_of_a_batch_in_f16_with_bias,
+    conv3d_tma::ptx_conv3d_tma_normalises_as_it_reads,
+    conv3d_tma::ptx_conv3d_tma_in_parts,
 ];
 
 /// The first card.

@@ -124,6 +124,11 @@ fn check(c: &Case) {
 
 /// As [`check`], in so many parts each, as far as there are as many.
 fn check_in(c: &Case, parts: &[usize]) {
+    check_by(c, parts, "");
+}
+
+/// As [`check_in`], by variants whose names begin so, of which there has to be one.
+pub fn check_by(c: &Case, parts: &[usize], begin: &str) {
     let (weight, bias) = (c.weight(), c.bias());
     let dims = [c.filters, c.channels().iter().sum(), c.kernel[0], c.kernel[1], c.kernel[2]];
     let terms = dims[1..].iter().product::<usize>();
@@ -164,6 +169,7 @@ fn check_in(c: &Case, parts: &[usize]) {
     let (_, all, ..) = run(0, "", 1, false).unwrap();
     let expected = reference(c, &inputs, &weight, &bias);
     let mut solved = 0;
+    let all: Vec<_> = all.into_iter().filter(|name| name.starts_with(begin)).collect();
     for (name, &parts) in all.iter().flat_map(|name| parts.iter().map(move |parts| (name, parts))) {
         let what = format!("{c:?} {name} in {parts} parts");
         let measured = with_moments.contains(name);

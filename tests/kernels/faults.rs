@@ -5,17 +5,28 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use stunet::Result;
 use stunet::backend_testing::cuda::conv3d::{self, Wish};
 use stunet::backend_testing::cuda::{Source, Storage};
-use stunet::tensor::cuda::{Driver, Launch, Memory, Module};
+use stunet::tensor::cuda::{Driver, Findings, Launch, Memory, Module, Parameter};
 
 use super::conv3d::{Case, reference};
 use super::sim::Sim;
 use super::{room, stored, unpadded};
 
-/// A device that runs another text than it is given.
-struct Faulty<'a> {
+/// What is planted into the text of an entry.
+type Edit<'a> = &'a (dyn Fn(&str) -> String + Sync);
+
+/// A device that runs another text than it is given, of entries whose names begin so.
+pub struct Faulty<'a> {
     sim: &'a Sim,
     name: &'static str,
-    edit: &'a (dyn Fn(&str) -> String + Sync),
+    begin: &'static str,
+    edit: Edit<'a>,
+    findings: Findings,
+}
+
+impl<'a> Faulty<'a> {
+    pub fn new(sim: &'a Sim, name: &'static str, begin: &'static str, edit: Edit<'a>) -> Faulty<'a> {
+        Faulty { sim, name, begin, edit, findings: Findings::new() }
+    }
 }
 
 impl std::fmt::Debug for Faulty<'_> {
@@ -65,14 +76,21 @@ impl Driver for Faulty<'_> {
         self.sim.memset(memory, value)
     }
 
-    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+    fn findings(&self) -> &Findings {
+        &self.findings
+    }
+
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: Parameter<'_>) -> Result<()> {
+        if !entry.starts_with(self.begin) {
+            return self.sim.launch(module, entry, launch, params);
+        }
         // What stands before all entries, and this one.
         let header = &module.text[..module.text.find(".visible .entry").unwrap()];
         let rest = &module.text[module.text.find(&format!(".visible .entry {entry}(")).unwrap()..];
-        let entry_text = &rest[..rest.find("\n}\n").unwrap()];
+        let entry_text = &rest[..rest[1..].find(".visible .entry").map_or(rest.len(), |end| end + 1)];
         let edited = (self.edit)(entry_text);
         assert!(edited != entry_text, "{}: nothing was planted", self.name);
-        let text: &'static str = Box::leak(format!("{header}{edited}\n}}\n").into_boxed_str());
+        let text: &'static str = Box::leak(format!("{header}{edited}").into_boxed_str());
         self.sim.launch(&Module { name: self.name, text }, entry, launch, params)
     }
 
@@ -82,11 +100,11 @@ impl Driver for Faulty<'_> {
 }
 
 /// Why the case is wrong with the edit; `None` when nothing was noticed.
-fn run(name: &'static str, variant: &str, edit: &(dyn Fn(&str) -> String + Sync)) -> Option<String> {
+fn run(name: &'static str, variant: &str, edit: Edit<'_>) -> Option<String> {
     let c = Case { sources: vec![(32, [1; 3], true), (16, [1; 3], false)], ..Case::new([5, 9, 9], 0, 32) };
     let (weight, bias) = (c.weight(), c.bias());
     let sim = Sim::new(1);
-    let faulty = Faulty { sim: &sim, name, edit };
+    let faulty = Faulty::new(&sim, name, "conv3d", edit);
     let inputs = c.inputs(&sim);
     let sources: Vec<Source> = inputs.iter().map(|i| i.source).collect();
     let packed = conv3d::pack_weight(&weight, [32, 48, 3, 3, 3], &[32, 16], c.storage).unwrap();
@@ -123,7 +141,7 @@ fn run(name: &'static str, variant: &str, edit: &(dyn Fn(&str) -> String + Sync)
 }
 
 /// The text with the `n`-th occurrence of `from` made `to`, counted from the end.
-fn replace(text: &str, from: &str, to: &str, n: usize) -> String {
+pub fn replace(text: &str, from: &str, to: &str, n: usize) -> String {
     let (at, _) = text.rmatch_indices(from).nth(n).unwrap_or_else(|| panic!("no {from}"));
     format!("{}{to}{}", &text[..at], &text[at + from.len()..])
 }
@@ -133,7 +151,7 @@ pub(super) fn ptx_faults_in_conv3d_are_found() {
     for variant in ["n32", "any_n32"] {
         assert!(run("sound", variant, &|t| format!("{t}\n")).is_none(), "the kernel itself is right");
         let mut missing = 0;
-        let found = |what: &'static str, edit: &(dyn Fn(&str) -> String + Sync)| {
+        let found = |what: &'static str, edit: Edit<'_>| {
             let why = run(what, variant, edit);
             assert!(why.is_some(), "{variant}: {what} was not found");
         };

@@ -7,6 +7,7 @@ mod context;
 mod conv3d;
 mod conv3d_first;
 mod conv3d_residual;
+mod conv3d_tma;
 mod conv_transpose3d;
 mod device;
 mod entries;

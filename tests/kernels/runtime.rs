@@ -86,6 +86,15 @@ pub(super) fn ptx_graph_of_a_pass_gives_the_same_bytes() {
     }
 }
 
+/// A graph holds what its launches were given of tensors whose boxes they copy.
+#[test]
+pub(super) fn ptx_graph_of_boxes_gives_the_same_bytes() {
+    let sims = [Lacks::Nothing, Lacks::Graphs].map(|l| Arc::new(Sim::of(1, [9, 0]).lacking(l)));
+    let [with, without] = sims.each_ref().map(|s| predicted(&device(s), false).unwrap());
+    assert!(with == without, "other labels");
+    assert!(sims[0].count().replays > 0 && sims[0].ran("conv3d_tma_n32_bf16"));
+}
+
 /// The logits of one window, while the card has something to do.
 fn pass(net: &StuNet, device: &Device) -> Vec<f32> {
     let work = Tensor::from_host(&[0.0], Dims::from([1]), device).unwrap();

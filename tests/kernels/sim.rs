@@ -4,9 +4,12 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ptxsim::{Machine, Module as Parsed, Options, Report, Site};
-use stunet::tensor::cuda::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
+use ptxsim::{Machine, Module as Parsed, Options, Report, Site, Swizzle};
+use stunet::tensor::cuda::{Driver, Findings, Graph, Launch, Memory, Module, Parameter, Pinned, TensorMap, Work};
 use stunet::{Error, Result};
+
+/// What interpreters are found to do, which is the same for all of them.
+static FINDINGS: Findings = Findings::new();
 
 /// Files parsed once for all tests, for the life of the process, by where their text is.
 static PARSED: Mutex<Option<HashMap<usize, &'static Parsed>>> = Mutex::new(None);
@@ -53,7 +56,7 @@ pub enum Lacks {
 enum Asked {
     Copy { to: Memory, from: usize, bytes: usize },
     Memset { memory: Memory, value: u8 },
-    Launch { module: &'static Parsed, entry: String, launch: Launch, params: Vec<u8> },
+    Launch { module: &'static Parsed, entry: String, launch: Launch, maps: Vec<TensorMap>, bytes: Vec<u8> },
 }
 
 /// The machine, and what it has not done: everything happens as late as it may, when somebody waits for it, so that a wait
@@ -171,7 +174,8 @@ impl Sim {
                 Asked::Memset { memory, value } => {
                     machine.write(memory.address, &vec![value; memory.bytes]).map_err(device)?;
                 }
-                Asked::Launch { module, entry, launch: Launch { grid, block, shared }, params } => {
+                Asked::Launch { module, entry, launch: Launch { grid, block, shared }, maps, bytes } => {
+                    let params = encoded(machine, &maps, bytes).map_err(device)?;
                     let report = machine.launch(module, &entry, grid, block, shared, &params, &self.options);
                     let report = report.map_err(device)?;
                     let mut all = lock(&self.reports);
@@ -241,13 +245,35 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn asked_launch(module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Asked {
-    Asked::Launch { module: parsed(module), entry: entry.into(), launch, params: params.into() }
+/// A parameter as the entry reads it.
+fn encoded(machine: &mut Machine, maps: &[TensorMap], bytes: Vec<u8>) -> ptxsim::Result<Vec<u8>> {
+    let mut all = Vec::new();
+    for map in maps {
+        all.extend(machine.tensor_map(ptxsim::TensorMap {
+            base: map.address,
+            element: 2,
+            dims: map.sizes.map(|n| n as u64).into(),
+            strides: map.strides().into(),
+            tile: map.tile.map(|n| n as usize).into(),
+            element_strides: vec![1; 5],
+            swizzle: Swizzle::B32,
+            im2col: None,
+        })?);
+    }
+    all.extend(bytes);
+    Ok(all)
+}
+
+fn asked_launch(module: &Module, entry: &str, launch: Launch, params: Parameter<'_>) -> Asked {
+    let (maps, bytes) = (params.maps.into(), params.bytes.into());
+    Asked::Launch { module: parsed(module), entry: entry.into(), launch, maps, bytes }
 }
 
 fn asked(work: &Work) -> Asked {
     match work {
-        Work::Launch { module, entry, launch, params } => asked_launch(module, entry, *launch, params),
+        Work::Launch { module, entry, launch, maps, bytes } => {
+            asked_launch(module, entry, *launch, Parameter { maps, bytes })
+        }
         Work::Memset { memory, value } => Asked::Memset { memory: *memory, value: *value },
     }
 }
@@ -405,7 +431,11 @@ impl Driver for Sim {
         Ok(())
     }
 
-    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+    fn findings(&self) -> &Findings {
+        self.card.as_ref().map_or(&FINDINGS, |c| c.findings())
+    }
+
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: Parameter<'_>) -> Result<()> {
         lock(&self.state).count.launches += 1;
         if let Some(card) = &self.card {
             // Waited for, so that what goes wrong is said of the entry in which it did.

@@ -1,13 +1,15 @@
 //! Convolution: from halo bricks in shared memory (`kernels/conv3d.cuh`), of single voxels (`kernels/gemm.cuh`), and the
 //! plain reference in f32.
 
+mod boxes;
 pub mod first;
 pub mod residual;
 mod sum;
+mod trial;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::launch::{Driver, Files, Launch, Memory, files, module, shared_limit};
+use super::launch::{Driver, Files, Launch, Memory, Parameter, files, module, shared_limit};
 use super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
 use crate::error::{Error, Result};
 
@@ -82,7 +84,7 @@ impl Plan {
 
     /// Into how many parts the sum over channels and planes of taps is cut, each with blocks of its own: more than one where
     /// there are too few bricks for the card. Parts are added in their order, so that the bytes of a result depend on their
-    /// number, which is the same for the same problem and number of multiprocessors, and on nothing else.
+    /// number and the variant, which are the same for the same problem on the same card, and on nothing else.
     #[must_use]
     pub fn parts(&self) -> usize {
         self.parts
@@ -128,8 +130,11 @@ enum Kind {
     Brick(usize),
     /// The same for any kernel and stride.
     AnyBrick(usize),
-    /// As [`Kind::Brick`] by warp groups of compute capability 9.0. Not yet run on a card: by name only.
+    /// As [`Kind::Brick`] by warp groups of compute capability 9.0, on trial.
     GroupBrick(usize),
+    /// Planes of 8 x 8 voxels from a box of a tensor, by warp groups of compute capability 9.0, on trial; 3 x 3 x 3 taps at
+    /// stride 1, sources that are not repeated.
+    Boxes(usize),
     /// Rows of voxels; kernel of one voxel, no moments.
     Pointwise,
     /// A thread a value in f32, no moments.
@@ -144,13 +149,17 @@ struct Variant {
     kind: Kind,
     /// Warps along the voxels, each with sums of its own.
     warps: usize,
-    /// Estimate of how much of the matrix units it keeps busy, from what it reads of shared memory for a product.
+    /// Estimate of how much of the matrix units it keeps busy, from what it reads of shared memory for a product and from what
+    /// waits for it; the units of warp groups are twice as fast.
     efficiency: f64,
 }
 
-const VARIANTS: [Variant; 12] = [
-    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.0 },
-    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.0 },
+const VARIANTS: [Variant; 15] = [
+    Variant { name: "tma_n128", filters: 128, kind: Kind::Boxes(4), warps: 8, efficiency: 1.6 },
+    Variant { name: "tma_n64", filters: 64, kind: Kind::Boxes(8), warps: 8, efficiency: 1.6 },
+    Variant { name: "tma_n32", filters: 32, kind: Kind::Boxes(4), warps: 8, efficiency: 1.4 },
+    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.2 },
+    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.1 },
     Variant { name: "n64", filters: 64, kind: Kind::Brick(4), warps: 4, efficiency: 1.0 },
     Variant { name: "n32", filters: 32, kind: Kind::Brick(8), warps: 8, efficiency: 1.0 },
     Variant { name: "n16", filters: 16, kind: Kind::Brick(8), warps: 8, efficiency: 0.8 },
@@ -164,7 +173,7 @@ const VARIANTS: [Variant; 12] = [
 ];
 
 impl Variant {
-    /// Whether the card can solve the problem so.
+    /// Whether the card can solve the problem so, if it does what the variant counts on.
     fn supports(&self, p: &Problem<'_>, measured: bool, driver: &dyn Driver) -> bool {
         let half = p.storage != Storage::F32;
         let limit = shared_limit(driver);
@@ -176,6 +185,10 @@ impl Variant {
             Kind::GroupBrick(_) => {
                 half && p.stride == [1; 3] && p.kernel[1..] == [3; 2] && driver.capability() == [9, 0]
             }
+            Kind::Boxes(_) => {
+                let whole = p.sources.iter().all(|s| s.repeat == [1; 3]);
+                half && whole && p.stride == [1; 3] && p.kernel == [3; 3] && driver.capability() == [9, 0]
+            }
             Kind::AnyBrick(_) => half,
             Kind::Pointwise => half && p.kernel == [1; 3] && !measured,
             Kind::Plain => !half && !measured,
@@ -185,17 +198,18 @@ impl Variant {
     /// Tiles of a sample along each axis.
     fn tiles(&self, out: [usize; 3]) -> [usize; 3] {
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) | Kind::Boxes(planes) => {
                 [out[0].div_ceil(planes), out[1].div_ceil(8), out[2].div_ceil(8)]
             }
             Kind::Pointwise | Kind::Plain => [1; 3],
         }
     }
 
-    /// Slabs of channels times planes of taps: what can be cut into parts.
+    /// What can be cut into parts: slabs of channels, most of them times planes of taps.
     fn stages(&self, p: &Problem<'_>) -> usize {
         match self.kind {
             Kind::Brick(_) | Kind::AnyBrick(_) | Kind::GroupBrick(_) => slabs(p) * p.kernel[0],
+            Kind::Boxes(_) => slabs(p),
             Kind::Pointwise | Kind::Plain => 1,
         }
     }
@@ -225,7 +239,7 @@ impl Variant {
         let groups = padded(p.filters).div_ceil(self.filters);
         let voxels = p.batch * out.iter().product::<usize>();
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) | Kind::Boxes(planes) => {
                 (p.batch * self.tiles(out).iter().product::<usize>() * groups, planes * 64)
             }
             Kind::Pointwise => (voxels.div_ceil(gemm::ROWS) * groups, gemm::ROWS),
@@ -241,8 +255,10 @@ impl Variant {
     /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
     /// there is more than one and room.
     fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
-        let (Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes)) = self.kind else {
-            return (0, 1);
+        let planes = match self.kind {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => planes,
+            Kind::Boxes(planes) => return (boxes::shared(planes, self.filters), 2),
+            Kind::Pointwise | Kind::Plain => return (0, 1),
         };
         let row = BLOCK * 2;
         let pitch = if p.stride[2] == 2 { 20 } else { 12 };
@@ -265,22 +281,30 @@ pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -
     [0, 1, 2].map(|a| (input[a] + kernel[a] / 2 * 2 - kernel[a]) / stride[a] + 1)
 }
 
-/// Names of the variants that can solve the problem, with moments or without.
+/// Names of the variants that can solve the problem, with moments or without. Those that a card has to confirm are tried on it
+/// the first time that they are asked for; what does not pass is not named, and [`Driver::findings`] says why.
 #[must_use]
 pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'static str> {
-    VARIANTS.iter().filter(|v| v.supports(p, measured, driver)).map(|v| v.name).collect()
+    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, driver));
+    fit.filter(|v| trial::passes(driver, v, p.storage).unwrap_or(false)).map(|v| v.name).collect()
 }
 
-/// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`.
+/// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`. As
+/// [`variants`] it may try some on the card, which takes memory for a moment.
 ///
 /// # Errors
-/// As [`run`]; [`Error::Unsupported`] when nothing fits the wish.
+/// As [`run`]; [`Error::Unsupported`] when nothing fits the wish; [`Error::OutOfMemory`].
 pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>) -> Result<Plan> {
     let out = output_space(check(p)?, p.kernel, p.stride);
     let multiprocessors = driver.multiprocessors().max(1);
-    let asked = |v: &Variant| wish.variant.map_or(!matches!(v.kind, Kind::GroupBrick(_)), |n| n == v.name);
-    let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, driver) && asked(v));
-    let ways = fit.flat_map(|v| {
+    let mut fit = Vec::new();
+    for v in &VARIANTS {
+        let asked = wish.variant.is_none_or(|n| n == v.name) && v.supports(p, measured, driver);
+        if asked && trial::passes(driver, v, p.storage)? {
+            fit.push(v);
+        }
+    }
+    let ways = fit.into_iter().flat_map(|v| {
         let all = wish.parts.map_or_else(|| v.parts(p, out, multiprocessors), |n| n..=n);
         all.filter(|n| (1..=v.stages(p)).contains(n)).map(move |parts| (v, parts))
     });
@@ -392,7 +416,14 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, plan: &Plan) -> Result<()> {
     launch.grid[1] = int(OP, parts)?.unsigned_abs();
     // What is refused is refused before anything runs.
     let end = (parts > 1).then(|| sum::Sum::new(p, parts, all)).transpose()?;
-    files(v, p.storage).launch(driver, &entry(v, p.storage), launch, bytemuck::bytes_of(&params))?;
+    let (files, entry) = (files(v, p.storage), entry(v, p.storage));
+    if let Kind::Boxes(planes) = v.kind {
+        launch.block[0] = boxes::BLOCK_THREADS;
+        let (maps, params) = (boxes::maps(p, planes, v.filters)?, boxes::Params { params, unused: [0; 14] });
+        files.launch(driver, &entry, launch, Parameter { maps: &maps, bytes: bytemuck::bytes_of(&params) })?;
+    } else {
+        files.launch(driver, &entry, launch, bytemuck::bytes_of(&params))?;
+    }
     end.map_or(Ok(()), |s| s.run(driver))
 }
 
@@ -413,6 +444,7 @@ fn files(v: &Variant, storage: Storage) -> &'static Files {
         (Kind::Plain, _) => &F32,
         (Kind::Pointwise, _) => &POINTWISE,
         (Kind::GroupBrick(_), _) => &GROUP,
+        (Kind::Boxes(_), _) => boxes::files(storage),
         (_, Storage::F16) => &F16,
         _ => &BF16,
     }
@@ -425,7 +457,11 @@ fn entry(v: &Variant, storage: Storage) -> String {
 pub(super) fn entries() -> Vec<Entry> {
     let mut all = [first::entries(), residual::entries(), sum::entries()].concat();
     for v in &VARIANTS {
-        let params = if v.kind == Kind::Pointwise { size_of::<gemm::Params>() } else { size_of::<Params>() };
+        let params = match v.kind {
+            Kind::Pointwise => size_of::<gemm::Params>(),
+            Kind::Boxes(_) => boxes::PARAMS,
+            _ => size_of::<Params>(),
+        };
         let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };
         all.extend(storages.iter().flat_map(|s| Entry::of(files(v, *s), entry(v, *s), params)));
     }

@@ -1,7 +1,7 @@
 //! Which PTX file an entry is taken from.
 
 use crate::error::{Error, Result};
-pub(super) use crate::tensor::cuda::{Driver, Launch, Memory, Module};
+pub(super) use crate::tensor::cuda::{Driver, Launch, MAP, Memory, Module, Parameter, TensorMap};
 
 /// A kernel's PTX files: what is asked for is what the card can run.
 #[derive(Debug, Clone, Copy)]
@@ -18,14 +18,20 @@ impl Files {
     }
 
     /// Runs `entry` of the best file for the card.
-    pub(super) fn launch(&self, driver: &dyn Driver, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+    pub(super) fn launch<'a>(
+        &self,
+        driver: &dyn Driver,
+        entry: &str,
+        launch: Launch,
+        params: impl Into<Parameter<'a>>,
+    ) -> Result<()> {
         let [major, minor] = driver.capability();
         let module = match &self.turing {
             _ if major >= 8 => &self.ampere,
             Some(module) if [major, minor] >= [7, 5] && !entry.ends_with("_bf16") => module,
             _ => return Err(Error::unsupported(format!("{entry} on a card of compute capability {major}.{minor}"))),
         };
-        driver.launch(module, entry, launch, params)
+        driver.launch(module, entry, launch, params.into())
     }
 
     /// The files that hold `entry`.

@@ -1,5 +1,7 @@
 //! What a benchmark found out, for people and for machines.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use stunet::autograd::Step;
 use stunet::{Device, Error, Result};
@@ -42,6 +44,9 @@ pub(super) struct Record {
     pub(super) prediction: Option<Prediction>,
     #[serde(flatten)]
     pub(super) training: Option<Training>,
+    /// Kernels that did not pass their trial on this card, and why.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) refused_kernels: BTreeMap<String, String>,
     pub(super) layers: Vec<Layer>,
 }
 
@@ -111,6 +116,7 @@ impl Record {
         self.gflops = macs * 2e-9 / seconds.median;
         self.roofline_share = self.gflops / self.roofline_gflops;
         self.peak_bytes = device.memory().peak;
+        self.refused_kernels = device.refused_kernels().into_iter().collect();
         self.peak_process_bytes = system::peak_process_bytes();
     }
 
@@ -142,6 +148,9 @@ impl Record {
             output::line(line)?;
         }
         self.layers.iter().try_for_each(print_layer)?;
+        for (entry, why) in &self.refused_kernels {
+            output::line(format!("{entry} is not used: {why}"))?;
+        }
         let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);
         let rate = format!("{:.1} GFLOP/s, {share:.0} % of {peak:.1}", self.gflops);
         output::line(format!("median {:.4} s, min {:.4} s, {rate}", self.seconds, self.seconds_min))?;

@@ -10,7 +10,8 @@ use std::ptr;
 
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute, CUgraph,
-    CUgraphExec, CUjit_option, CUmodule, CUstream, CUstreamCaptureMode,
+    CUgraphExec, CUjit_option, CUmodule, CUstream, CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType,
+    CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
 
 pub(super) const OUT_OF_MEMORY: c_int = 2;
@@ -112,6 +113,26 @@ calls! {
         cuGraphLaunch(CUgraphExec, CUstream);
         cuGraphExecDestroy(CUgraphExec);
         cuGraphDestroy(CUgraph);
+    }
+}
+
+calls! {
+    /// What it takes to make tensor maps; in every driver since CUDA 12.0.
+    MapCalls {
+        cuTensorMapEncodeTiled(
+            *mut CUtensorMap,
+            CUtensorMapDataType,
+            c_uint,
+            *mut c_void,
+            *const u64,
+            *const u64,
+            *const c_uint,
+            *const c_uint,
+            CUtensorMapInterleave,
+            CUtensorMapSwizzle,
+            CUtensorMapL2promotion,
+            CUtensorMapFloatOOBfill
+        );
     }
 }
 

@@ -12,9 +12,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit};
 
-use super::calls::{Calls, NOT_READY, OUT_OF_MEMORY, check as checked, named};
+use super::calls::{Calls, MapCalls, NOT_READY, OUT_OF_MEMORY, check as checked, named};
 use super::graphs::Graphs;
-use super::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
+use super::{Driver, Findings, Graph, Launch, Memory, Module, Parameter, Pinned, Work};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
 
@@ -41,6 +41,9 @@ pub struct Context {
     pinned: Mutex<HashMap<usize, Locked>>,
     /// None of a driver that lacks the functions.
     graphs: Option<Mutex<Graphs>>,
+    /// None of a driver that lacks the function.
+    maps: Option<MapCalls>,
+    findings: Findings,
 }
 
 /// A module of the driver and its functions, each with the dynamic shared memory it was allowed.
@@ -128,6 +131,8 @@ impl Context {
             modules: Mutex::default(),
             pinned: Mutex::default(),
             graphs: Graphs::find().map(Mutex::new),
+            maps: MapCalls::find().ok(),
+            findings: Findings::new(),
         };
         new.enter()?;
         new.stream = new.new_stream()?;
@@ -171,9 +176,16 @@ impl Context {
         module: &Module,
         entry: &str,
         launch: Launch,
-        params: &[u8],
+        params: Parameter<'_>,
     ) -> Result<()> {
         let function = self.function(module, entry, launch.shared)?;
+        let mapped;
+        let params = if params.maps.is_empty() {
+            params.bytes
+        } else {
+            mapped = self.encoded(entry, params)?;
+            &mapped[..]
+        };
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: every entry has one parameter, a struct of as many bytes as the caller's (checked by a test for all of
@@ -194,6 +206,18 @@ impl Context {
                 ptr::null_mut(),
             )
         })
+    }
+
+    /// A parameter as the entry reads it.
+    fn encoded(&self, entry: &str, params: Parameter<'_>) -> Result<Vec<u8>> {
+        let Some(calls) = &self.maps else { return Err(Error::unsupported(format!("{entry} by this driver"))) };
+        let mut all = Vec::new();
+        for map in params.maps {
+            let map = map.encode(calls).map_err(|what| Error::Device { what: format!("{entry}: {what}") })?;
+            all.extend(map);
+        }
+        all.extend(params.bytes);
+        Ok(all)
     }
 
     /// The entry, allowed to use `shared` bytes of dynamic shared memory.
@@ -410,9 +434,13 @@ impl Driver for Context {
         self.memset_on(self.stream, memory, value)
     }
 
-    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: Parameter<'_>) -> Result<()> {
         self.enter()?;
         self.launch_on(self.stream, module, entry, launch, params)
+    }
+
+    fn findings(&self) -> &Findings {
+        &self.findings
     }
 
     fn record(&self, work: &[Work]) -> Result<Graph> {
@@ -423,8 +451,8 @@ impl Driver for Context {
         let mut graphs = graphs.lock().unwrap_or_else(PoisonError::into_inner);
         let graph = graphs.record(stream, || {
             work.iter().try_for_each(|w| match w {
-                Work::Launch { module, entry, launch, params } => {
-                    self.launch_on(stream, module, entry, *launch, params)
+                Work::Launch { module, entry, launch, maps, bytes } => {
+                    self.launch_on(stream, module, entry, *launch, Parameter { maps, bytes })
                 }
                 Work::Memset { memory, value } => self.memset_on(stream, *memory, *value),
             })

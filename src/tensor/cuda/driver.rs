@@ -1,5 +1,6 @@
 //! What the kernels' host side asks of a device: memory, and to run an entry of a PTX file.
 
+use super::{Findings, Parameter, TensorMap};
 use crate::error::{Error, Result};
 
 /// Memory of a device. Only a name for it: who allocated it frees it.
@@ -69,7 +70,7 @@ impl Launch {
 /// What a launch or a memset asks for.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ask<'a> {
-    Launch { module: &'a Module, entry: &'a str, launch: Launch, params: &'a [u8] },
+    Launch { module: &'a Module, entry: &'a str, launch: Launch, params: Parameter<'a> },
     Memset { memory: Memory, value: u8 },
 }
 
@@ -108,8 +109,10 @@ pub enum Work {
         entry: String,
         /// How it is run.
         launch: Launch,
-        /// Its parameter.
-        params: Vec<u8>,
+        /// See [`Parameter::maps`].
+        maps: Vec<TensorMap>,
+        /// See [`Parameter::bytes`].
+        bytes: Vec<u8>,
     },
     /// See [`Driver::memset`].
     Memset {
@@ -123,7 +126,9 @@ pub enum Work {
 impl Work {
     pub(super) fn ask(&self) -> Ask<'_> {
         match self {
-            Work::Launch { module, entry, launch, params } => Ask::Launch { module, entry, launch: *launch, params },
+            Work::Launch { module, entry, launch, maps, bytes } => {
+                Ask::Launch { module, entry, launch: *launch, params: Parameter { maps, bytes } }
+            }
             Work::Memset { memory, value } => Ask::Memset { memory: *memory, value: *value },
         }
     }
@@ -133,7 +138,8 @@ impl From<Ask<'_>> for Work {
     fn from(ask: Ask<'_>) -> Work {
         match ask {
             Ask::Launch { module, entry, launch, params } => {
-                Work::Launch { module: *module, entry: entry.into(), launch, params: params.into() }
+                let (maps, bytes) = (params.maps.into(), params.bytes.into());
+                Work::Launch { module: *module, entry: entry.into(), launch, maps, bytes }
             }
             Ask::Memset { memory, value } => Work::Memset { memory, value },
         }
@@ -229,11 +235,14 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
     /// [`Error::Device`].
     fn memset(&self, memory: Memory, value: u8) -> Result<()>;
 
-    /// Runs `entry` of `module` with one parameter, a struct of these bytes.
+    /// Runs `entry` of `module`, which has one parameter.
     ///
     /// # Errors
-    /// [`Error::Device`] that names the entry.
-    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()>;
+    /// [`Error::Device`] that names the entry; [`Error::Unsupported`] of a driver that makes no tensor maps.
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: Parameter<'_>) -> Result<()>;
+
+    /// What was found out about this device, which lasts as long as it is open.
+    fn findings(&self) -> &Findings;
 
     /// Makes ready to run `work`, each part after the one before. Nothing runs.
     ///

@@ -4,10 +4,12 @@
 mod calls;
 mod context;
 mod driver;
+mod findings;
 mod graphs;
 mod passes;
 mod queue;
 mod staging;
+mod tensor_map;
 
 use std::ffi::{CStr, c_char};
 
@@ -16,7 +18,9 @@ use cudarc::driver::sys;
 pub use context::Context;
 use driver::Ask;
 pub use driver::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
+pub use findings::Findings;
 pub(super) use queue::Queue;
+pub use tensor_map::{MAP, Parameter, TensorMap};
 
 use self::calls::{NO_DEVICE, Questions, check};
 use super::device::CudaStatus;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::passes::Passes;
 use super::staging::Staging;
-use super::{Ask, Driver, Launch, Memory, Module};
+use super::{Ask, Driver, Findings, Launch, Memory, Module, Parameter};
 use crate::error::Result;
 
 /// A driver with what stands before it.
@@ -101,8 +101,12 @@ impl Driver for Queue {
         self.passes().ask(Ask::Memset { memory, value }, &*self.driver)
     }
 
-    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: &[u8]) -> Result<()> {
+    fn launch(&self, module: &Module, entry: &str, launch: Launch, params: Parameter<'_>) -> Result<()> {
         self.passes().ask(Ask::Launch { module, entry, launch, params }, &*self.driver)
+    }
+
+    fn findings(&self) -> &Findings {
+        self.driver.findings()
     }
 
     fn synchronize(&self) -> Result<()> {

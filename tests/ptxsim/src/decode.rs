@@ -127,11 +127,12 @@ pub(crate) fn decode(k: &mut Parser<'_>, name: &str, o: &[Operand]) -> Result<Op
     match n.parts[0] {
         "ret" | "exit" => Ok(Op::Exit),
         "trap" | "brkpt" => Ok(Op::Trap),
+        "fence" if n.has("proxy") && n.parts.iter().any(|p| p.starts_with("async")) => Ok(Op::ProxyFence),
         "membar" | "fence" | "prefetch" | "prefetchu" | "griddepcontrol" | "applypriority" | "discard" | "pmevent" => {
             Ok(Op::Nothing)
         }
         "nanosleep" => Ok(Op::Yield),
-        "setmaxnreg" => Ok(Op::AlignedNothing),
+        "setmaxnreg" if o.len() == 1 => Ok(Op::Registers(n.has("inc"), immediate(&o[0])? as u32)),
         "bar" | "barrier" => barrier(k, &n, o),
         "activemask" => arity(1).and_then(|()| Ok(Op::ActiveMask(k.r(&o[0])?))),
         "elect" => match (o, o.first()) {

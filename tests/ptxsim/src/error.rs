@@ -78,6 +78,13 @@ pub enum Fault {
         /// The other one.
         with: String,
     },
+    /// A bulk copy or wgmma touches a byte of shared memory that a warp wrote with no `fence.proxy.async` since.
+    ProxyFence {
+        /// The byte.
+        offset: u64,
+        /// Who wrote it.
+        warp: usize,
+    },
     /// Two blocks of a launch touch a byte of global memory and one of them writes.
     GlobalRace {
         /// The byte, from the start of its buffer.
@@ -125,6 +132,9 @@ impl fmt::Display for Fault {
             Fault::Misaligned { address, bytes } => write!(f, "misaligned: {address:#x} is no multiple of {bytes}"),
             Fault::Unwritten { what, offset } => write!(f, "reads byte {offset} of {what}, which nothing wrote"),
             Fault::SharedRace { offset, with } => write!(f, "race: byte {offset} of shared memory with {with}"),
+            Fault::ProxyFence { offset, warp } => {
+                write!(f, "byte {offset} of shared memory, which warp {warp} wrote with no fence.proxy.async since")
+            }
             Fault::GlobalRace { offset, with } => write!(f, "race: byte {offset} of a buffer with {with}"),
             Fault::Divergent { here, needed } => {
                 write!(f, "reached by lanes {here:#010x} of a warp, but {needed:#010x} have to take part")

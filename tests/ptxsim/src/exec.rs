@@ -323,6 +323,8 @@ impl Cta<'_> {
             }
             Op::BulkWait(keep) if m != 0 => return self.bulk_wait(w, *keep as usize).map(Some),
             Op::MBarrier(b) => return self.mbarrier(w, pc, b, m).map(Some),
+            Op::Registers(more, n) if m != 0 => return self.set_registers(w, *more, *n).map(Some),
+            Op::ProxyFence if m != 0 => self.worker.shared.fence_proxy(w, &mut warp.clock),
             Op::Yield => return Ok(Some(Next::Yield)),
             _ => {}
         }
@@ -338,13 +340,27 @@ impl Cta<'_> {
         };
         match op {
             Op::LdMatrix(..) | Op::StMatrix(..) | Op::MovMatrix(..) | Op::Mma(_) | Op::Wgmma(_) => Some(!0),
-            Op::WgmmaCommit | Op::WgmmaWait(_) | Op::AlignedNothing => Some(!0),
+            Op::WgmmaCommit | Op::WgmmaWait(_) | Op::Registers(..) | Op::AlignedNothing => Some(!0),
             Op::Barrier(..) => Some(warp.alive),
             Op::SyncWarp(r) | Op::ElectSync(_, _, r) | Op::Vote(_, _, _, r) => members(*r),
             Op::MatchAny(_, _, r) | Op::MatchAll(_, _, _, r) | Op::Redux(_, _, _, _, r) => members(*r),
             Op::Shfl(s) => members(s.members),
             _ => None,
         }
+    }
+
+    /// More registers come from what other warps of the block gave up: there are as many as at its start.
+    fn set_registers(&mut self, w: usize, more: bool, n: u32) -> Result<Next, Fault> {
+        if !(24..=256).contains(&n) || !n.is_multiple_of(8) {
+            return Err(Fault::Barrier(format!("a thread cannot have {n} registers")));
+        }
+        let others: u32 = self.warps.iter().enumerate().map(|(i, x)| if i == w { 0 } else { x.registers }).sum();
+        if more && others + n > self.warps.len() as u32 * self.k.registers() {
+            return Ok(Next::Retry);
+        }
+        self.warps[w].registers = n;
+        self.events += 1;
+        Ok(Next::Go)
     }
 
     fn branch_indexed(&mut self, w: usize, at: usize, m: u32, index: R, targets: &[u32]) -> Result<(), Fault> {

@@ -398,8 +398,12 @@ pub(crate) enum Op {
     BulkCommit,
     BulkWait(u32),
     MBarrier(Box<MBarrier>),
-    /// Must be reached by whole warps, and does nothing here (`setmaxnreg`, `wgmma.fence`).
+    /// `setmaxnreg`: whether a warp waits for more registers, and how many a thread then has.
+    Registers(bool, u32),
+    /// Must be reached by whole warps, and does nothing here (`wgmma.fence`).
     AlignedNothing,
+    /// What was written to shared memory becomes known to bulk copies and wgmma.
+    ProxyFence,
     /// Lets others go first (`nanosleep`).
     Yield,
     Nothing,

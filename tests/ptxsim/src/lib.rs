@@ -2,12 +2,12 @@
 //!
 //! Beyond the result of a kernel, every launch finds: accesses outside of a buffer or of shared memory, misaligned ones,
 //! reads of bytes that nothing wrote, warps of a block that race for shared memory, blocks of a grid that race for global
-//! memory, instructions for whole warps that part of one reaches, deadlocks, integer divisions by zero, atomics of floats,
-//! and wrong use of barriers. Asynchronous copies and wgmma complete as late as they may, so that a missing wait is an
+//! memory, missing proxy fences, instructions for whole warps that part of one reaches, deadlocks, integer divisions by zero,
+//! atomics of floats, and wrong use of barriers. Asynchronous copies and wgmma complete as late as they may, so that a missing wait is an
 //! error and not luck. [`Options::seed`] makes random schedules.
 //!
-//! It cannot find what only hardware has: speed, weak memory ordering, missing proxy fences, the order in which tensor
-//! cores add, bugs of the assembler, limits of registers.
+//! It cannot find what only hardware has: speed, weak memory ordering, the order in which tensor cores add, bugs of the
+//! assembler, limits of registers.
 //!
 //! ```
 //! use ptxsim::{Machine, Module, Options, Params};

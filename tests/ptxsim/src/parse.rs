@@ -73,6 +73,15 @@ pub(crate) struct Kernel {
     pub(crate) dynamic_align: usize,
     pub(crate) local: usize,
     pub(crate) max_threads: u32,
+    /// Blocks that are to have room on a multiprocessor.
+    pub(crate) min_blocks: u32,
+}
+
+impl Kernel {
+    /// Registers that a thread begins with, where the kernel's bounds decide: all that there are.
+    pub(crate) fn registers(&self) -> u32 {
+        65536 / (self.max_threads * self.min_blocks).max(256) / 8 * 8
+    }
 }
 
 /// What an operand can be before its instruction says what it must be.
@@ -257,6 +266,7 @@ impl<'a> Parser<'a> {
             dynamic_align: dynamic.iter().map(|(_, align)| *align).max().unwrap_or(1).max(16),
             local: 0,
             max_threads: 1024,
+            min_blocks: 1,
         };
         Parser {
             names,
@@ -286,6 +296,10 @@ impl<'a> Parser<'a> {
                 let numbers = t.split('.').next().unwrap_or_default().split(',');
                 self.kernel.max_threads = numbers.filter_map(|x| x.trim().parse::<u32>().ok()).product();
             }
+        }
+        if let Some(t) = tail.split(".minnctapersm").nth(1) {
+            let number = t.split('.').next().unwrap_or_default().trim();
+            self.kernel.min_blocks = number.parse().map_err(|_| "a number of blocks is needed")?;
         }
         for p in split(list) {
             let v = Variable::parse(p)?;

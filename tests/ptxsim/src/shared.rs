@@ -44,6 +44,10 @@ pub(crate) struct Shared {
     write_epoch: Vec<u32>,
     read_epoch: Vec<u32>,
     epoch: u32,
+    /// Clock of every warp at its last `fence.proxy.async`.
+    fenced: Vec<u32>,
+    /// Words that a warp wrote itself since a bulk copy last brought them.
+    own: Vec<bool>,
     /// Bytes that an asynchronous copy brought: the clock entry and value that say that it has been waited for.
     copies: Vec<u32>,
     /// Clock at which this block began; all earlier ones belong to other blocks.
@@ -64,6 +68,8 @@ impl Shared {
                 write_epoch: vec![0; words],
                 read_epoch: vec![0; words],
                 epoch: 1,
+                fenced: vec![0; warps],
+                own: vec![false; words],
                 copies: vec![0; words],
                 base: 0,
             };
@@ -71,6 +77,8 @@ impl Shared {
             self.data.fill(0xcd);
             self.init.fill(0);
             self.copies.fill(0);
+            self.fenced.fill(last);
+            self.own.fill(false);
             self.base = last;
             self.epoch += 1;
         }
@@ -204,9 +212,29 @@ impl Shared {
             self.read_epoch[words].fill(self.epoch);
         } else {
             self.write_epoch[words.clone()].fill(self.epoch);
+            self.own[words.clone()].fill(true);
             self.init[words.clone()].iter_mut().for_each(|i| *i |= mask as u8);
             self.copies[words].iter_mut().for_each(|c| *c &= !mask);
         }
+    }
+
+    /// Warp `w`, whose clock is `clock`, has made what it wrote so far known to the asynchronous proxy.
+    pub(crate) fn fence_proxy(&mut self, w: usize, clock: &mut Clock) {
+        self.fenced[w] = clock[w];
+        // What it writes from now on is later than that.
+        clock[w] += 1;
+    }
+
+    /// Checks that bulk copies and wgmma may touch bytes: who wrote them last by itself has fenced since.
+    pub(crate) fn by_proxy(&self, at: usize, bytes: usize) -> Result<(), Fault> {
+        for word in (at / 4..(at + bytes).div_ceil(4)).filter(|word| self.own[*word]) {
+            for (warp, fenced) in self.fenced.iter().enumerate() {
+                if self.writes[warp * self.init.len() + word] >> 5 > *fenced {
+                    return Err(Fault::ProxyFence { offset: word as u64 * 4, warp });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Marks bytes as holding nothing until a copy that was just started brings them.
@@ -220,14 +248,16 @@ impl Shared {
         }
     }
 
-    /// Checks that a copy started with `clock` may overwrite bytes.
-    pub(crate) fn check_copy(&self, clock: &[u32], at: usize, bytes: usize) -> Result<(), Fault> {
+    /// Checks that a bulk copy started with `clock` may read or overwrite bytes.
+    pub(crate) fn check_copy(&self, clock: &[u32], at: usize, bytes: usize, kind: Kind) -> Result<(), Fault> {
         // No warp's own accesses are exempt but those that it made before it started the copy.
-        self.order(usize::MAX, clock, at / 4..(at + bytes).div_ceil(4), 15, Kind::Write)
+        self.order(usize::MAX, clock, at / 4..(at + bytes).div_ceil(4), 15, kind)?;
+        self.by_proxy(at, bytes)
     }
 
     /// Bytes of an asynchronous copy arrive; `entry` of a clock reaching `phase` says that it was waited for.
     pub(crate) fn deliver(&mut self, at: usize, data: &[u8], entry: usize, phase: u32) {
+        self.own[at / 4..(at + data.len()).div_ceil(4)].fill(false);
         self.data[at..at + data.len()].copy_from_slice(data);
         if at.is_multiple_of(4) && data.len().is_multiple_of(4) {
             self.init[at / 4..(at + data.len()) / 4].fill(15);

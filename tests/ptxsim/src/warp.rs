@@ -43,6 +43,8 @@ pub(crate) struct Warp {
     pub(crate) groups: Vec<Group>,
     pub(crate) alive: u32,
     pub(crate) instructions: u64,
+    /// Registers of a thread.
+    pub(crate) registers: u32,
     pub(crate) local: Vec<u8>,
     pub(crate) local_init: Vec<bool>,
     pub(crate) clock: Clock,
@@ -75,6 +77,7 @@ impl Warp {
             groups: vec![Group { pc: 0, mask: alive, state: State::Run }],
             alive,
             instructions: 0,
+            registers: k.registers(),
             local: vec![0xcd; 32 * k.local],
             local_init: vec![false; 32 * k.local],
             clock,

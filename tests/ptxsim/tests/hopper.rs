@@ -227,8 +227,30 @@ fn boxes_with_faults() {
             .contains("multiple of 128")
     );
     assert!(edit("[%r2], [%w2, {%r6, %r7}]", "[%r2], [%w2, {%r6}]").contains("tensor map"));
+    assert!(edit("fence.proxy.async.shared::cta;\n", "").contains("no fence.proxy.async"));
+    assert!(
+        edit("cvta.param.u64 %w2, %w1;", "cvta.param.u64 %w2, %w1;\nadd.s64 %w2, %w2, 32;").contains("multiple of 64")
+    );
     // Without the barrier the box leaves before other warps have doubled it.
-    assert!(edit("fence.proxy.async.shared::cta;\nbar.sync 0;", "").contains("race"));
+    assert!(edit("fence.proxy.async.shared::cta;\nbar.sync 0;", "fence.proxy.async.shared::cta;").contains("race"));
+}
+
+/// Two warps share what they begin with, 168 a thread.
+#[test]
+fn registers_are_given_up_before_they_are_taken() {
+    let run = |few: u32, many: u32| {
+        let text = format!(
+            "{HEAD}.visible .entry k()\n.maxntid 384, 1, 1\n.minnctapersm 1\n{{\n.reg .b32 %r<4>;\n.reg .pred %p<2>;\n\
+             mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 bra L;\nsetmaxnreg.inc.sync.aligned.u32 {many};\nret;\nL:\n\
+             setmaxnreg.dec.sync.aligned.u32 {few};\nret;\n}}\n"
+        );
+        let module = Module::parse(&text).unwrap();
+        let options = Options::default();
+        Machine::new().launch(&module, "k", [1; 3], [64, 1, 1], 0, &[], &options).map_err(|e| e.to_string())
+    };
+    run(120, 216).unwrap();
+    assert!(run(128, 216).unwrap_err().contains("deadlock"));
+    assert!(run(120, 212).unwrap_err().contains("212 registers"));
 }
 
 #[test]

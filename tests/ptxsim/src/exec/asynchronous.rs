@@ -139,12 +139,15 @@ impl Cta<'_> {
             let to = match barrier {
                 Some(at) => {
                     for p in &pieces {
-                        self.worker.shared.check_copy(&clock, p.at, p.size)?;
+                        self.worker.shared.check_copy(&clock, p.at, p.size, Kind::Write)?;
                         self.worker.shared.in_flight(p.at, p.size);
                     }
                     To::Shared(at)
                 }
                 None => {
+                    for p in &pieces {
+                        self.worker.shared.check_copy(&clock, p.at, p.size, Kind::Read)?;
+                    }
                     self.warps[w].bulk_open += 1;
                     To::Global
                 }
@@ -155,9 +158,19 @@ impl Cta<'_> {
     }
 
     /// The pieces of the box that a tensor map and coordinates name, and the bytes of the whole box.
-    fn tensor_pieces(&self, w: usize, l: usize, b: &Bulk, shared: u64, map: u64) -> Result<(Vec<Piece>, usize), Fault> {
+    fn tensor_pieces(
+        &self,
+        w: usize,
+        l: usize,
+        b: &Bulk,
+        shared: u64,
+        map_at: u64,
+    ) -> Result<(Vec<Piece>, usize), Fault> {
+        if !offset(map_at).is_multiple_of(64) {
+            return Err(Fault::Misaligned { address: map_at, bytes: 64 });
+        }
         let refuse = |what: &str| Err(Fault::Descriptor(what.into()));
-        let handle = usize::try_from(offset(map)).ok().and_then(|at| self.launch.params.get(at..at + 16));
+        let handle = usize::try_from(offset(map_at)).ok().and_then(|at| self.launch.params.get(at..at + 16));
         let map = handle.and_then(TensorMap::index).and_then(|i| self.launch.machine.maps.get(i));
         let Some(map) = map else { return refuse("no tensor map at this address of the parameters") };
         if !shared.is_multiple_of(128) {
@@ -241,7 +254,7 @@ impl Cta<'_> {
                 let unknown = || Fault::Barrier("the copy reports to an mbarrier that nobody initialised".into());
                 let bar = self.mbars.get_mut(&barrier).ok_or_else(unknown)?;
                 for p in &f.pieces {
-                    self.worker.shared.check_copy(&f.clock, p.at, p.size)?;
+                    self.worker.shared.check_copy(&f.clock, p.at, p.size, Kind::Write)?;
                 }
                 for p in &f.pieces {
                     let piece = &mut data[..p.size];

@@ -289,6 +289,7 @@ impl Cta<'_> {
                     layout.k_major(o, i * per, size)
                 };
                 let at = self.worker.shared.access(w, &self.warps[w].clock, at as u64, 16, Kind::Read)?;
+                self.worker.shared.by_proxy(at, 16)?;
                 let bytes = &self.worker.shared.data[at..at + 16];
                 for (j, b) in bytes.chunks_exact(size).enumerate() {
                     let v = match kind {

@@ -1,0 +1,65 @@
+//! Convolution from boxes of tensors, `kernels/conv3d_tma.cuh`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::super::launch::{Files, MAP, TensorMap, module};
+use super::super::{BLOCK, Storage, padded};
+use super::{OP, Problem, THREADS, slabs};
+use crate::error::{Error, Result};
+
+static BF16: Files = Files::new(None, module!("conv3d_tma_bf16.sm90a.ptx"));
+static F16: Files = Files::new(None, module!("conv3d_tma_f16.sm90a.ptx"));
+
+/// Those that multiply, one warp that loads, three that normalise.
+pub(super) const BLOCK_THREADS: u32 = THREADS + 128;
+/// Bytes of the mbarriers: three for each of two bricks, two for each of nine columns of taps.
+const BARRIERS: usize = (3 * 2 + 2 * 9) * 8;
+/// Bytes of a voxel's or a filter's 16 channels.
+const ROW: usize = 2 * BLOCK;
+
+/// What stands behind the three maps in `Conv3dTmaParams`, which is aligned to 64.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct Params {
+    pub(super) params: super::Params,
+    pub(super) unused: [u32; 14],
+}
+
+/// Bytes of `Conv3dTmaParams`.
+pub(super) const PARAMS: usize = 3 * MAP + size_of::<Params>();
+
+pub(super) fn files(storage: Storage) -> &'static Files {
+    if storage == Storage::F16 { &F16 } else { &BF16 }
+}
+
+/// Dynamic shared memory of a block with so many planes and filters.
+pub(super) fn shared(planes: usize, filters: usize) -> usize {
+    let results = planes * 64 * filters * 2;
+    (2 * (planes + 2) * 100 * ROW + 27 * filters * ROW + BARRIERS).max(results)
+}
+
+/// Of the first source, of the second or again the first, and of the filters.
+///
+/// # Errors
+/// [`Error::Shape`] for an address that no box can begin at.
+pub(super) fn maps(p: &Problem<'_>, planes: usize, filters: usize) -> Result<[TensorMap; 3]> {
+    let source = |i: usize| {
+        let s = p.sources.get(i).unwrap_or(&p.sources[0]);
+        let [d, h, w] = s.space;
+        TensorMap {
+            address: s.data.address,
+            sizes: [padded(s.channels), w, h, d, p.batch],
+            tile: [BLOCK as u32, 10, 10, planes as u32 + 2, 1],
+        }
+    };
+    let weight = TensorMap {
+        address: p.weight.address,
+        sizes: [BLOCK, padded(p.filters), 9, 3 * slabs(p), 1],
+        tile: [BLOCK as u32, filters as u32, 1, 3, 1],
+    };
+    let maps = [source(0), source(1), weight];
+    match maps.iter().find(|m| !m.address.is_multiple_of(16)) {
+        Some(m) => Err(Error::shape(OP, format!("a tensor at {:#x}, expected a multiple of 16", m.address))),
+        None => Ok(maps),
+    }
+}
