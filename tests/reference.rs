@@ -2,8 +2,9 @@
 //! product; proved against finite differences and against the reference data.
 
 mod conv;
-mod golden;
+pub mod golden;
 mod gradients;
+pub mod kinks;
 pub mod loss;
 pub mod net;
 mod ops;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::loss::Dice;
 use super::net::Pass;
 use super::sgd::{Sgd, clip, poly_lr};
-use super::tape::{Array, Gradients, Tape, sum};
+use super::tape::{Array, Gradients, Tape, Var, sum};
 use crate::common::golden_train::{self, GoldenLoss, GoldenTrain, NETWORKS};
 
 /// Rounding to float32 moves each number by at most 2^-24 of itself; the rest is for float64 on both sides.
@@ -13,7 +13,7 @@ const ROUNDED: f64 = 2e-7;
 /// Losses are stored as they were computed.
 const EXACT: f64 = 1e-12;
 
-fn norm(x: impl IntoIterator<Item = f64>) -> f64 {
+pub fn norm(x: impl IntoIterator<Item = f64>) -> f64 {
     sum(x.into_iter().map(|v| v * v)).sqrt()
 }
 
@@ -35,10 +35,42 @@ fn equal(what: &str, got: f64, truth: f64) {
 }
 
 /// Sizes of an array of up to five axes: one number per channel is `[C]` in a file.
-fn array(a: &golden_train::Array<f32>) -> Array {
+pub fn array(a: &golden_train::Array<f32>) -> Array {
     let mut dims = [1; 5];
     dims[..a.shape.len()].copy_from_slice(&a.shape);
     Array::new(dims, a.to_f64())
+}
+
+/// Forward pass and loss of a step.
+pub struct Forward {
+    pub tape: Tape,
+    pub pass: Pass,
+    pub loss: Var,
+}
+
+impl Forward {
+    /// Of step `step` with these parameters instead of its own.
+    pub fn run(golden: &GoldenTrain, step: usize, parameters: &BTreeMap<String, Array>) -> Self {
+        let (s, targets, mut tape) = (&golden.settings, &golden.targets[step], Tape::default());
+        let pass = Pass::run(&mut tape, s.kind, &s.strides, parameters, array(&golden.inputs[step]));
+        assert_eq!(pass.outputs.len(), targets.len(), "{}: outputs", golden.name);
+        let dice = Dice { batch: s.batch_dice, background: s.do_bg, smooth: s.dice_smooth };
+        let pairs = pass.outputs.iter().zip(targets);
+        let losses: Vec<_> = pairs.map(|(y, t)| tape.dice_ce(*y, &t.values, dice, None)).collect();
+        let loss = tape.weighted_sum(&losses, &s.ds_weights);
+        Self { tape, pass, loss }
+    }
+
+    /// The loss.
+    pub fn value(&self) -> f64 {
+        self.tape.value(self.loss).values[0]
+    }
+
+    /// Those by the parameters that the loss reaches.
+    pub fn by_parameter(&self, all: &Gradients) -> BTreeMap<String, Vec<f64>> {
+        let of = |(n, v): (&String, &Var)| all.of(*v).map(|g| (n.clone(), g.to_vec()));
+        self.pass.parameters.iter().filter_map(of).collect()
+    }
 }
 
 /// Gradients of the first step; those of biases that a norm takes away again against what rounding leaves of them.
@@ -71,25 +103,19 @@ fn train(k: usize) {
     let (s, name) = (&golden.settings, &golden.name);
     let mut parameters: BTreeMap<String, Array> = golden.before.iter().map(|(n, a)| (n.clone(), array(a))).collect();
     let mut sgd = Sgd::new(s.weight_decay, s.momentum, s.nesterov);
-    let dice = Dice { batch: s.batch_dice, background: s.do_bg, smooth: s.dice_smooth };
     for (i, step) in golden.steps.iter().enumerate() {
-        let mut tape = Tape::default();
-        let pass = Pass::run(&mut tape, s.kind, &s.strides, &parameters, array(&golden.inputs[i]));
-        assert_eq!(pass.outputs.len(), golden.targets[i].len(), "{name}: outputs");
-        let pairs = pass.outputs.iter().zip(&golden.targets[i]);
-        let losses: Vec<_> = pairs.map(|(y, t)| tape.dice_ce(*y, &t.values, dice, None)).collect();
-        let loss = tape.weighted_sum(&losses, &s.ds_weights);
-        equal(&format!("{name}: loss {i}"), tape.value(loss).values[0], step.loss);
+        let forward = Forward::run(&golden, i, &parameters);
+        equal(&format!("{name}: loss {i}"), forward.value(), step.loss);
 
-        let all = tape.backward(loss);
-        let of = |(n, v): (&String, &_)| all.of(*v).map(|g| (n.clone(), g.to_vec()));
-        let mut gradients: BTreeMap<_, _> = pass.parameters.iter().filter_map(of).collect();
+        let all = forward.tape.backward(forward.loss);
+        let mut gradients = forward.by_parameter(&all);
+        let Forward { tape, pass, .. } = &forward;
         if i == 0 {
             for (k, (y, truth)) in pass.outputs.iter().zip(&golden.outputs).enumerate() {
                 assert_eq!(tape.value(*y).dims, truth.shape[..], "{name}: output {k}");
                 near(&format!("{name}: output {k}"), &tape.value(*y).values, &truth.values);
             }
-            check_gradients(&golden, &tape, &pass, &all, &gradients);
+            check_gradients(&golden, tape, pass, &all, &gradients);
         }
         equal(&format!("{name}: gradient norm {i}"), clip(&mut gradients, s.clip), step.grad_norm);
         let lr = poly_lr(golden.steps[0].lr, step.epoch, 1000);

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::tape::{Array, Tape, Var};
 use crate::common::golden_train::Kind;
 
-const SLOPE: f64 = 0.01;
+/// Of leaky ReLU below zero.
+pub const SLOPE: f64 = 0.01;
 const ONE: [usize; 3] = [1, 1, 1];
 
 /// An instance norm right behind a convolution with a bias: the bias has no effect.
@@ -20,6 +21,18 @@ pub struct Cancelled {
     pub y: Var,
 }
 
+/// A leaky ReLU.
+#[derive(Debug, Clone)]
+pub struct Kinks {
+    /// Name of the norm before it, in a residual block the last one before the sum.
+    pub norm: String,
+    /// The first result between that norm's input and the leaky ReLU: that of the convolution before the norm.
+    pub first: Var,
+    pub x: Var,
+    /// Its gradient is kept.
+    pub y: Var,
+}
+
 /// One pass of a network.
 #[derive(Debug)]
 pub struct Pass {
@@ -28,6 +41,8 @@ pub struct Pass {
     /// Where the parameters are on the tape.
     pub parameters: BTreeMap<String, Var>,
     pub cancelled: Vec<Cancelled>,
+    /// In the order of their computation.
+    pub kinks: Vec<Kinks>,
 }
 
 impl Pass {
@@ -41,7 +56,7 @@ impl Pass {
     ) -> Self {
         let parameters = parameters.iter().map(|(n, p)| (n.clone(), tape.parameter(p.clone()))).collect();
         let x = tape.constant(x);
-        let mut net = Net { tape, parameters, cancelled: Vec::new() };
+        let mut net = Net { tape, parameters, cancelled: Vec::new(), kinks: Vec::new() };
         let outputs = match kind {
             Kind::StuNet => net.stunet(strides, x),
             Kind::Plain => net.unet(strides, x, Net::plain_stage),
@@ -50,7 +65,7 @@ impl Pass {
                 net.unet(strides, x, Net::residual_stage)
             }
         };
-        Self { outputs, parameters: net.parameters, cancelled: net.cancelled }
+        Self { outputs, parameters: net.parameters, cancelled: net.cancelled, kinks: net.kinks }
     }
 }
 
@@ -58,6 +73,16 @@ struct Net<'t> {
     tape: &'t mut Tape,
     parameters: BTreeMap<String, Var>,
     cancelled: Vec<Cancelled>,
+    kinks: Vec<Kinks>,
+}
+
+/// A norm's result.
+#[derive(Clone)]
+struct Normed {
+    y: Var,
+    norm: String,
+    /// What the convolution before the norm gives.
+    first: Var,
 }
 
 impl Net<'_> {
@@ -82,7 +107,8 @@ impl Net<'_> {
         self.add_bias(name, y)
     }
 
-    fn conv_norm(&mut self, conv: &str, norm: &str, x: Var, stride: [usize; 3]) -> Var {
+    fn conv_norm(&mut self, conv: &str, norm: String, x: Var, stride: [usize; 3]) -> Normed {
+        let first = self.tape.next();
         let x = self.conv(conv, x, stride);
         let (gain, shift) = (self.get(&format!("{norm}.weight")), self.get(&format!("{norm}.bias")));
         let y = self.tape.instance_norm(x, gain, shift);
@@ -91,22 +117,30 @@ impl Net<'_> {
             self.tape.keep(y);
             self.cancelled.push(Cancelled { bias, x, gain, y });
         }
+        Normed { y, norm, first }
+    }
+
+    fn relu(&mut self, Normed { y: x, norm, first }: Normed) -> Var {
+        let y = self.tape.leaky_relu(x, SLOPE);
+        self.tape.keep(y);
+        self.kinks.push(Kinks { norm, first, x, y });
         y
     }
 
-    fn relu(&mut self, x: Var) -> Var {
-        self.tape.leaky_relu(x, SLOPE)
+    /// Of the sum with a block's shortcut.
+    fn add_relu(&mut self, y: Normed, shortcut: Var) -> Var {
+        let sum = self.tape.add(y.y, shortcut);
+        self.relu(Normed { y: sum, ..y })
     }
 
     /// STU-Net's block: two convolutions, and a shortcut that is a convolution where the file has one.
     fn stunet_block(&mut self, name: &str, x: Var, stride: [usize; 3]) -> Var {
         let at = |part: &str| format!("{name}.{part}");
-        let y = self.conv_norm(&at("conv1"), &at("norm1"), x, stride);
+        let y = self.conv_norm(&at("conv1"), at("norm1"), x, stride);
         let y = self.relu(y);
-        let y = self.conv_norm(&at("conv2"), &at("norm2"), y, ONE);
+        let y = self.conv_norm(&at("conv2"), at("norm2"), y, ONE);
         let shortcut = if self.has(&at("conv3.weight")) { self.conv(&at("conv3"), x, stride) } else { x };
-        let sum = self.tape.add(y, shortcut);
-        self.relu(sum)
+        self.add_relu(y, shortcut)
     }
 
     fn stunet_stage(&mut self, name: &str, x: Var, stride: [usize; 3]) -> Var {
@@ -140,7 +174,7 @@ impl Net<'_> {
     }
 
     fn conv_norm_relu(&mut self, name: &str, x: Var, stride: [usize; 3]) -> Var {
-        let y = self.conv_norm(&format!("{name}.conv"), &format!("{name}.norm"), x, stride);
+        let y = self.conv_norm(&format!("{name}.conv"), format!("{name}.norm"), x, stride);
         self.relu(y)
     }
 
@@ -164,16 +198,14 @@ impl Net<'_> {
     /// where it changes the channels.
     fn residual_block(&mut self, name: &str, x: Var, stride: [usize; 3]) -> Var {
         let y = self.conv_norm_relu(&format!("{name}.conv1"), x, stride);
-        let y = self.conv_norm(&format!("{name}.conv2.conv"), &format!("{name}.conv2.norm"), y, ONE);
+        let y = self.conv_norm(&format!("{name}.conv2.conv"), format!("{name}.conv2.norm"), y, ONE);
         let pooled = stride != ONE;
         let mut shortcut = if pooled { self.tape.avg_pool(x, stride) } else { x };
         let projection = format!("{name}.skip.{}", usize::from(pooled));
         if self.has(&format!("{projection}.conv.weight")) {
-            let (conv, norm) = (format!("{projection}.conv"), format!("{projection}.norm"));
-            shortcut = self.conv_norm(&conv, &norm, shortcut, ONE);
+            shortcut = self.conv_norm(&format!("{projection}.conv"), format!("{projection}.norm"), shortcut, ONE).y;
         }
-        let sum = self.tape.add(y, shortcut);
-        self.relu(sum)
+        self.add_relu(y, shortcut)
     }
 
     fn residual_stage(&mut self, name: &str, x: Var, stride: [usize; 3]) -> Var {

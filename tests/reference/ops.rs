@@ -111,9 +111,15 @@ impl Tape {
     pub fn leaky_relu(&mut self, x: Var, slope: f64) -> Var {
         let mut y = self.value(x).clone();
         y.values.iter_mut().filter(|y| **y <= 0.0).for_each(|y| *y *= slope);
+        let this = self.next();
         self.result(y, &[x], move |tape, dy, gradients| {
-            let x_dy = || tape.value(x).values.iter().zip(dy);
-            gradients.add(x, || x_dy().map(|(x, dy)| if *x > 0.0 { *dy } else { slope * dy }).collect());
+            gradients.add(x, || {
+                let x = &tape.value(x).values;
+                let mut dx: Vec<f64> =
+                    x.iter().zip(dy).map(|(x, dy)| if *x > 0.0 { *dy } else { slope * dy }).collect();
+                tape.turned(this).for_each(|i| dx[i] = if x[i] > 0.0 { slope * dy[i] } else { dy[i] });
+                dx
+            });
         })
     }
 

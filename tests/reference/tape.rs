@@ -1,5 +1,7 @@
 //! Reverse-mode differentiation of plain f64 arrays.
 
+use std::collections::BTreeSet;
+
 /// A dense array `[N, C, D, H, W]`; filters are `[Co, Ci, KD, KH, KW]`, one number per channel is `[C, 1, 1, 1, 1]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Array {
@@ -53,7 +55,7 @@ pub fn sum(terms: impl IntoIterator<Item = f64>) -> f64 {
 }
 
 /// A value on a tape.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Var(usize);
 
 /// From the gradient of the loss by an operation's result to the gradients by its inputs.
@@ -72,6 +74,8 @@ struct Node {
 #[derive(Default)]
 pub struct Tape {
     nodes: Vec<Node>,
+    /// Voxels of leaky ReLUs' results whose gradient goes back by the slope of the kink's other side.
+    turned: BTreeSet<(Var, usize)>,
 }
 
 impl Tape {
@@ -105,13 +109,36 @@ impl Tape {
         &self.nodes[v.0].value
     }
 
+    /// The value that the next operation gives.
+    pub fn next(&self) -> Var {
+        Var(self.nodes.len())
+    }
+
+    /// Lets the gradient of `y`, a leaky ReLU's result, go back at `voxel` by the slope of the kink's other side. Values
+    /// stay: across the kink they differ by no more than the voxel is away from it.
+    pub fn turn(&mut self, y: Var, voxel: usize) {
+        assert!(self.turned.insert((y, voxel)), "turned twice");
+    }
+
+    /// Those of [`Tape::turn`].
+    pub fn turned(&self, y: Var) -> impl Iterator<Item = usize> {
+        self.turned.range((y, 0)..=(y, usize::MAX)).map(|(_, voxel)| *voxel)
+    }
+
     /// Gradients of the scalar `loss` by all parameters and kept values that it depends on.
     pub fn backward(&self, loss: Var) -> Gradients {
         assert_eq!(self.value(loss).dims, [1; 5], "a loss is one number");
-        let wanted = self.nodes.iter().map(|n| n.wanted).collect();
+        self.backward_between(loss, vec![1.0], Var(0))
+    }
+
+    /// From the gradient `dy` of a loss by `y` to those by the parameters and kept values of all operations from `y` back
+    /// to the one that gave `first`.
+    pub fn backward_between(&self, y: Var, dy: Vec<f64>, first: Var) -> Gradients {
+        let wanted = |(i, n): (usize, &Node)| n.wanted && (i >= first.0 || n.backward.is_none());
+        let wanted = self.nodes.iter().enumerate().map(wanted).collect();
         let mut gradients = Gradients { wanted, values: vec![None; self.nodes.len()] };
-        gradients.values[loss.0] = Some(vec![1.0]);
-        for (i, node) in self.nodes.iter().enumerate().take(loss.0 + 1).rev() {
+        gradients.values[y.0] = Some(dy);
+        for (i, node) in self.nodes.iter().enumerate().take(y.0 + 1).skip(first.0).rev() {
             let Some(backward) = &node.backward else { continue };
             let Some(dy) = gradients.values[i].take() else { continue };
             backward(self, &dy, &mut gradients);
