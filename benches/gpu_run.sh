@@ -109,7 +109,7 @@ check() {
     step 60 predict "$here/bin/stunet" bench predict --device cuda --model small --patch 64 --shape 80 96 128 --tta --runs 1
     if command -v compute-sanitizer > /dev/null; then
         # Tens of times slower: of each family the smallest. Reads of what nothing wrote are found without: it is no number.
-        local tool small="batch_in_f16 in_parts repeated one_voxel residual first transpose3d tensor in_place equal_scores window probe_products"
+        local tool small="batch_in_f16 in_parts repeated one_voxel residual first transpose3d tensor in_place equal_scores window aggregate_scores probe_products"
         for tool in memcheck racecheck synccheck; do
             step 120 "$tool" env STUNET_GPU_TESTS="$small" \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "${run[@]}"

@@ -215,7 +215,7 @@ report() {
                 head -n 1 "$tmp/log"
                 continue
             fi
-            # C75xx: wgmma is serialised, or setmaxnreg is ignored. Right, but slow.
+            # C75xx: wgmma is serialised, which is slow, or setmaxnreg is ignored, which may be worse.
             if grep -E 'C75[0-9][0-9]|serialized|setmaxnreg.*ignored' "$tmp/log"; then rc=1; fi
             "$nvdisasm" -c "$tmp/cubin" > "$tmp/sass"
             while read -r name registers spill shared; do

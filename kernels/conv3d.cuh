@@ -9,7 +9,7 @@
 // Where there are too few bricks to keep a card busy, the grid's second dimension cuts channels and planes of taps into
 // parts, each of which leaves its sums in memory.
 #pragma once
-#include "common.cuh"
+#include "wgmma.cuh"
 
 struct Conv3dParams {
     Source a, b;
@@ -318,10 +318,6 @@ struct Brick {
             }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    }
-    // K-major rows of 32 bytes, swizzled; `far` bytes from 8 rows to the next 8.
-    static __device__ __forceinline__ u64 group_operand(u32 address, u32 far) {
-        return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | (u64)(far >> 4) << 32 | 3ull << 62;
     }
 
     __device__ __forceinline__ void run(unsigned char* shared) const {

@@ -6,22 +6,17 @@
 // not document this; the host side tries it on every card before it is used.
 #include "conv3d.cuh"
 
-#define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define D32(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3), D4(j + 4), D4(j + 5), D4(j + 6), D4(j + 7)
-#define R64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R128 R64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-
 // 64 voxels by 64 or 128 filters by 16 channels, added to what is there.
 #define GROUP_OF(NAME, BASE, TYPE)                                                                                       \
     struct NAME : BASE {                                                                                                 \
         static __device__ __forceinline__ void multiply_group(float (&d)[8][4], u64 a, u64 b) {                          \
             asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                                \
-                         R64                                                                                             \
+                         R32                                                                                             \
                          "}, %32, %33, 1, 1, 1, 0, 0;" : D32(0) : "l"(a), "l"(b));                                       \
         }                                                                                                                \
         static __device__ __forceinline__ void multiply_group(float (&d)[16][4], u64 a, u64 b) {                         \
             asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                               \
-                         R128                                                                                            \
+                         R64                                                                                             \
                          "}, %64, %65, 1, 1, 1, 0, 0;" : D32(0), D32(8) : "l"(a), "l"(b));                               \
         }                                                                                                                \
     };

@@ -46,13 +46,6 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barri
                  ::"r"(to), "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e) : "memory");
 }
 
-#define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
-#define D32(j) D16(j), D16(j + 4)
-#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-
 // 64 voxels by 32, 64 or 128 filters by 16 channels, added to what is there.
 #define TMA_OF(NAME, BASE, TYPE)                                                                                         \
     struct NAME : BASE {                                                                                                 \
@@ -156,11 +149,6 @@ struct Boxes {
         }
     }
 
-    // K-major rows of 32 bytes, swizzled, 256 bytes from 8 filters to the next 8.
-    static __device__ __forceinline__ u64 operand(u32 address) {
-        return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | (u64)(8 * ROW >> 4) << 32 | 3ull << 62;
-    }
-
     __device__ __forceinline__ void multiply(float (&acc)[MI][NI][4]) const {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane & 15;
         const int row = (warp >> 2) * MI * PLANE_ROWS + ((warp & 3) * 2 + (r >> 3)) * SIDE + (r & 7);
@@ -181,7 +169,7 @@ struct Boxes {
                 #pragma unroll
                 for (int z = 0; z < 3; ++z)
                     #pragma unroll
-                    for (int m = 0; m < MI; ++m) T::multiply(acc[m], a[c & 1][m + z], operand(weights + c * COLUMN + z * N * ROW));
+                    for (int m = 0; m < MI; ++m) T::multiply(acc[m], a[c & 1][m + z], group_operand(weights + c * COLUMN + z * N * ROW, 8 * ROW));
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 if (c > 0) {
                     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");

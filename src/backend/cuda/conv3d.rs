@@ -252,6 +252,11 @@ impl Variant {
         3 * self.warps * self.filters * 4
     }
 
+    /// Counts on what only a card can confirm.
+    fn on_trial(&self) -> bool {
+        matches!(self.kind, Kind::GroupBrick(_) | Kind::Boxes(_))
+    }
+
     /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
     /// there is more than one and room.
     fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
@@ -289,8 +294,9 @@ pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'s
     fit.filter(|v| trial::passes(driver, v, p.storage).unwrap_or(false)).map(|v| v.name).collect()
 }
 
-/// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`. As
-/// [`variants`] it may try some on the card, which takes memory for a moment.
+/// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`. One
+/// that a card has to confirm is taken by name only, and as by [`variants`] tried on the card first, which takes memory for
+/// a moment.
 ///
 /// # Errors
 /// As [`run`]; [`Error::Unsupported`] when nothing fits the wish; [`Error::OutOfMemory`].
@@ -299,7 +305,9 @@ pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>
     let multiprocessors = driver.multiprocessors().max(1);
     let mut fit = Vec::new();
     for v in &VARIANTS {
-        let asked = wish.variant.is_none_or(|n| n == v.name) && v.supports(p, measured, driver);
+        // A kernel that waits for what never comes would not end, trial or not: until a card has run them, those on trial are
+        // for whoever asks by name.
+        let asked = wish.variant.map_or(!v.on_trial(), |n| n == v.name) && v.supports(p, measured, driver);
         if asked && trial::passes(driver, v, p.storage)? {
             fit.push(v);
         }
@@ -432,7 +440,7 @@ fn pointwise(driver: &dyn Driver, p: &Problem<'_>, v: &Variant, out: [usize; 3])
     params.space = ints(OP, out)?;
     params.stride = ints(OP, p.stride)?;
     let rows = voxels(OP, p.batch, out)?;
-    int(OP, rows)?;
+    int(OP, rows + gemm::ROWS)?;
     let values = rows * padded(p.filters);
     params.out = p.out.at_least(values * p.storage.bytes(), OP, "the result")?;
     let launch = Launch::line(v.blocks(p, out).0, THREADS, 0)?;

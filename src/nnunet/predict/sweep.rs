@@ -53,6 +53,8 @@ pub(crate) struct SweepPlan {
     pub(crate) strict: bool,
     /// Sums are kept where the networks run, not with the processor.
     pub(crate) sums_on_card: bool,
+    /// How the processor would aggregate.
+    on_host: Gather,
     folds: usize,
     features: usize,
     classes: usize,
@@ -81,6 +83,7 @@ impl SweepPlan {
             gaussian: true,
             strict: false,
             sums_on_card: false,
+            on_host: Gather::Features,
             folds: nets.len(),
             features: first.head_features().next_multiple_of(BLOCK),
             classes: first.classes(),
@@ -149,8 +152,33 @@ impl SweepPlan {
         let can = |g: &Gather| *g == Gather::Features || sums::scores_on_card(device, self.features);
         let fits = choices.into_iter().map(|(_, g)| g).find(|g| can(g) && self.bytes_on_card(*g) <= room);
         if let Some(gather) = fits {
+            self.on_host = self.gather;
             (self.gather, self.sums_on_card) = (gather, true);
         }
+    }
+
+    /// Undoes [`SweepPlan::move_to_card`]. Sums of logits stay what they are, which the head that finishes them goes with.
+    fn move_to_host(&mut self) {
+        self.sums_on_card = false;
+        if !matches!(self.gather, Gather::Features | Gather::Scores(Activation::Identity)) {
+            self.gather = self.on_host;
+        }
+    }
+
+    /// Room for what windows leave.
+    fn store(&self, nets: &[Network], importance: Option<&[f32]>, device: &Device) -> Result<Store> {
+        if matches!(self.gather, Gather::Held(_)) {
+            return Ok(Store::Held(Vec::new()));
+        }
+        let [_, h, w] = self.padded();
+        let heads: Vec<&Head> = nets.iter().map(Network::head).collect::<Result<_>>()?;
+        let scores = match self.gather {
+            Gather::Scores(how) => Some((&heads[..], how)),
+            Gather::Features | Gather::Held(_) => None,
+        };
+        let place = if self.sums_on_card { device } else { device.host() };
+        let sum = Sums::new([self.patch[0], h, w], self.channels(), scores, importance, place)?;
+        Ok(Store::Ring { sum: Box::new(sum), end: 0 })
     }
 
     fn bytes_on_card(&self, gather: Gather) -> usize {
@@ -227,27 +255,16 @@ impl<'a> Sweep<'a> {
         progress: &'a mut dyn Progress,
     ) -> Result<Self> {
         let channels = data.len() / plan.shape.iter().product::<usize>().max(1);
-        let [_, h, w] = plan.padded();
         let host = device.host().clone();
         let importance = plan.gaussian.then(|| gaussian(plan.patch));
-        let store = match plan.gather {
-            Gather::Held(_) => Store::Held(Vec::new()),
-            Gather::Features | Gather::Scores(_) => {
-                let place = if plan.sums_on_card { device } else { &host };
-                let heads: Vec<&Head> = nets.iter().map(Network::head).collect::<Result<_>>()?;
-                let scores = match plan.gather {
-                    Gather::Scores(how) => Some((&heads[..], how)),
-                    Gather::Features | Gather::Held(_) => None,
-                };
-                let (size, importance) = ([plan.patch[0], h, w], importance.as_deref());
-                let sums = |place| Sums::new(size, plan.channels(), scores, importance, place);
-                let sum = match sums(place) {
-                    // Other programs may have taken what the plan counted on.
-                    Err(Error::OutOfMemory { .. }) if plan.sums_on_card => sums(&host)?,
-                    sums => sums?,
-                };
-                Store::Ring { sum: Box::new(sum), end: 0 }
+        let mut plan = plan;
+        let store = match plan.store(nets, importance.as_deref(), device) {
+            // Other programs may have taken what the plan counted on.
+            Err(Error::OutOfMemory { .. }) if plan.sums_on_card => {
+                plan.move_to_host();
+                plan.store(nets, importance.as_deref(), device)?
             }
+            store => store?,
         };
         let heads = nets.iter().map(|n| {
             let head = n.head()?;

@@ -7,7 +7,7 @@
 //! error and not luck. [`Options::seed`] makes random schedules.
 //!
 //! It cannot find what only hardware has: speed, weak memory ordering, the order in which tensor cores add, bugs of the
-//! assembler, limits of registers.
+//! assembler, how many registers it takes.
 //!
 //! ```
 //! use ptxsim::{Machine, Module, Options, Params};

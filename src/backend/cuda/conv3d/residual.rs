@@ -92,7 +92,7 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>) -> Result<()> {
         }
     };
     let rows = voxels(OP, p.batch, out)?;
-    int(OP, rows)?;
+    int(OP, rows + gemm::ROWS)?;
     let y = p.y.params(OP, p.storage, p.batch)?;
     gemm.space = ints(OP, out)?;
     gemm.stride = ints(OP, p.stride)?;
