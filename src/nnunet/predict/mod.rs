@@ -7,6 +7,7 @@ pub(super) mod scores;
 mod stand_in;
 mod sums;
 mod sweep;
+mod sweep_plan;
 #[cfg(test)]
 mod sweep_tests;
 pub(super) mod window;
