@@ -10,7 +10,7 @@ use stunet::autograd::{Ctx, Grads, Param, Var};
 use stunet::io::weights::Weights;
 use stunet::models::{NetworkConfig, StuNet, StuNetConfig, UnetConfig, UnetKind};
 use stunet::nn::{self, Module, Optimizer, ParamSource, RandomParams, Rule};
-use stunet::nnunet::checkpoint::{self, Checkpoint, Logged, Origin, TrainingState};
+use stunet::nnunet::checkpoint::{self, Checkpoint, Logged, Logs, Origin, TrainingState};
 use stunet::{Device, Error, Precision, Result};
 
 use crate::common::drive::{bits, values};
@@ -387,13 +387,21 @@ fn what_is_not_finite_is_refused() {
 fn a_trainers_name_tells_its_epochs() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint_latest.pth");
-    for (trainer, epochs) in [("nnUNetTrainer_250epochs", 250), ("nnUNetTrainer_1epoch", 1), ("STUNetTrainer", 1000)] {
+    for (trainer, epochs) in [
+        ("nnUNetTrainer_250epochs_NoDeepSupervision", 250),
+        ("nnUNetTrainer_1epoch", 1),
+        ("nnUNetTrainer_onlyMirror01_1500ep", 1500),
+        ("STUNetTrainer", 1000),
+    ] {
         let mut state = state();
         state.origin.trainer = trainer.into();
         checkpoint::write_nnunet(&path, &net(1), &Optimizer::nnunet(), &state).unwrap();
         let opened = Checkpoint::open(&path).unwrap();
         assert_eq!((opened.state().schedule.epochs, opened.state().step), (epochs, 500));
     }
+    // Other people's trainers log more.
+    let logs: Logs = serde_json::from_value(json!({"lrs": [0.01], "other": {"a": [1]}})).unwrap();
+    assert_eq!(logs, Logs { lrs: vec![Logged(0.01)], ..Logs::default() });
 }
 
 const CHILD: &str = "STUNET_TEST_CHECKPOINTS";

@@ -177,6 +177,21 @@ mod tests {
         assert_eq!(names(dir.path()), ["a", "a.previous"]);
     }
 
+    /// The one before may be the only good one: it goes when the new one has its name, not sooner.
+    #[test]
+    fn the_new_file_has_its_name_before_the_one_before_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, previous) = (dir.path().join("a"), dir.path().join("a.previous"));
+        fs::write(&path, "old").unwrap();
+        // Nothing can take its name.
+        fs::create_dir_all(previous.join("x")).unwrap();
+        let write = |text: &'static str| {
+            write_keeping(&path, &previous, |w| w.write_all(text.as_bytes()).map_err(|e| Error::io("write", &path, e)))
+        };
+        write("new").unwrap_err();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+    }
+
     #[test]
     fn a_failing_writer_leaves_the_old_file() {
         let dir = tempfile::tempdir().unwrap();

@@ -169,11 +169,6 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let object = |v: Value| if let Value::Object(map) = v { map } else { Map::new() };
     let epoch = root.get("current_epoch").and_then(View::int).and_then(|e| u32::try_from(e).ok());
     let logs = match json(root.get("logging"), "logging")? {
-        Value::Object(mut all) => {
-            // Trainers of other people log more.
-            all.retain(|name, _| Logs::NAMES.contains(&name.as_str()));
-            serde_json::from_value(all.into()).map_err(|e| bad("logging", &printable(&e.to_string())))?
-        }
         Value::Null => Logs::default(),
         v => serde_json::from_value(v).map_err(|e| bad("logging", &printable(&e.to_string())))?,
     };
@@ -212,11 +207,13 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint { weights, state, rule, max_norm, kept: Kept::ByPlace(steps, n), warning: None })
 }
 
-/// The number of epochs that a trainer's name tells, as nnU-Net's variants have them: `nnUNetTrainer_250epochs`.
+/// The number of epochs that a trainer's name tells, as nnU-Net's variants have them: `nnUNetTrainer_250epochs`,
+/// `nnUNetTrainer_onlyMirror01_1500ep`.
 fn named_epochs(trainer: &str) -> Option<u32> {
-    let (before, _) = trainer.rsplit_once("epoch")?;
-    let digits = before.len() - before.bytes().rev().take_while(u8::is_ascii_digit).count();
-    before[digits..].parse().ok().filter(|n| *n > 0)
+    trainer.match_indices("ep").find_map(|(end, _)| {
+        let digits = trainer[..end].bytes().rev().take_while(u8::is_ascii_digit).count();
+        trainer[end - digits..end].parse().ok().filter(|n| *n > 0)
+    })
 }
 
 /// What PyTorch's optimizer keeps of each parameter, as `BUFFER/PLACE`.

@@ -24,9 +24,9 @@ impl From<Logged> for Option<f64> {
     }
 }
 
-/// What nnU-Net logs, one entry per epoch in each list.
+/// What nnU-Net logs, one entry per epoch in each list. Trainers of other people log more, which is passed over.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct Logs {
     /// Mean Dice of the foreground classes in validation patches.
     pub mean_fg_dice: Vec<Logged>,
@@ -44,20 +44,6 @@ pub struct Logs {
     pub epoch_start_timestamps: Vec<Logged>,
     /// Seconds since 1970.
     pub epoch_end_timestamps: Vec<Logged>,
-}
-
-impl Logs {
-    /// What nnU-Net calls the lists.
-    pub(super) const NAMES: [&str; 8] = [
-        "mean_fg_dice",
-        "ema_fg_dice",
-        "dice_per_class_or_region",
-        "train_losses",
-        "val_losses",
-        "lrs",
-        "epoch_start_timestamps",
-        "epoch_end_timestamps",
-    ];
 }
 
 /// What is trained, in nnU-Net's terms.
