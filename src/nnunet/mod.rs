@@ -12,3 +12,4 @@ pub mod preprocess;
 pub mod report;
 #[doc(hidden)]
 pub mod testing;
+pub mod training_case;
