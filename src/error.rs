@@ -52,6 +52,16 @@ pub enum Error {
         /// What is wrong and what is expected.
         what: String,
     },
+    /// A data set for training is damaged or incomplete.
+    #[error("{}: {field}: {what}", path.display())]
+    Dataset {
+        /// The file or folder.
+        path: PathBuf,
+        /// The case, or the key or part of the file.
+        field: String,
+        /// What is wrong and how to mend it.
+        what: String,
+    },
     /// A well-formed request that this version cannot serve.
     #[error("unsupported: {what}")]
     Unsupported {
@@ -98,13 +108,13 @@ pub enum Error {
 
 impl Error {
     /// The exit code of the command line for this error:
-    /// 1 failure while running, 2 usage, 3 bad image, 4 bad model, 5 device or memory, 130 cancelled.
+    /// 1 failure while running, 2 usage, 3 bad image or data set, 4 bad model, 5 device or memory, 130 cancelled.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Io { .. } | Error::Shape { .. } | Error::NotFinite { .. } => 1,
             Error::Usage { .. } => 2,
-            Error::Image { .. } | Error::Input { .. } => 3,
+            Error::Image { .. } | Error::Input { .. } | Error::Dataset { .. } => 3,
             Error::Model { .. } | Error::Unsupported { .. } => 4,
             Error::Device { .. } | Error::OutOfMemory { .. } => 5,
             Error::Cancelled => 130,
@@ -129,6 +139,10 @@ impl Error {
 
     pub(crate) fn model(path: &Path, field: impl Into<String>, what: impl Into<String>) -> Self {
         Error::Model { path: path.into(), field: field.into(), what: what.into() }
+    }
+
+    pub(crate) fn dataset(path: &Path, field: impl Into<String>, what: impl Into<String>) -> Self {
+        Error::Dataset { path: path.into(), field: field.into(), what: what.into() }
     }
 
     pub(crate) fn unsupported(what: impl Into<String>) -> Self {

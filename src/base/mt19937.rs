@@ -24,11 +24,17 @@ impl RandomState {
 
     fn refill(&mut self) {
         let key = &mut self.key;
-        for i in 0..N {
-            let y = (key[i] & 0x8000_0000) | (key[(i + 1) % N] & 0x7fff_ffff);
-            let odd = if y & 1 == 1 { 0x9908_b0df } else { 0 };
-            key[i] = key[(i + M) % N] ^ (y >> 1) ^ odd;
+        let mix = |high: u32, low: u32, far: u32| {
+            let y = (high & 0x8000_0000) | (low & 0x7fff_ffff);
+            far ^ (y >> 1) ^ (0x9908_b0df & (y & 1).wrapping_neg())
+        };
+        for i in 0..N - M {
+            key[i] = mix(key[i], key[i + 1], key[i + M]);
         }
+        for i in N - M..N - 1 {
+            key[i] = mix(key[i], key[i + 1], key[i + M - N]);
+        }
+        key[N - 1] = mix(key[N - 1], key[0], key[M - 1]);
         self.at = 0;
     }
 

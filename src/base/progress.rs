@@ -15,6 +15,13 @@ pub enum Event<'a> {
         /// Windows of this image, mirrored passes and folds included.
         total: usize,
     },
+    /// `done` of `total` cases of a data set are finished.
+    Cases {
+        /// Cases finished.
+        done: usize,
+        /// Cases of the data set.
+        total: usize,
+    },
 }
 
 /// Whether to go on.

@@ -29,7 +29,7 @@ Exit codes:
   0  success               4  bad or unsupported model
   1  failure while running 5  device not usable, or not enough memory
   2  wrong usage           6  some cases of a folder failed
-  3  bad image             130  interrupted
+  3  bad image or data set 130  interrupted
 
 Research software. Not a medical device; not for diagnosis.";
 

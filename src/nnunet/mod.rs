@@ -2,14 +2,21 @@
 
 pub mod cases;
 pub mod checkpoint;
+pub mod dataset;
+pub mod fingerprint;
+pub(crate) mod json;
+pub mod labels;
 pub mod lookup;
 pub mod loss;
 pub mod model;
+pub mod planner;
 pub mod plans;
 mod postprocess;
 pub mod predict;
 pub mod preprocess;
 pub mod report;
+pub mod split;
 #[doc(hidden)]
 pub mod testing;
 pub mod training_case;
+pub(crate) mod workers;

@@ -9,7 +9,6 @@
 mod architecture;
 mod convert;
 mod inspect;
-mod json;
 mod own;
 mod unet;
 mod v1;

@@ -45,9 +45,9 @@ pub(super) struct SourceEntry {
 
 pub(super) fn open(folder: &Path, options: &ModelOptions) -> Result<ModelFolder> {
     let path = folder.join(FILE);
-    let value = super::json::read(&path)?;
+    let value = crate::nnunet::json::read(&path)?;
     // Told apart before all else, so that a newer version is named and not its first unknown key.
-    let root = super::json::Field::root(&path, &value);
+    let root = crate::nnunet::json::Field::root(&path, &value);
     if root.need("format")?.str()? != FORMAT {
         return Err(root.need("format")?.error(format!("expected {FORMAT:?}")));
     }

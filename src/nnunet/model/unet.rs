@@ -1,9 +1,9 @@
 //! nnU-Net's U-Nets: their sizes told from tensors, and read from plans.
 
-use super::json::Field;
 use crate::error::{Error, Result};
 use crate::io::weights::{Weights, printable};
 use crate::models::{UnetConfig, UnetKind};
+use crate::nnunet::json::Field;
 
 /// The largest number that a size in plans may be: keeps products far from overflow.
 const MAX_SIZE: usize = 1 << 16;

@@ -5,9 +5,9 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::cut_strides;
-use super::json::{self, Field};
 use crate::error::{Error, Result};
 use crate::io::pth::{self, Pickle};
+use crate::nnunet::json::{self, Field};
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
 
 /// Plans of the largest data sets hold some ten thousand values; shared references cannot make them explode.

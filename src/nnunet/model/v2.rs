@@ -4,13 +4,14 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::json::Field;
-use super::{Architecture, cut_strides, json, unet};
+use super::{Architecture, cut_strides, unet};
 use crate::error::{Error, Result};
 use crate::io::pth::Pickle;
 use crate::io::weights::printable;
 use crate::models::UnetConfig;
-use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
+use crate::nnunet::json::{self, Field};
+use crate::nnunet::labels::LabelSet;
+use crate::nnunet::plans::{Channel, InferencePlan, Intensity, Normalization, Resampling, Rules};
 
 /// What a checkpoint says beside its weights.
 #[derive(Debug, PartialEq)]
@@ -77,7 +78,7 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
             return Err(Error::unsupported(format!("{class:?} in {}; {known} is", plans_path.display())));
         }
     }
-    let Labels { names, decision } = labels(&dataset)?;
+    let labels = LabelSet::of(&dataset)?;
     let axis = |f: &Field<'_>| f.usize(2);
     let plan = InferencePlan {
         rules: Rules::NnunetV2,
@@ -85,12 +86,9 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
         trainer: info.trainer.clone(),
         configuration: name.clone(),
         channels: channels(&plans, &conf, &dataset)?,
-        heads: match &decision {
-            Decision::Argmax => names.len() + 1,
-            Decision::Regions { paint } => paint.len(),
-        },
-        labels: names,
-        decision,
+        heads: labels.heads(),
+        labels: labels.names(),
+        decision: labels.decision(),
         patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
         spacing_mm: conf.need("spacing")?.three(Field::f64)?,
         transpose_forward: plans.need("transpose_forward")?.three(axis)?,
@@ -161,70 +159,6 @@ fn strides(conf: &Field<'_>) -> Result<[[usize; 3]; 5]> {
     let all = list.items()?;
     let pools = all.get(1..).ok_or_else(|| list.error("empty, expected one stride per stage"))?;
     cut_strides(pools.iter().map(|s| s.three(|v| v.usize(64))))
-}
-
-struct Labels {
-    /// By value, background left out.
-    names: Vec<(u16, String)>,
-    decision: Decision,
-}
-
-/// nnU-Net's `LabelManager`: label names and what the output channels mean. The ignore label is no output.
-fn labels(dataset: &Field<'_>) -> Result<Labels> {
-    let field = dataset.need("labels")?;
-    let max = usize::from(u16::MAX);
-    // (name, values)
-    let mut all: Vec<(String, Vec<usize>)> = Vec::new();
-    let mut ignore = None;
-    for (name, value) in field.entries()? {
-        if name == "ignore" {
-            ignore = Some((value.usize(max)?, value));
-            continue;
-        }
-        let values = match value.value {
-            Value::Array(_) => value.items()?.iter().map(|v| v.usize(max)).collect::<Result<_>>()?,
-            _ => vec![value.usize(max)?],
-        };
-        if values.is_empty() {
-            return Err(value.error("an empty list, expected at least one label value"));
-        }
-        if name == "background" && values != [0] {
-            return Err(value.error("expected 0"));
-        }
-        all.push((name.to_string(), values));
-    }
-    if !all.iter().any(|(name, _)| name == "background") {
-        return Err(field.error("no \"background\", expected it as label 0"));
-    }
-    if let Some((value, f)) = ignore {
-        let highest = all.iter().flat_map(|(_, v)| v).max().copied().unwrap_or(0);
-        if value != highest + 1 {
-            return Err(f.error(format!("{value}, expected {}, one above the highest label", highest + 1)));
-        }
-    }
-    let is_background = |values: &[usize]| values.iter().all(|&v| v == 0);
-    if all.iter().any(|(_, v)| v.len() > 1) {
-        let order = dataset.need("regions_class_order")?;
-        let paint: Vec<u16> = order.items()?.iter().map(|v| v.usize(max).map(|v| v as u16)).collect::<Result<_>>()?;
-        let regions: Vec<String> = all.into_iter().filter(|(_, v)| !is_background(v)).map(|(n, _)| n).collect();
-        if regions.len() != paint.len() {
-            return Err(order.error(format!("{} values for {} regions", paint.len(), regions.len())));
-        }
-        let names = paint.iter().copied().zip(regions).collect();
-        return Ok(Labels { names, decision: Decision::Regions { paint } });
-    }
-    let mut names: Vec<(u16, String)> = Vec::new();
-    for (name, values) in all {
-        let value = values[0] as u16;
-        if value != 0 && !names.iter().any(|(v, _)| *v == value) {
-            names.push((value, name));
-        }
-    }
-    names.sort_by_key(|(v, _)| *v);
-    if let Some(i) = names.iter().enumerate().position(|(i, (v, _))| usize::from(*v) != i + 1) {
-        return Err(field.error(format!("no label of value {}, expected values without gaps", i + 1)));
-    }
-    Ok(Labels { names, decision: Decision::Argmax })
 }
 
 fn channels(plans: &Field<'_>, conf: &Field<'_>, dataset: &Field<'_>) -> Result<Vec<Channel>> {

@@ -1,74 +1,93 @@
 //! Typed access to JSON-like data with errors that name the file and the key path.
 
-use std::borrow::Cow;
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::Value;
 
+use crate::base::json::{self, Json};
 use crate::error::{Error, Result};
+use crate::io::atomic::write_atomically;
 use crate::io::weights::printable;
 
 /// Plans of large data sets reach a few megabytes.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
-/// Reads a JSON file. Python's `NaN` and `Infinity`, which are not JSON, are read as null.
-pub(super) fn read(path: &Path) -> Result<Value> {
+/// Whose file it is, and so which error tells of its faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// [`Error::Model`].
+    Model,
+    /// [`Error::Dataset`].
+    Dataset,
+}
+
+impl Kind {
+    fn error(self, file: &Path, field: impl Into<String>, what: impl Into<String>) -> Error {
+        match self {
+            Kind::Model => Error::model(file, field, what),
+            Kind::Dataset => Error::dataset(file, field, what),
+        }
+    }
+}
+
+/// Reads a JSON file of a model. Python's `NaN` and `Infinity`, which are not JSON, are read as null.
+pub(crate) fn read(path: &Path) -> Result<Value> {
+    let bytes = bytes(path, Kind::Model)?;
+    json::parse(&bytes).map_err(|e| Error::model(path, "JSON", e.to_string()))
+}
+
+/// As [`read`] for a file of a data set; no key may stand twice in an object.
+pub(crate) fn read_dataset(path: &Path) -> Result<Value> {
+    let bytes = bytes(path, Kind::Dataset)?;
+    json::parse_unique(&bytes).map_err(|e| Error::dataset(path, "JSON", e.to_string()))
+}
+
+fn bytes(path: &Path, kind: Kind) -> Result<Vec<u8>> {
     let io = |e| Error::io("read", path, e);
     let meta = std::fs::metadata(path).map_err(io)?;
     let size = meta.len();
     if !meta.is_file() {
-        return Err(Error::model(path, "file", "not a regular file"));
+        return Err(kind.error(path, "file", "not a regular file"));
     }
     if size > MAX_JSON_BYTES {
-        return Err(Error::model(path, "file size", format!("{size} bytes, expected at most {MAX_JSON_BYTES}")));
+        return Err(kind.error(path, "file size", format!("{size} bytes, expected at most {MAX_JSON_BYTES}")));
     }
-    let bytes = std::fs::read(path).map_err(io)?;
-    serde_json::from_slice(&without_python_numbers(&bytes)).map_err(|e| Error::model(path, "JSON", e.to_string()))
+    std::fs::read(path).map_err(io)
 }
 
-/// `NaN`, `Infinity` and `-Infinity` outside strings become `null`.
-fn without_python_numbers(bytes: &[u8]) -> Cow<'_, [u8]> {
-    const TOKENS: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
-    let mut out: Option<Vec<u8>> = None;
-    let (mut i, mut in_string) = (0, false);
-    while i < bytes.len() {
-        let token = if in_string { None } else { TOKENS.iter().find(|t| bytes[i..].starts_with(t)) };
-        if let Some(token) = token {
-            out.get_or_insert_with(|| bytes[..i].to_vec()).extend_from_slice(b"null");
-            i += token.len();
-            continue;
-        }
-        // An escape takes the next byte along, so that an escaped quote does not end the string.
-        let n = if in_string && bytes[i] == b'\\' { 2.min(bytes.len() - i) } else { 1 };
-        in_string ^= bytes[i] == b'"';
-        if let Some(out) = &mut out {
-            out.extend_from_slice(&bytes[i..i + n]);
-        }
-        i += n;
-    }
-    out.map_or(Cow::Borrowed(bytes), Cow::Owned)
+/// Writes a JSON file as nnU-Net's `save_json` does: whole or not at all, indented by four.
+pub(crate) fn write(path: &Path, value: &Json, sort_keys: bool) -> Result<()> {
+    let text = value.to_text(sort_keys);
+    write_atomically(path, |file| file.write_all(text.as_bytes()).map_err(|e| Error::io("write", path, e)))
 }
 
 /// A value and where it stands.
 #[derive(Clone)]
-pub(super) struct Field<'a> {
+pub(crate) struct Field<'a> {
     file: &'a Path,
+    kind: Kind,
     at: String,
-    pub(super) value: &'a Value,
+    pub(crate) value: &'a Value,
 }
 
 impl<'a> Field<'a> {
-    pub(super) fn root(file: &'a Path, value: &'a Value) -> Self {
-        Self { file, at: String::new(), value }
+    pub(crate) fn root(file: &'a Path, value: &'a Value) -> Self {
+        Self { file, kind: Kind::Model, at: String::new(), value }
+    }
+
+    /// As [`Field::root`] of a file of a data set.
+    pub(crate) fn of_dataset(file: &'a Path, value: &'a Value) -> Self {
+        Self { file, kind: Kind::Dataset, at: String::new(), value }
     }
 
     /// The value at `at` of `file`, as found by other means.
-    pub(super) fn at(file: &'a Path, at: impl Into<String>, value: &'a Value) -> Self {
-        Self { file, at: at.into(), value }
+    pub(crate) fn at(file: &'a Path, at: impl Into<String>, value: &'a Value) -> Self {
+        Self { file, kind: Kind::Model, at: at.into(), value }
     }
 
-    pub(super) fn error(&self, what: impl Into<String>) -> Error {
-        Error::model(self.file, if self.at.is_empty() { "top level" } else { &self.at }, what)
+    pub(crate) fn error(&self, what: impl Into<String>) -> Error {
+        self.kind.error(self.file, if self.at.is_empty() { "top level" } else { &self.at }, what)
     }
 
     fn wrong(&self, expected: &str) -> Error {
@@ -82,17 +101,17 @@ impl<'a> Field<'a> {
     fn child(&self, key: &str, value: &'a Value) -> Field<'a> {
         let key = printable(key);
         let at = if self.at.is_empty() { key } else { format!("{}.{key}", self.at) };
-        Field { file: self.file, at, value }
+        Field { file: self.file, kind: self.kind, at, value }
     }
 
     /// The value at `key`, where it is present and not null.
-    pub(super) fn get(&self, key: &str) -> Option<Field<'a>> {
+    pub(crate) fn get(&self, key: &str) -> Option<Field<'a>> {
         let value = self.value.get(key)?;
         (!value.is_null()).then(|| self.child(key, value))
     }
 
     /// The value at `key`, which must be there.
-    pub(super) fn need(&self, key: &str) -> Result<Field<'a>> {
+    pub(crate) fn need(&self, key: &str) -> Result<Field<'a>> {
         if !self.value.is_object() {
             return Err(self.wrong("an object"));
         }
@@ -102,16 +121,16 @@ impl<'a> Field<'a> {
         }
     }
 
-    pub(super) fn str(&self) -> Result<&'a str> {
+    pub(crate) fn str(&self) -> Result<&'a str> {
         self.value.as_str().ok_or_else(|| self.wrong("a text"))
     }
 
-    pub(super) fn bool(&self) -> Result<bool> {
+    pub(crate) fn bool(&self) -> Result<bool> {
         self.value.as_bool().ok_or_else(|| self.wrong("true or false"))
     }
 
     /// An integer of at most `max`.
-    pub(super) fn usize(&self, max: usize) -> Result<usize> {
+    pub(crate) fn usize(&self, max: usize) -> Result<usize> {
         // Python writes some whole numbers as floats.
         let whole = |f: f64| ((0.0..=9e15).contains(&f) && f.fract() == 0.0).then_some(f as u64);
         let n = self.value.as_u64().or_else(|| self.value.as_f64().and_then(whole));
@@ -122,18 +141,18 @@ impl<'a> Field<'a> {
     }
 
     /// A finite number.
-    pub(super) fn f64(&self) -> Result<f64> {
+    pub(crate) fn f64(&self) -> Result<f64> {
         self.value.as_f64().filter(|f| f.is_finite()).ok_or_else(|| self.wrong("a finite number"))
     }
 
-    pub(super) fn items(&self) -> Result<Vec<Field<'a>>> {
+    pub(crate) fn items(&self) -> Result<Vec<Field<'a>>> {
         let list = self.value.as_array().ok_or_else(|| self.wrong("a list"))?;
-        let item = |(i, value)| Field { file: self.file, at: format!("{}[{i}]", self.at), value };
+        let item = |(i, value)| Field { file: self.file, kind: self.kind, at: format!("{}[{i}]", self.at), value };
         Ok(list.iter().enumerate().map(item).collect())
     }
 
     /// Exactly three items.
-    pub(super) fn three<T>(&self, f: impl Fn(&Field<'a>) -> Result<T>) -> Result<[T; 3]> {
+    pub(crate) fn three<T>(&self, f: impl Fn(&Field<'a>) -> Result<T>) -> Result<[T; 3]> {
         let items = self.items()?;
         let [a, b, c] = &items[..] else {
             return Err(self.error(format!("{} items, expected 3", items.len())));
@@ -141,7 +160,7 @@ impl<'a> Field<'a> {
         Ok([f(a)?, f(b)?, f(c)?])
     }
 
-    pub(super) fn entries(&self) -> Result<Vec<(&'a str, Field<'a>)>> {
+    pub(crate) fn entries(&self) -> Result<Vec<(&'a str, Field<'a>)>> {
         let map = self.value.as_object().ok_or_else(|| self.wrong("an object"))?;
         Ok(map.iter().map(|(key, value)| (key.as_str(), self.child(key, value))).collect())
     }
@@ -150,15 +169,6 @@ impl<'a> Field<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn python_numbers_become_null_outside_strings_only() {
-        let text = br#"{"NaN \" NaN": [NaN, -Infinity,Infinity], "s": "Infinity\\", "x": -1.5}"#;
-        let v: Value = serde_json::from_slice(&without_python_numbers(text)).unwrap();
-        assert_eq!(v["NaN \" NaN"], serde_json::json!([null, null, null]));
-        assert_eq!((v["s"].as_str(), v["x"].as_f64()), (Some("Infinity\\"), Some(-1.5)));
-        assert!(matches!(without_python_numbers(b"{\"a\": 1}"), Cow::Borrowed(_)));
-    }
 
     #[test]
     fn errors_name_the_key_path() {
