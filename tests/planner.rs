@@ -13,8 +13,7 @@ fn dataset(cases: usize, labels: usize) -> DatasetJson {
     let name = |i: usize| if i == 0 { "background".to_owned() } else { format!("s{i}") };
     let labels: Map<String, Value> = (0..labels).map(|i| (name(i), i.into())).collect();
     let channels = json!({"0": "CT"});
-    let value =
-        json!({"channel_names": channels, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"});
+    let value = json!({"channel_names": channels, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"});
     DatasetJson::of(Path::new("dataset.json"), value).unwrap()
 }
 

@@ -127,7 +127,8 @@ fn block<T>([open, close]: [char; 2], items: &[T], indent: usize, out: &mut Stri
     let _ = write!(out, "\n{:indent$}{close}", "");
 }
 
-/// `repr` of a Python float: the fewest digits that read back the same, an exponent below 1e-4 and from 1e16 on.
+/// `repr` of a Python float: the fewest digits that read back the same, of those the nearest, the even one of two; an
+/// exponent below 1e-4 and from 1e16 on.
 pub(crate) fn float(value: f64) -> String {
     if value.is_nan() {
         return "NaN".into();
@@ -135,14 +136,30 @@ pub(crate) fn float(value: f64) -> String {
     if value.is_infinite() {
         return if value > 0.0 { "Infinity".into() } else { "-Infinity".into() };
     }
-    if value != 0.0 && !(1e-4..1e16).contains(&value.abs()) {
-        let text = format!("{value:e}");
-        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-        let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
-        return format!("{digits}e{sign}{exponent:0>2}");
+    // Of two texts that are equally near Rust takes the larger one.
+    let mut text = format!("{value:e}");
+    let digits = text.bytes().take_while(|b| *b != b'e').filter(u8::is_ascii_digit).count();
+    let even = format!("{value:.*e}", digits - 1);
+    if even.parse() == Ok(value) {
+        text = even;
     }
-    // As Display, but whole numbers keep their ".0".
-    format!("{value:?}")
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if value != 0.0 && !(-4..16).contains(&exponent) {
+        let sign = if exponent < 0 { '-' } else { '+' };
+        return format!("{mantissa}e{sign}{:02}", exponent.abs());
+    }
+    let (sign, mantissa) = mantissa.strip_prefix('-').map_or(("", mantissa), |m| ("-", m));
+    let mut digits: String = mantissa.chars().filter(|c| *c != '.').collect();
+    if exponent < 0 {
+        digits.insert_str(0, &"0".repeat(exponent.unsigned_abs() as usize));
+    }
+    let point = exponent.max(0) as usize + 1;
+    while digits.len() < point + 1 {
+        digits.push('0');
+    }
+    digits.insert(point, '.');
+    format!("{sign}{digits}")
 }
 
 /// A string with everything but printable ASCII escaped (`ensure_ascii`).
@@ -288,6 +305,13 @@ mod tests {
             (-1.797_693_134_862_315_7e308, "-1.7976931348623157e+308"),
             (5e-324, "5e-324"),
             (3.249_871_253_967_285, "3.249871253967285"),
+            (2.005_958_557_128_906_25, "2.0059585571289062"),
+            (2.180_641_174_316_406_25, "2.1806411743164062"),
+            (9_007_199_254_740_993.0, "9007199254740992.0"),
+            (5e-324 * 3.0, "1.5e-323"),
+            (f64::MIN_POSITIVE, "2.2250738585072014e-308"),
+            (123_456.0, "123456.0"),
+            (0.000_5, "0.0005"),
             (f64::NAN, "NaN"),
             (f64::NEG_INFINITY, "-Infinity"),
         ] {

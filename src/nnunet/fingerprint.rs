@@ -111,7 +111,7 @@ impl Fingerprint {
             v if v > 0.0 => Ok(v),
             v => Err(f.error(format!("{v}, expected a spacing above 0"))),
         };
-        let voxels = |f: &Field<'_>| match f.usize(usize::from(u16::MAX))? {
+        let voxels = |f: &Field<'_>| match f.usize(MAX_EDGE)? {
             0 => Err(f.error("0, expected at least one voxel")),
             n => Ok(n),
         };
@@ -167,10 +167,9 @@ fn analyze(dataset: &Dataset, case: &RawCase, image: &Image, label: &Segmentatio
     }
     let bbox = found.bbox.unwrap_or(shape.map(|n| [0, n]));
     let view = whole.cropped(bbox);
-    let foreground = foreground(label, bbox);
     let mut rng = RandomState::new(SEED);
     let sample = |channel: &Vec<f32>| {
-        let values: Vec<f32> = foreground.iter().map(|&i| channel[i]).collect();
+        let values = foreground(channel, label, bbox);
         let draws = if values.is_empty() { 0 } else { per_case };
         (0..draws).map(|_| values[rng.below(values.len())]).collect()
     };
@@ -182,15 +181,16 @@ fn analyze(dataset: &Dataset, case: &RawCase, image: &Image, label: &Segmentatio
     })
 }
 
-/// Positions inside `bbox` whose label is not background, in the order of the array.
-fn foreground(label: &Segmentation, bbox: [[usize; 2]; 3]) -> Vec<usize> {
+/// Values inside `bbox` whose label is not background, in the order of the array.
+fn foreground(channel: &[f32], label: &Segmentation, bbox: [[usize; 2]; 3]) -> Vec<f32> {
     let [_, ny, nx] = label.geometry.shape;
     let [zs, ys, [x0, x1]] = bbox;
     let mut out = Vec::new();
     for z in zs[0]..zs[1] {
         for y in ys[0]..ys[1] {
             let row = (z * ny + y) * nx;
-            out.extend((row + x0..row + x1).filter(|&i| label.labels.get(i) > 0));
+            let inside = (row + x0..row + x1).filter(|&i| label.labels.get(i) > 0);
+            out.extend(inside.map(|i| channel[i]));
         }
     }
     out
