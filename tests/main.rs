@@ -37,7 +37,10 @@ mod nifti;
 mod optim;
 mod params;
 mod phantom;
+#[cfg(feature = "natural")]
+mod picture;
 mod planner;
+mod prepare;
 mod preprocess;
 mod pth;
 mod ptx;

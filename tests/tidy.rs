@@ -41,7 +41,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("rayon", &["src/base/par.rs", "src/tensor/device.rs", "src/backend/cpu/"]),
     ("clap", &["src/cli/"]),
     ("indicatif", &["src/cli/"]),
-    ("png", &["src/preview"]),
+    ("png", &["src/preview", "src/io/picture.rs"]),
+    ("tiff", &["src/io/picture.rs"]),
 ];
 
 /// Operations without a CPU kernel file, test or benchmark of their own, and why.
@@ -320,7 +321,9 @@ fn every_test_and_benchmark_file_runs() {
 #[test]
 fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
     let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    for command in ["predict", "demo", "convert", "inspect", "info", "bench", "completions"] {
+    for command in
+        ["predict", "verify", "fingerprint", "plan", "demo", "convert", "inspect", "info", "bench", "completions"]
+    {
         assert!(readme.contains(&format!("stunet {command}")), "README.md does not mention stunet {command}");
     }
     assert!(readme.to_lowercase().contains("not a medical device"));

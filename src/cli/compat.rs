@@ -1,4 +1,4 @@
-//! nnU-Net's spellings of `predict`'s options (`-step_size`, `--disable_tta` ...), rewritten before clap sees them.
+//! nnU-Net's spellings of options (`-step_size`, `--disable_tta`, `-pl` ...), rewritten before clap sees them.
 //!
 //! `-i -o -d -c -f -p -m` are the same in both and not listed.
 
@@ -67,6 +67,22 @@ const TABLE: &[(&str, Rule)] = &[
 /// What `convert` and `inspect` share with `predict`.
 const OF_MODELS: &[(&str, Rule)] = &[("-chk", Is("--checkpoint"))];
 
+/// nnU-Net's `nnUNetv2_extract_fingerprint`, `nnUNetv2_plan_experiment` and the first steps of
+/// `nnUNetv2_plan_and_preprocess`.
+const OF_DATASETS: &[(&str, Rule)] = &[
+    ("-pl", Is("--planner")),
+    ("-gpu_memory_target", Is("--gpu-memory-target")),
+    ("-overwrite_target_spacing", Is("--overwrite-target-spacing")),
+    ("-overwrite_plans_name", Is("--overwrite-plans-name")),
+    ("--verify_dataset_integrity", Is("--verify")),
+    ("--no_pbar", Is("--no-progress")),
+    ("-np", NO_WORKERS),
+    ("-npfp", NO_WORKERS),
+    ("--verbose", Ignored { value: false, why: "there is nothing more to say" }),
+    ("-fpe", Refused("there is one kind of fingerprint")),
+    ("-preprocessor_name", Refused("there is one kind of preprocessing")),
+];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -78,6 +94,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
     let table = match out.get(1).and_then(|command| command.to_str()) {
         Some("predict") => TABLE,
         Some("convert" | "inspect") => OF_MODELS,
+        Some("verify" | "fingerprint" | "plan") => OF_DATASETS,
         _ => {
             out.extend(rest);
             return Ok((out, warnings));
@@ -148,6 +165,9 @@ mod tests {
         }
         let (ours, _) = rewritten("stunet inspect model -f 0 -chk best").unwrap();
         assert_eq!(ours, "stunet inspect model -f 0 --checkpoint best");
+        let (ours, _) =
+            rewritten("stunet plan -d 4 -pl P -gpu_memory_target 4 -overwrite_target_spacing 1 1 1").unwrap();
+        assert_eq!(ours, "stunet plan -d 4 --planner P --gpu-memory-target 4 --overwrite-target-spacing 1 1 1");
         assert_eq!(rewritten("stunet predict -t 4").unwrap_err().exit_code(), 2);
     }
 }

@@ -8,12 +8,16 @@ mod compat;
 mod completions;
 mod convert;
 mod demo;
+mod fingerprint;
+mod folders;
 mod info;
 mod inspect;
 mod output;
+mod plan;
 mod predict;
 mod progress;
 mod system;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -54,6 +58,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Predict(Box<predict::Args>),
+    Verify(verify::Args),
+    Fingerprint(fingerprint::Args),
+    Plan(plan::Args),
     Demo(demo::Args),
     Convert(convert::Args),
     Inspect(inspect::Args),
@@ -81,6 +88,9 @@ pub(crate) fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Predict(a) => return predict::run(&a),
+        Command::Verify(a) => return verify::run(&a),
+        Command::Fingerprint(a) => fingerprint::run(&a)?,
+        Command::Plan(a) => plan::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,
         Command::Inspect(a) => inspect::run(&a)?,

@@ -17,6 +17,7 @@ use stunet::preview::{self, PreviewOptions};
 use stunet::{Error, Geometry, Image, Mode, PredictOptions, Prediction, Predictor, Progress, Result, io};
 
 use super::args::{DeviceArgs, ModelArgs, PrecisionChoice, bytes, step_size};
+use super::folders::ResultsArgs;
 use super::output::{self, say_error, say_warning};
 use super::progress::{self, Bar};
 use super::system;
@@ -60,6 +61,8 @@ pub(super) struct Args {
     plans: String,
     #[command(flatten)]
     opening: ModelArgs,
+    #[command(flatten)]
+    results: ResultsArgs,
 
     /// Image files, one per channel, or a folder of them
     #[arg(short, long, value_name = "FILE|FOLDER", required = true, num_args = 1..)]
@@ -247,16 +250,14 @@ impl Args {
                 Err(e) => Err(Error::Model { path: model.clone(), field: "model".into(), what: e.to_string() }),
             };
         }
-        let usage = |what: &str| Error::Usage { what: what.into() };
-        let results = std::env::var_os("nnUNet_results")
-            .ok_or_else(|| usage("-d needs the environment variable nnUNet_results, or name the model with -m"))?;
+        let results = self.results.folder()?;
         let name = ModelName {
             dataset: self.dataset.clone().unwrap_or_default(),
             configuration: self.configuration.clone().unwrap_or_default(),
             trainer: self.trainer.clone(),
             plans: self.plans.clone(),
         };
-        name.find(Path::new(&results))
+        name.find(&results)
     }
 
     fn predict_options(&self) -> PredictOptions {

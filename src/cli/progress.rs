@@ -54,6 +54,16 @@ impl Bar {
         *SHOWN.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
         Self { bar }
     }
+
+    fn count(&self, done: usize, total: usize, what: &str) {
+        if self.bar.length().is_none() {
+            self.bar.set_length(total as u64);
+            self.bar.reset_eta();
+            let text = format!("{{prefix}} [{{bar:24}}] {{pos}}/{{len}} {what} {{elapsed}} left {{eta}} {{msg}}");
+            self.bar.set_style(style(&text));
+        }
+        self.bar.set_position(done as u64);
+    }
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -67,14 +77,8 @@ impl Progress for Bar {
                 self.bar.set_message(name.to_owned());
                 self.bar.tick();
             }
-            Event::Tiles { done, total } => {
-                if self.bar.length().is_none() {
-                    self.bar.set_length(total as u64);
-                    self.bar.reset_eta();
-                    self.bar.set_style(style("{prefix} [{bar:24}] {pos}/{len} tiles {elapsed} left {eta} {msg}"));
-                }
-                self.bar.set_position(done as u64);
-            }
+            Event::Tiles { done, total } => self.count(done, total, "tiles"),
+            Event::Cases { done, total } => self.count(done, total, "cases"),
             _ => {}
         }
         if interrupted() { Flow::Cancel } else { Flow::Continue }

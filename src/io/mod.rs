@@ -4,6 +4,8 @@ pub mod atomic;
 pub mod image;
 pub mod nifti;
 pub mod npz;
+#[cfg(feature = "natural")]
+pub mod picture;
 pub(crate) mod pth;
 pub(crate) mod sealed;
 pub mod weights;
@@ -13,3 +15,5 @@ pub use nifti::{
     ReadOptions, read_nifti, read_nifti_header, read_nifti_with, read_segmentation, write_image, write_nifti,
 };
 pub use npz::write_npz;
+#[cfg(feature = "natural")]
+pub use picture::{picture_pages, read_pictures, read_tiff_stacks};

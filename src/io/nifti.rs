@@ -117,6 +117,11 @@ pub fn read_segmentation(path: impl AsRef<Path>) -> Result<Segmentation> {
         let what = format!("{} channels, expected 1 for a label map", channels.len());
         return Err(Error::image(path, "dim", what));
     };
+    labels_of(path, voxels, geometry)
+}
+
+/// The labels that `voxels` of `path` are.
+pub(crate) fn labels_of(path: &Path, voxels: &[f32], geometry: Geometry) -> Result<Segmentation> {
     let max = f32::from(u16::MAX);
     if let Some(i) = voxels.iter().position(|&v| !(v >= 0.0 && v <= max && v.fract() == 0.0)) {
         let [_, ny, nx] = geometry.shape;

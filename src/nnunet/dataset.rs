@@ -1,6 +1,8 @@
 //! A raw data set: `nnUNet_raw/DatasetXXX_Name` with `dataset.json`, `imagesTr/CASE_0000.nii.gz` and
 //! `labelsTr/CASE.nii.gz`, or an explicit list of files (nnU-Net `get_filenames_of_train_images_and_targets`).
 
+mod import;
+mod reader;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -9,9 +11,11 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::io::{Image, Segmentation, read_nifti, read_segmentation};
+use crate::io::{Image, Segmentation};
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
+pub use import::{convert_msd, convert_v1};
+pub use reader::Reader;
 
 /// What a `dataset.json` says.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,8 +51,8 @@ impl DatasetJson {
     pub fn of(file: &Path, value: Value) -> Result<Self> {
         let root = Field::of_dataset(file, &value);
         if root.get("file_ending").is_none() && root.get("training").is_some() {
-            let what = "missing: this is the form of nnU-Net 1 or the Medical Segmentation Decathlon; 'stunet convert' \
-                        with --kind v1-dataset or msd makes a data set of it";
+            let what = "missing: this is the form of nnU-Net 1 or the Medical Segmentation Decathlon; 'stunet convert \
+                        v1-dataset' or 'stunet convert msd' makes a data set of it";
             return Err(Error::dataset(file, "file_ending", what));
         }
         // "modality" is what nnU-Net 1 wrote.
@@ -77,49 +81,6 @@ impl DatasetJson {
         let reader = root.get("overwrite_image_reader_writer").map(|r| r.str()).transpose()?;
         let reader = reader.filter(|r| *r != "None").map(str::to_owned);
         Ok(Self { channels: channels.into_values().collect(), labels, num_training, file_ending, reader, value })
-    }
-}
-
-/// How the files of a data set are read, by the names of nnU-Net's classes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Reader {
-    /// `.nii.gz`.
-    SimpleItkIo,
-    /// `.nii`.
-    NibabelIo,
-}
-
-impl Reader {
-    /// The name of nnU-Net's class.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Reader::SimpleItkIo => "SimpleITKIO",
-            Reader::NibabelIo => "NibabelIO",
-        }
-    }
-
-    /// The reader of a data set (nnU-Net `determine_reader_writer_from_dataset_json`).
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] naming the ending or the class that there is nothing for.
-    pub fn of(dataset: &DatasetJson) -> Result<Self> {
-        if let Some(name) = &dataset.reader {
-            if let Some(reader) = [Reader::SimpleItkIo, Reader::NibabelIo].into_iter().find(|r| r.name() == name) {
-                return Ok(reader);
-            }
-            if name.ends_with("WithReorient") {
-                let what = format!("overwrite_image_reader_writer {name:?}: images are never reoriented here");
-                return Err(Error::unsupported(what));
-            }
-            tracing::warn!("overwrite_image_reader_writer {name:?} is not known; the file ending decides");
-        }
-        match dataset.file_ending.to_ascii_lowercase().as_str() {
-            ".nii.gz" => Ok(Reader::SimpleItkIo),
-            ".nii" => Ok(Reader::NibabelIo),
-            other => Err(Error::unsupported(format!("images ending in {other:?}; .nii.gz and .nii are"))),
-        }
     }
 }
 
@@ -172,7 +133,8 @@ impl Dataset {
             return Err(Error::dataset(folder, "dataset.json", "missing; every raw data set has one"));
         }
         let json = DatasetJson::read(&file)?;
-        let reader = Reader::of(&json)?;
+        // An ending that cannot be read is told of before files are looked for.
+        Reader::of(&json, None)?;
         let name = folder.canonicalize().map_err(|e| Error::io("read", folder, e))?;
         let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let root = Field::of_dataset(&file, &json.value);
@@ -184,6 +146,7 @@ impl Dataset {
             let what = format!("no training case, expected files like imagesTr/case_0000{}", json.file_ending);
             return Err(Error::dataset(folder, "imagesTr", what));
         }
+        let reader = Reader::of(&json, cases[0].images.first().map(PathBuf::as_path))?;
         Ok(Self { folder: folder.into(), name, json, reader, cases })
     }
 
@@ -196,9 +159,9 @@ impl Dataset {
     /// Reads the channels of a case.
     ///
     /// # Errors
-    /// Those of [`read_nifti`]; [`Error::Dataset`] when the number of channels is not that of the data set.
+    /// [`Error::Io`]; [`Error::Image`] naming the file and what is wrong with it; [`Error::Dataset`] when the number of channels is not that of the data set.
     pub fn image(&self, case: &RawCase) -> Result<Image> {
-        let image = read_nifti(&case.images)?;
+        let image = self.reader.image(&case.images)?;
         let (found, expected) = (image.channels.len(), self.json.channels.len());
         if found == expected {
             return Ok(image);
@@ -212,9 +175,9 @@ impl Dataset {
     /// Reads the label map of a case.
     ///
     /// # Errors
-    /// Those of [`read_segmentation`].
+    /// [`Error::Io`]; [`Error::Image`] naming the file and the first voxel that is no label.
     pub fn label(&self, case: &RawCase) -> Result<Segmentation> {
-        read_segmentation(&case.label)
+        self.reader.label(&case.label)
     }
 
     fn missing_channel(&self, case: &RawCase, number: usize) -> Error {

@@ -1,4 +1,5 @@
-//! Where nnU-Net keeps trained models: `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
+//! Where nnU-Net keeps data sets, `DatasetXXX_Name`, and trained models:
+//! `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +25,7 @@ impl ModelName {
     /// [`Error::Usage`] that lists what is there when the data set or the model is not, or when two data sets carry
     /// the same number.
     pub fn find(&self, results: &Path) -> Result<PathBuf> {
-        let dataset = self.dataset_folder(results)?;
+        let dataset = dataset_folder(results, &self.dataset)?;
         let wanted = format!("{}__{}__{}", self.trainer, self.plans, self.configuration);
         let folder = dataset.join(&wanted);
         if folder.is_dir() {
@@ -33,34 +34,38 @@ impl ModelName {
         let there: Vec<String> = folders(&dataset)?.into_iter().filter(|n| n.split("__").count() == 3).collect();
         Err(Error::usage(format!("{}: no model {wanted} in it, {}", dataset.display(), listing(&there))))
     }
+}
 
-    fn dataset_folder(&self, results: &Path) -> Result<PathBuf> {
-        let there: Vec<String> = folders(results)?.into_iter().filter(|n| n.starts_with("Dataset")).collect();
-        let found: Vec<&String> = match self.dataset.parse::<u32>() {
-            Ok(id) => there.iter().filter(|n| number(n) == Some(id)).collect(),
-            Err(_) => there.iter().filter(|n| **n == self.dataset).collect(),
-        };
-        match found.as_slice() {
-            [one] => Ok(results.join(one)),
-            [] => {
-                let what = format!("{}: no data set {} in it, {}", results.display(), self.dataset, listing(&there));
-                Err(Error::usage(what))
-            }
-            several => {
-                let several: Vec<String> = several.iter().map(|s| (*s).clone()).collect();
-                Err(Error::usage(format!(
-                    "{}: several data sets have number {}, name one of: {}",
-                    results.display(),
-                    self.dataset,
-                    several.join(", ")
-                )))
-            }
+/// The folder of a data set below `folder` (nnU-Net's `nnUNet_raw`, `nnUNet_preprocessed` or `nnUNet_results`), by its number
+/// ("4", "004") or name ("Dataset004_Hippocampus").
+///
+/// # Errors
+/// [`Error::Usage`] that lists what is there when the data set is not, or when two carry the same number; [`Error::Io`].
+pub fn dataset_folder(folder: &Path, dataset: &str) -> Result<PathBuf> {
+    let there: Vec<String> = folders(folder)?.into_iter().filter(|n| n.starts_with("Dataset")).collect();
+    let found: Vec<&String> = match dataset.parse::<u32>() {
+        Ok(id) => there.iter().filter(|n| number(n) == Some(id)).collect(),
+        Err(_) => there.iter().filter(|n| **n == dataset).collect(),
+    };
+    match found.as_slice() {
+        [one] => Ok(folder.join(one)),
+        [] => {
+            let what = format!("{}: no data set {dataset} in it, {}", folder.display(), listing(&there));
+            Err(Error::usage(what))
+        }
+        several => {
+            let several: Vec<String> = several.iter().map(|s| (*s).clone()).collect();
+            Err(Error::usage(format!(
+                "{}: several data sets have number {dataset}, name one of: {}",
+                folder.display(),
+                several.join(", ")
+            )))
         }
     }
 }
 
 /// The number in `Dataset004_Name`.
-fn number(name: &str) -> Option<u32> {
+pub(crate) fn number(name: &str) -> Option<u32> {
     name.strip_prefix("Dataset")?.split_once('_')?.0.parse().ok()
 }
 

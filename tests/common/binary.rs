@@ -18,7 +18,11 @@ pub fn stunet_in<S: AsRef<std::ffi::OsStr>>(folder: &Path, args: &[S]) -> Ran {
 /// As [`stunet_in`], with environment variables.
 pub fn stunet_with<S: AsRef<std::ffi::OsStr>>(folder: &Path, args: &[S], env: &[(&str, &Path)]) -> Ran {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stunet"));
-    command.args(args).current_dir(folder).env_remove("nnUNet_results").envs(env.iter().copied());
+    command.args(args).current_dir(folder);
+    for name in ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"] {
+        command.env_remove(name);
+    }
+    command.envs(env.iter().copied());
     let out = command.output().expect("the program starts");
     let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
     // Without a code the program was killed by a signal.
