@@ -19,6 +19,7 @@ mod determinism;
 mod golden_pipeline;
 mod golden_plans;
 mod golden_predict;
+mod golden_pipeline_preprocessed;
 mod golden_preprocess;
 mod golden_train;
 mod golden_v1;

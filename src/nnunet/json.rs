@@ -86,6 +86,10 @@ impl<'a> Field<'a> {
         Self { file, kind: Kind::Model, at: at.into(), value }
     }
 
+    pub(crate) fn file(&self) -> &'a Path {
+        self.file
+    }
+
     pub(crate) fn error(&self, what: impl Into<String>) -> Error {
         self.kind.error(self.file, if self.at.is_empty() { "top level" } else { &self.at }, what)
     }

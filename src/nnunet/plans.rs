@@ -140,39 +140,8 @@ impl InferencePlan {
     /// Checks that the parts fit each other, whatever file they came from.
     pub(crate) fn validate(&self, file: &Path) -> Result<()> {
         let bad = |field: &str, what: String| Err(Error::model(file, field, what));
-        if self.channels.is_empty() {
-            return bad("channels", "none, expected at least one input channel".into());
-        }
-        for c in &self.channels {
-            let Some(i) = c.intensity else {
-                if c.normalization == Normalization::Ct {
-                    return bad("intensity", format!("missing for channel {:?}, needed by CT normalisation", c.name));
-                }
-                continue;
-            };
-            // Finite in f32, in which the voxels are normalised.
-            let [mean, lo, hi] = [i.mean, i.percentile_00_5, i.percentile_99_5].map(|v| v as f32);
-            let std = i.std.max(1e-8) as f32;
-            if ![mean, std, (lo - mean) / std, (hi - mean) / std].iter().all(|v| v.is_finite())
-                || !i.std.is_finite()
-                || i.std < 0.0
-                || i.percentile_00_5 > i.percentile_99_5
-            {
-                return bad("intensity", format!("{i:?} of channel {:?} is no set of statistics", c.name));
-            }
-        }
-        let mut axes = self.transpose_forward;
-        axes.sort_unstable();
-        if axes != [0, 1, 2] {
-            return bad(
-                "transpose_forward",
-                format!("{:?}, expected a permutation of 0, 1, 2", self.transpose_forward),
-            );
-        }
-        if (0..3).any(|i| self.transpose_backward.get(self.transpose_forward[i]) != Some(&i)) {
-            let (f, b) = (self.transpose_forward, self.transpose_backward);
-            return bad("transpose_backward", format!("{b:?}, expected the inverse of transpose_forward {f:?}"));
-        }
+        check_channels(&self.channels, file)?;
+        check_transposes(self.transpose_forward, self.transpose_backward, file)?;
         if self.spacing_mm.iter().any(|s| !(s.is_finite() && (1e-2..=1e3).contains(s))) {
             return bad("spacing", format!("{:?}, expected three lengths from 0.01 to 1000 mm", self.spacing_mm));
         }
@@ -194,14 +163,8 @@ impl InferencePlan {
         if self.mirror_axes.iter().enumerate().any(|(i, a)| *a > 2 || self.mirror_axes[..i].contains(a)) {
             return bad("mirror_axes", format!("{:?}, expected different axes of 0, 1, 2", self.mirror_axes));
         }
-        for r in [self.resampling_data, self.resampling_probabilities] {
-            if !matches!(r.order, 0 | 1 | 3) || !matches!(r.order_z, 0 | 1) {
-                let (o, z) = (r.order, r.order_z);
-                let what =
-                    format!("resampling of order {o} and order_z {z} in {}: 0, 1, 3 and 0, 1 are", file.display());
-                return Err(Error::unsupported(what));
-            }
-        }
+        check_resampling(self.resampling_data, file)?;
+        check_resampling(self.resampling_probabilities, file)?;
         let heads = match &self.decision {
             Decision::Argmax => self.labels.len() + 1,
             Decision::Regions { paint } => paint.len(),
@@ -217,4 +180,56 @@ impl InferencePlan {
         }
         Ok(())
     }
+}
+
+/// Checks that there are channels, and that each can be normalised.
+pub(super) fn check_channels(channels: &[Channel], file: &Path) -> Result<()> {
+    let bad = |field: &str, what: String| Err(Error::model(file, field, what));
+    if channels.is_empty() {
+        return bad("channels", "none, expected at least one input channel".into());
+    }
+    for c in channels {
+        let Some(i) = c.intensity else {
+            if c.normalization == Normalization::Ct {
+                return bad("intensity", format!("missing for channel {:?}, needed by CT normalisation", c.name));
+            }
+            continue;
+        };
+        // Finite in f32, in which the voxels are normalised.
+        let [mean, lo, hi] = [i.mean, i.percentile_00_5, i.percentile_99_5].map(|v| v as f32);
+        let std = i.std.max(1e-8) as f32;
+        if ![mean, std, (lo - mean) / std, (hi - mean) / std].iter().all(|v| v.is_finite())
+            || !i.std.is_finite()
+            || i.std < 0.0
+            || i.percentile_00_5 > i.percentile_99_5
+        {
+            return bad("intensity", format!("{i:?} of channel {:?} is no set of statistics", c.name));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that two permutations of the axes undo each other.
+pub(super) fn check_transposes(forward: [usize; 3], backward: [usize; 3], file: &Path) -> Result<()> {
+    let mut axes = forward;
+    axes.sort_unstable();
+    if axes != [0, 1, 2] {
+        let what = format!("{forward:?}, expected a permutation of 0, 1, 2");
+        return Err(Error::model(file, "transpose_forward", what));
+    }
+    if (0..3).any(|i| backward.get(forward[i]) != Some(&i)) {
+        let what = format!("{backward:?}, expected the inverse of transpose_forward {forward:?}");
+        return Err(Error::model(file, "transpose_backward", what));
+    }
+    Ok(())
+}
+
+/// Checks that there are splines of these orders.
+pub(super) fn check_resampling(r: Resampling, file: &Path) -> Result<()> {
+    if matches!(r.order, 0 | 1 | 3) && matches!(r.order_z, 0 | 1) {
+        return Ok(());
+    }
+    let (o, z) = (r.order, r.order_z);
+    let what = format!("resampling of order {o} and order_z {z} in {}: 0, 1, 3 and 0, 1 are", file.display());
+    Err(Error::unsupported(what))
 }

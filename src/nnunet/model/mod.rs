@@ -28,7 +28,7 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
-pub use v2::planned_architecture;
+pub use v2::{planned_architecture, preprocess_plan};
 
 const V1_CHECKPOINT: &str = "model_final_checkpoint";
 const V2_CHECKPOINT: &str = "checkpoint_final.pth";

@@ -12,6 +12,7 @@ use crate::models::UnetConfig;
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 use crate::nnunet::plans::{Channel, InferencePlan, Intensity, Normalization, Resampling, Rules};
+use crate::nnunet::preprocess::PreprocessPlan;
 
 /// What a checkpoint says beside its weights.
 #[derive(Debug, PartialEq)]
@@ -69,15 +70,7 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
     if patch.items()?.len() == 2 {
         return Err(Error::unsupported(format!("configuration {name:?}: a 2D network; 3D configurations are")));
     }
-    // Other classes of these names do other things, which their names do not tell.
-    for (field, known) in
-        [(conf.get("preprocessor_name"), "DefaultPreprocessor"), (plans.get("label_manager"), "LabelManager")]
-    {
-        let Some(class) = field.map(|f| f.str()).transpose()? else { continue };
-        if class != known {
-            return Err(Error::unsupported(format!("{class:?} in {}; {known} is", plans_path.display())));
-        }
-    }
+    check_classes(&plans, &conf)?;
     let labels = LabelSet::of(&dataset)?;
     let axis = |f: &Field<'_>| f.usize(2);
     let plan = InferencePlan {
@@ -95,12 +88,63 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
         transpose_backward: plans.need("transpose_backward")?.three(axis)?,
         strides: strides(&conf)?,
         mirror_axes: info.mirror_axes.clone(),
-        resampling_data: resampling(&conf, "resampling_fn_data")?,
-        resampling_probabilities: resampling(&conf, "resampling_fn_probabilities")?,
+        resampling_data: resampling(&conf, "resampling_fn_data", false)?,
+        resampling_probabilities: resampling(&conf, "resampling_fn_probabilities", false)?,
         keep_largest: Vec::new(),
     };
     plan.validate(&plans_path)?;
     Ok(plan)
+}
+
+/// Other classes of these names do other things, which their names do not tell.
+fn check_classes(plans: &Field<'_>, conf: &Field<'_>) -> Result<()> {
+    for (field, known) in
+        [(conf.get("preprocessor_name"), "DefaultPreprocessor"), (plans.get("label_manager"), "LabelManager")]
+    {
+        let Some(class) = field.map(|f| f.str()).transpose()? else { continue };
+        if class != known {
+            return Err(Error::unsupported(format!("{class:?} in {}; {known} is", plans.file().display())));
+        }
+    }
+    Ok(())
+}
+
+/// What preprocessing needs for the configuration `name` of a `plans.json`, 2D ones and cascades included, and the name of
+/// the folder below `nnUNet_preprocessed/DatasetXXX` that it fills (`data_identifier`).
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Model`] naming the key that is missing or of the wrong kind; [`Error::Unsupported`] naming the
+/// class, function or argument that there is nothing for.
+pub fn preprocess_plan(plans: &Path, dataset: &Path, name: &str) -> Result<(PreprocessPlan, String)> {
+    let (plans_path, dataset_path) = (plans, dataset);
+    let (plans, dataset) = (json::read(plans_path)?, json::read(dataset_path)?);
+    let (plans, dataset) = (Field::root(plans_path, &plans), Field::root(dataset_path, &dataset));
+    let resolved = Value::Object(resolve(&plans.need("configurations")?, name)?);
+    let conf = Field::at(plans_path, format!("configurations.{name}"), &resolved);
+    check_classes(&plans, &conf)?;
+    let folder = conf.need("data_identifier")?;
+    let identifier = folder.str()?;
+    if identifier.is_empty() || identifier.starts_with('.') || identifier.contains(['/', '\\', '\0']) {
+        return Err(folder.error(format!("{identifier:?}, expected the name of a folder")));
+    }
+    let spacing = conf.need("spacing")?;
+    let spacing_mm = match &spacing.items()?[..] {
+        // The first axis of a 2D configuration keeps the image's own spacing.
+        [y, x] => [None, Some(y.f64()?), Some(x.f64()?)],
+        _ => spacing.three(Field::f64)?.map(Some),
+    };
+    let axis = |f: &Field<'_>| f.usize(2);
+    let plan = PreprocessPlan {
+        rules: Rules::NnunetV2,
+        channels: channels(&plans, &conf, &dataset)?,
+        transpose_forward: plans.need("transpose_forward")?.three(axis)?,
+        transpose_backward: plans.need("transpose_backward")?.three(axis)?,
+        spacing_mm,
+        resampling_data: resampling(&conf, "resampling_fn_data", false)?,
+        resampling_labels: resampling(&conf, "resampling_fn_seg", true)?,
+    };
+    plan.validate(plans_path)?;
+    Ok((plan, identifier.to_string()))
 }
 
 /// The network that the configuration `name` of `plans.json` asks for, with so many input channels and classes.
@@ -223,23 +267,28 @@ fn normalization(scheme: &Field<'_>) -> Result<Normalization> {
     })
 }
 
-fn resampling(conf: &Field<'_>, key: &str) -> Result<Resampling> {
+/// `of_labels`: whether the function has to be told that it is given a label map.
+fn resampling(conf: &Field<'_>, key: &str, of_labels: bool) -> Result<Resampling> {
     let function = conf.need(key)?.str()?;
     if function != "resample_data_or_seg_to_shape" {
         let what = format!("{key} {function:?}; resample_data_or_seg_to_shape is");
         return Err(Error::unsupported(what));
     }
     let kwargs = conf.need(&format!("{key}_kwargs"))?;
+    let other = |name: &str| {
+        let name = printable(name);
+        let what = format!("{key}_kwargs.{name}; order, order_z, force_separate_z and is_seg {of_labels} are");
+        Err(Error::unsupported(what))
+    };
     for (name, value) in kwargs.entries()? {
         match name {
             "order" | "order_z" | "force_separate_z" => {}
-            "is_seg" if !value.bool()? => {}
-            _ => {
-                let name = printable(name);
-                let what = format!("{key}_kwargs.{name}; order, order_z, force_separate_z and is_seg false are");
-                return Err(Error::unsupported(what));
-            }
+            "is_seg" if value.bool()? == of_labels => {}
+            _ => return other(name),
         }
+    }
+    if of_labels && kwargs.value.get("is_seg").is_none() {
+        return other("is_seg (missing)");
     }
     // Defaults of nnU-Net's function. A null is not an absent key: it asks for the rule of 3:1.
     let force_separate_z = match kwargs.value.get("force_separate_z") {

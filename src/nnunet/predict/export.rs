@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::io::LabelData;
 use crate::nnunet::plans::{Decision, InferencePlan, Resampling, Rules};
 use crate::nnunet::preprocess::Properties;
-use crate::nnunet::preprocess::resample::{View, axes, resample_labels, separate_axis, zeros};
+use crate::nnunet::preprocess::labels::{Vote, resample_labels};
+use crate::nnunet::preprocess::resample::{View, axes, separate_axis, zeros};
 use crate::nnunet::preprocess::spline::Axis;
 use crate::ops::head::{LinearHead, PackedHead, Tap, Winner, blend, head_row, label_row, sample, scores};
 use crate::tensor::Isa;
@@ -230,7 +231,8 @@ impl Export<'_> {
         let grid = Grid::new(from, from, &rule, None)?;
         let whole = View::whole(from);
         self.each_plane(planes, &grid, |z, plane| write_plane(&whole, z, plane, &mut coarse))?;
-        let fine = resample_labels(&coarse, from, to, &rule, if order == 0 { None } else { self.apart() })?;
+        let apart = if order == 0 { None } else { self.apart() };
+        let fine = resample_labels(&coarse, from, to, &rule, apart, Vote::Half)?;
         let frame = self.frame();
         let mut labels = zeros(self.image_shape().iter().product(), "the segmentation")?;
         for (z, plane) in fine.chunks(to[1] * to[2]).enumerate() {

@@ -1,8 +1,12 @@
 //! Crop, normalise, resample: from an image to what the network sees (nnU-Net v2 `DefaultPreprocessor`, v1
 //! `GenericPreprocessor`).
 
+mod case;
 pub(super) mod crop;
+pub(crate) mod labels;
+mod locations;
 mod normalize;
+mod plan;
 pub(crate) mod resample;
 pub(crate) mod spline;
 
@@ -11,8 +15,11 @@ use crate::error::{Error, Result};
 use crate::io::Image;
 use crate::nnunet::plans::{Channel, InferencePlan, Normalization, Resampling, Rules};
 use crate::tensor::Isa;
+pub use case::{PreprocessedCase, preprocess_case};
 use crop::{Mask, Scan};
+pub use locations::class_locations;
 use normalize::Map;
+pub use plan::PreprocessPlan;
 use resample::{Held, Rows, View};
 
 /// An image on the network's grid.
@@ -61,44 +68,10 @@ pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
 
 /// [`preprocess`] with the kernels of one instruction set.
 pub(crate) fn preprocess_by(isa: Isa, image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
-    let (found, expected) = (image.channels.len(), plan.channels.len());
-    if found != expected {
-        let names: Vec<&str> = plan.channels.iter().map(|c| c.name.as_str()).collect();
-        let what = format!("{found} channels, the model expects {expected} ({})", names.join(", "));
-        return Err(Error::input(what));
-    }
-    // Before the voxels are looked at: a wrong spacing is told from the header alone.
-    plan_shape(image.geometry.shape, image.geometry.spacing_mm, plan)?;
-    let whole = View::whole(image.geometry.shape).transposed(plan.transpose_forward);
-    let found = crop::scan(&image.channels, &whole);
-    check_values(plan, &found)?;
-    // An image of zeros: v2 keeps the whole of it; v1 stops.
-    let bbox = match (found.bbox, plan.rules) {
-        (Some(bbox), _) => bbox,
-        (None, Rules::NnunetV2) => whole.shape.map(|n| [0, n]),
-        (None, Rules::NnunetV1) => {
-            return Err(Error::input("every voxel is 0: there is nothing to segment"));
-        }
-    };
-    let view = whole.cropped(bbox);
-    let spacing = plan.transpose_forward.map(|a| image.geometry.spacing_mm[a]);
-    let shape = resample::new_shape(view.shape, spacing, plan.spacing_mm)?;
-    let apart = resample::separate_axis(&plan.resampling_data, spacing, plan.spacing_mm);
-    let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &view));
-    let job = Job { plan, view, shape, apart, mask, isa };
-    let voxels: usize = shape.iter().product();
-    let mut data = resample::zeros(voxels.saturating_mul(expected), "the preprocessed image")?;
-    match plan.rules {
-        Rules::NnunetV1 => job.v1(image, &mut data)?,
-        Rules::NnunetV2 => job.v2(image, &mut data)?,
-    }
-    let properties = Properties {
-        spacing_mm: image.geometry.spacing_mm,
-        shape_before_cropping: whole.shape,
-        bbox,
-        shape_after_cropping: view.shape,
-    };
-    Ok(Preprocessed { data, channels: expected, shape, properties })
+    let plan = &PreprocessPlan::from(plan);
+    let grids = Grids::of(image, plan)?;
+    let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &grids.view));
+    Job { plan, grids, mask, isa }.run(image)
 }
 
 /// Largest shape that an image of `shape` voxels and `spacing_mm`, both (z, y, x), can have on the network's grid
@@ -107,50 +80,115 @@ pub(crate) fn preprocess_by(isa: Isa, image: &Image, plan: &InferencePlan) -> Re
 /// # Errors
 /// [`Error::Input`] for spacings that cannot be; [`Error::Usage`] for a plan whose transposes do not undo each other.
 pub(crate) fn plan_shape(shape: [usize; 3], spacing_mm: [f64; 3], plan: &InferencePlan) -> Result<[usize; 3]> {
-    check_transpose(plan)?;
-    let axes = plan.transpose_forward;
-    resample::new_shape(axes.map(|a| shape[a]), axes.map(|a| spacing_mm[a]), plan.spacing_mm)
+    PreprocessPlan::from(plan).largest_shape(shape, spacing_mm)
+}
+
+/// The grids of an image on its way.
+#[derive(Debug, Clone, Copy)]
+struct Grids {
+    /// The nonzero region of the transposed image.
+    view: View,
+    /// Voxels of the transposed image.
+    whole: [usize; 3],
+    bbox: [[usize; 2]; 3],
+    /// Spacing of the transposed image, and that of the network's grid.
+    spacing: [f64; 3],
+    target: [f64; 3],
+    /// Voxels of the network's grid.
+    shape: [usize; 3],
+}
+
+impl Grids {
+    /// Looks at the image's values and finds its nonzero region.
+    fn of(image: &Image, plan: &PreprocessPlan) -> Result<Self> {
+        let (found, expected) = (image.channels.len(), plan.channels.len());
+        if found != expected {
+            let names: Vec<&str> = plan.channels.iter().map(|c| c.name.as_str()).collect();
+            let what = format!("{found} channels, the model expects {expected} ({})", names.join(", "));
+            return Err(Error::input(what));
+        }
+        // Before the voxels are looked at: a wrong spacing is told from the header alone.
+        plan.largest_shape(image.geometry.shape, image.geometry.spacing_mm)?;
+        let whole = View::whole(image.geometry.shape).transposed(plan.transpose_forward);
+        let found = crop::scan(&image.channels, &whole);
+        check_values(plan, &found)?;
+        // An image of zeros: v2 keeps the whole of it; v1 stops.
+        let bbox = match (found.bbox, plan.rules) {
+            (Some(bbox), _) => bbox,
+            (None, Rules::NnunetV2) => whole.shape.map(|n| [0, n]),
+            (None, Rules::NnunetV1) => {
+                return Err(Error::input("every voxel is 0: there is nothing to segment"));
+            }
+        };
+        let view = whole.cropped(bbox);
+        let spacing = plan.transpose_forward.map(|a| image.geometry.spacing_mm[a]);
+        let target = plan.target_spacing(spacing);
+        let shape = resample::new_shape(view.shape, spacing, target)?;
+        Ok(Self { view, whole: whole.shape, bbox, spacing, target, shape })
+    }
+
+    /// The axis that `rule` treats apart.
+    fn apart(&self, rule: &Resampling) -> Option<usize> {
+        resample::separate_axis(rule, self.spacing, self.target)
+    }
 }
 
 /// One image's way, once its grids are known.
 struct Job<'a> {
-    plan: &'a InferencePlan,
-    view: View,
-    shape: [usize; 3],
-    apart: Option<usize>,
+    plan: &'a PreprocessPlan,
+    grids: Grids,
     mask: Option<Mask>,
     isa: Isa,
 }
 
 impl Job<'_> {
+    fn run(&self, image: &Image) -> Result<Preprocessed> {
+        let (shape, channels) = (self.grids.shape, self.plan.channels.len());
+        let voxels: usize = shape.iter().product();
+        let mut data = resample::zeros(voxels.saturating_mul(channels), "the preprocessed image")?;
+        match self.plan.rules {
+            Rules::NnunetV1 => self.v1(image, &mut data)?,
+            Rules::NnunetV2 => self.v2(image, &mut data)?,
+        }
+        let properties = Properties {
+            spacing_mm: image.geometry.spacing_mm,
+            shape_before_cropping: self.grids.whole,
+            bbox: self.grids.bbox,
+            shape_after_cropping: self.grids.view.shape,
+        };
+        Ok(Preprocessed { data, channels, shape, properties })
+    }
+
     fn v2(&self, image: &Image, data: &mut [f32]) -> Result<()> {
         let rule = &self.plan.resampling_data;
-        let voxels = self.shape.iter().product();
+        let apart = self.grids.apart(rule);
+        let voxels = self.grids.shape.iter().product();
         let channels = image.channels.iter().zip(&self.plan.channels).zip(data.chunks_mut(voxels)).enumerate();
         for (number, ((array, channel), out)) in channels {
             // Only z-score looks at the mask; what lies outside keeps its value.
             let mask = self.mask.as_ref().filter(|_| masked(channel));
-            let raw = Held { array, view: self.view };
+            let raw = Held { array, view: self.grids.view };
             let map = normalize::map(self.plan.rules, number, channel, &raw, mask)?;
-            resample::resample(&Normalised { raw, map, mask }, self.shape, rule, self.apart, self.isa, out)?;
+            resample::resample(&Normalised { raw, map, mask }, self.grids.shape, rule, apart, self.isa, out)?;
         }
         Ok(())
     }
 
     fn v1(&self, image: &Image, data: &mut [f32]) -> Result<()> {
-        let voxels: usize = self.shape.iter().product();
+        let voxels: usize = self.grids.shape.iter().product();
         let mask = self.mask.as_ref().map(|m| self.resampled_mask(m)).transpose()?;
         let channels = image.channels.iter().zip(&self.plan.channels).zip(data.chunks_mut(voxels)).enumerate();
         for (number, ((array, channel), out)) in channels {
-            let source = WithoutNan(Held { array, view: self.view });
-            resample::resample(&source, self.shape, &self.plan.resampling_data, self.apart, self.isa, out)?;
+            let source = WithoutNan(Held { array, view: self.grids.view });
+            let rule = &self.plan.resampling_data;
+            resample::resample(&source, self.grids.shape, rule, self.grids.apart(rule), self.isa, out)?;
             let mask = mask.as_ref().filter(|_| channel.use_mask && channel.normalization != Normalization::None);
             let inside = mask.filter(|_| masked(channel));
-            let held = Held { array: out, view: View::whole(self.shape) };
+            let held = Held { array: out, view: View::whole(self.grids.shape) };
             let map = normalize::map(self.plan.rules, number, channel, &held, inside)?;
-            par::chunks_mut(out, self.shape[1] * self.shape[2], |z, plane| {
+            par::chunks_mut(out, self.grids.shape[1] * self.grids.shape[2], |z, plane| {
                 map.apply(plane);
-                for (y, row) in plane.chunks_mut(self.shape[2]).enumerate() {
+                for (y, row) in plane.chunks_mut(self.grids.shape[2]).enumerate() {
                     if let Some(mask) = mask {
                         mask.row(z, y, |x, inside| {
                             if !inside {
@@ -167,10 +205,17 @@ impl Job<'_> {
     /// v1 carries the mask along as a label map: order 1, nearest along a separate axis.
     fn resampled_mask(&self, mask: &Mask) -> Result<Mask> {
         let rule = Resampling { order: 1, order_z: 0, force_separate_z: None };
-        let mut share = resample::zeros(self.shape.iter().product(), "the nonzero mask")?;
-        resample::resample(mask, self.shape, &rule, self.apart, self.isa, &mut share)?;
-        let view = View::whole(self.shape);
-        Ok(Mask::new(self.shape, |z, y, inside| {
+        let mut share = resample::zeros(self.grids.shape.iter().product(), "the nonzero mask")?;
+        resample::resample(
+            mask,
+            self.grids.shape,
+            &rule,
+            self.grids.apart(&self.plan.resampling_data),
+            self.isa,
+            &mut share,
+        )?;
+        let view = View::whole(self.grids.shape);
+        Ok(Mask::new(self.grids.shape, |z, y, inside| {
             let mut row = vec![0f32; inside.len()];
             view.read(&share, z, y, &mut row);
             inside.iter_mut().zip(&row).for_each(|(i, &v)| *i = v >= 0.5);
@@ -233,15 +278,7 @@ impl Rows for Mask {
     }
 }
 
-fn check_transpose(plan: &InferencePlan) -> Result<()> {
-    let (forward, backward) = (plan.transpose_forward, plan.transpose_backward);
-    if (0..3).all(|k| forward.get(backward[k]) == Some(&k)) {
-        return Ok(());
-    }
-    Err(Error::usage(format!("the plans' transposes {forward:?} and {backward:?} do not undo each other")))
-}
-
-fn check_values(plan: &InferencePlan, scan: &Scan) -> Result<()> {
+fn check_values(plan: &PreprocessPlan, scan: &Scan) -> Result<()> {
     for (number, channel) in plan.channels.iter().enumerate() {
         let nan = if plan.rules == Rules::NnunetV1 { 0 } else { scan.nan[number] };
         let odd = nan + scan.infinite[number];

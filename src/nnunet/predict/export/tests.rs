@@ -257,7 +257,7 @@ fn v1_exports_probabilities_of_the_crop_and_labels_fast() {
         assert_eq!(planes.asked, (0..shape[0]).collect::<Vec<_>>());
         let coarse: Vec<u8> = planes.values.chunks(4).map(|v| Winner::Largest.of(v) as u8).collect();
         let rule = Resampling { order, order_z: 0, force_separate_z: None };
-        let fine = resample_labels(&coarse, shape, p.shape_after_cropping, &rule, None).unwrap();
+        let fine = resample_labels(&coarse, shape, p.shape_after_cropping, &rule, None, Vote::Half).unwrap();
         let counts = |v: &mut dyn Iterator<Item = u16>| v.fold([0; 4], |mut t, l| (t[usize::from(l)] += 1, t).1);
         let (mut a, b) = (counts(&mut fast.iter()), counts(&mut fine.iter().map(|&l| u16::from(l))));
         a[0] -= fast.len() - fine.len();
