@@ -23,12 +23,16 @@ fn numbers(value: &Value) -> Vec<f64> {
 fn classes(dataset: &Value) -> Vec<ClassKey> {
     let labels = dataset["labels"].as_object().unwrap();
     let list = |v: &Value| -> Vec<i16> {
-        v.as_array().map_or_else(|| vec![v.as_i64().unwrap() as i16], |l| numbers(&json!(l)).iter().map(|&n| n as i16).collect())
+        v.as_array().map_or_else(
+            || vec![v.as_i64().unwrap() as i16],
+            |l| numbers(&json!(l)).iter().map(|&n| n as i16).collect(),
+        )
     };
     let regions = labels.values().any(Value::is_array);
     let foreground = labels.iter().filter(|(n, _)| *n != "background" && *n != "ignore");
-    let mut out: Vec<ClassKey> =
-        foreground.map(|(_, v)| if regions { ClassKey::Region(list(v)) } else { ClassKey::Label(list(v)[0]) }).collect();
+    let mut out: Vec<ClassKey> = foreground
+        .map(|(_, v)| if regions { ClassKey::Region(list(v)) } else { ClassKey::Label(list(v)[0]) })
+        .collect();
     if labels.contains_key("ignore") {
         let mut all: Vec<i16> = labels.iter().filter(|(n, _)| *n != "ignore").flat_map(|(_, v)| list(v)).collect();
         all.sort_unstable();

@@ -1,8 +1,11 @@
 //! Floor 1, side room: files to host data and back. Knows no model, no plan, and no device but the host.
 
 pub mod atomic;
+pub(crate) mod b2nd;
+pub(crate) mod boxes;
 pub mod image;
 pub mod nifti;
+pub(crate) mod npy;
 pub mod npz;
 #[cfg(feature = "natural")]
 pub mod picture;

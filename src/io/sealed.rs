@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 
-use super::atomic::write_keeping;
+use super::atomic::{write_atomically, write_keeping};
 use super::weights::{Weights, hex};
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ pub(crate) struct Entry<'a> {
 /// # Errors
 /// Those of the values, [`Error::Shape`] when their number is not that of the shape, [`Error::Io`].
 pub(crate) fn write(path: &Path, previous: &Path, texts: &[(&str, String)], entries: &[Entry<'_>]) -> Result<()> {
-    let head = header(path, texts, entries)?;
+    let head = header(path, texts, entries.iter().map(|e| (&*e.name, Dtype::F32, &*e.shape)))?;
     let io = |e| Error::io("write", path, e);
     write_keeping(path, previous, |file| {
         let mut hash = Sha256::new();
@@ -52,23 +52,69 @@ pub(crate) fn write(path: &Path, previous: &Path, texts: &[(&str, String)], entr
             hash.update(&bytes);
             file.write_all(&bytes).map_err(io)?;
         }
-        let digest = hex(&hash.finalize());
-        file.seek(SeekFrom::Start(DIGEST as u64)).map_err(io)?;
-        file.write_all(digest.as_bytes()).map_err(io)
+        seal(file, hash).map_err(io)
     })
 }
 
+/// A tensor to be written from memory.
+pub(crate) struct Held<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// In row-major order, little-endian.
+    pub(crate) bytes: &'a [u8],
+}
+
+/// Writes a whole file of tensors of any type, or none.
+///
+/// # Errors
+/// [`Error::Shape`] when a tensor has not the bytes of its shape, [`Error::Io`].
+pub(crate) fn write_held(path: &Path, texts: &[(&str, String)], tensors: &[Held<'_>]) -> Result<()> {
+    let head = header(path, texts, tensors.iter().map(|t| (t.name, t.dtype, &*t.shape)))?;
+    let io = |e| Error::io("write", path, e);
+    write_atomically(path, |file| {
+        let mut hash = Sha256::new();
+        hash.update(&head);
+        file.write_all(&head).map_err(io)?;
+        for t in tensors {
+            if t.bytes.len() != bytes_of(t.dtype, &t.shape) {
+                return Err(Error::shape(
+                    "safetensors",
+                    format!("{} bytes for {} {:?}", t.bytes.len(), t.name, t.shape),
+                ));
+            }
+            hash.update(t.bytes);
+            file.write_all(t.bytes).map_err(io)?;
+        }
+        seal(file, hash).map_err(io)
+    })
+}
+
+fn bytes_of(dtype: Dtype, shape: &[usize]) -> usize {
+    shape.iter().product::<usize>() * dtype.bitsize() / 8
+}
+
+/// Writes the digest to its place.
+fn seal(file: &mut (impl Write + Seek), hash: Sha256) -> std::io::Result<()> {
+    let digest = hex(&hash.finalize());
+    file.seek(SeekFrom::Start(DIGEST as u64))?;
+    file.write_all(digest.as_bytes())
+}
+
 /// Length and header, with zeros for the digest.
-fn header(path: &Path, texts: &[(&str, String)], entries: &[Entry<'_>]) -> Result<Vec<u8>> {
+fn header<'a>(
+    path: &Path,
+    texts: &[(&str, String)],
+    tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
+) -> Result<Vec<u8>> {
     let bad = |e: String| Error::model(path, "header", e);
     let json = |s: &str| serde_json::to_string(s).map_err(|e| bad(e.to_string()));
     let mut at = 0;
     let mut table = Vec::new();
-    for e in entries {
-        let bytes = 4 * e.shape.iter().product::<usize>();
-        let info = TensorInfo { dtype: Dtype::F32, shape: e.shape.clone(), data_offsets: (at, at + bytes) };
-        table.push((e.name.clone(), info));
-        at += bytes;
+    for (name, dtype, shape) in tensors {
+        let end = at + bytes_of(dtype, shape);
+        table.push((name.to_string(), TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (at, end) }));
+        at = end;
     }
     // Checks names and offsets; its own text would hold the metadata in no order.
     Metadata::new(None, table.clone()).map_err(|e| bad(e.to_string()))?;
@@ -95,18 +141,28 @@ fn header(path: &Path, texts: &[(&str, String)], entries: &[Entry<'_>]) -> Resul
 /// # Errors
 /// [`Error::Io`], [`Error::Model`] when it is damaged or no such file.
 pub(crate) fn open(path: &Path) -> Result<(Weights, HashMap<String, String>)> {
-    let weights = Weights::open(path)?;
-    let file = weights.file();
-    let begins = file.get(8..DIGEST).is_some_and(|b| b == BEGINNING.as_bytes());
-    let Some(stated) = file.get(DIGEST..DIGEST + ZEROS.len()).filter(|_| begins) else {
-        return Err(Error::model(path, "header", "holds no SHA-256 at its place: not a checkpoint of this project"));
-    };
+    let (weights, texts) = open_unread(path)?;
+    let file = weights.as_ref();
     let mut hash = Sha256::new();
     hash.update(&file[..DIGEST]);
     hash.update(ZEROS);
     hash.update(&file[DIGEST + ZEROS.len()..]);
-    if hex(&hash.finalize()).as_bytes() != stated {
+    if hex(&hash.finalize()).as_bytes() != &file[DIGEST..DIGEST + ZEROS.len()] {
         return Err(Error::model(path, "sha256", "not that of its contents: the file was changed or damaged"));
+    }
+    Ok((weights, texts))
+}
+
+/// As [`open`], but for the digest: only the header is read.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_unread(path: &Path) -> Result<(Weights, HashMap<String, String>)> {
+    let weights = Weights::open(path)?;
+    let file = weights.as_ref();
+    let begins = file.get(8..DIGEST).is_some_and(|b| b == BEGINNING.as_bytes());
+    if !begins || file.len() < DIGEST + ZEROS.len() {
+        return Err(Error::model(path, "header", "holds no SHA-256 at its place: not a file of this project"));
     }
     let texts = weights.texts()?;
     Ok((weights, texts))

@@ -168,11 +168,6 @@ impl Weights {
         &self.globals
     }
 
-    /// All bytes of the file.
-    pub(super) fn file(&self) -> &[u8] {
-        &self.map
-    }
-
     /// The texts in the header of a safetensors file.
     pub(super) fn texts(&self) -> Result<HashMap<String, String>> {
         let broken = |e: String| Error::model(&self.path, "safetensors header", printable(&e));
@@ -216,6 +211,11 @@ impl Weights {
     pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         let place = self.place(name)?;
         Ok(self.gather(place))
+    }
+
+    /// Where in the file's bytes a tensor begins, if its elements lie there one after the other.
+    pub(crate) fn start(&self, name: &str) -> Option<usize> {
+        self.places.get(name).filter(|p| is_row_major(&p.shape, &p.strides)).map(|p| p.start)
     }
 
     fn place(&self, name: &str) -> Result<&TensorPlace> {
@@ -266,6 +266,13 @@ impl Weights {
             DType::I8 => each(&raw, |b| f32::from(i8::from_le_bytes(b))),
             DType::U8 | DType::Bool => each(&raw, |[b]| f32::from(b)),
         }
+    }
+}
+
+/// All bytes of the file.
+impl AsRef<[u8]> for Weights {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
     }
 }
 

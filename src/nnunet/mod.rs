@@ -16,6 +16,7 @@ pub mod predict;
 pub mod preprocess;
 pub mod report;
 pub mod split;
+pub mod store;
 #[doc(hidden)]
 pub mod testing;
 pub mod training_case;

@@ -47,7 +47,7 @@ impl Kind {
 pub(super) fn to_json(call: View<'_>, left: &mut usize) -> Option<Value> {
     // Before decoding, which reads all of the text and may fail every time the same call is referred to.
     *left = left.checked_sub(encoded_len(call))?;
-    let Some(array) = decode(call) else { return Some(Value::Null) };
+    let Some(array) = decode(call).filter(|a| !a.columns) else { return Some(Value::Null) };
     let n = array.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
     // Charged by the byte: many scalars may refer to one long buffer.
     *left = left.checked_sub(n)?.checked_sub(array.bytes.len())?;
@@ -81,7 +81,30 @@ pub(super) fn to_json(call: View<'_>, left: &mut usize) -> Option<Value> {
 struct Array<'a> {
     kind: Kind,
     shape: Vec<usize>,
+    /// The first axis fastest, which differs from the usual order only with two or more axes.
+    columns: bool,
     bytes: Cow<'a, [u8]>,
+}
+
+/// Shape and values, the last axis fastest, of an array of integers of at most two axes and `most` values; `None` for
+/// everything else.
+pub(super) fn integers(call: View<'_>, most: usize) -> Option<([usize; 2], Vec<i64>)> {
+    let array = decode(call)?;
+    let (rows, columns) = match array.shape[..] {
+        [n] => (n, 1),
+        [n, m] => (n, m),
+        _ => return None,
+    };
+    let n = rows.checked_mul(columns).filter(|n| *n <= most)?;
+    let size = array.kind.size();
+    if array.bytes.len() != n.checked_mul(size)? {
+        return None;
+    }
+    let flat = array.bytes.chunks_exact(size).map(|b| array.kind.value(b).as_i64()).collect::<Option<Vec<i64>>>()?;
+    if !array.columns {
+        return Some(([rows, columns], flat));
+    }
+    Some(([rows, columns], (0..n).map(|i| flat[i % columns * rows + i / columns]).collect()))
 }
 
 fn decode(call: View<'_>) -> Option<Array<'_>> {
@@ -89,24 +112,19 @@ fn decode(call: View<'_>) -> Option<Array<'_>> {
     match callable {
         Callable::NumpyScalar => {
             let [dtype, data] = args[..] else { return None };
-            Some(Array { kind: kind(dtype)?, shape: Vec::new(), bytes: bytes(data)? })
+            Some(Array { kind: kind(dtype)?, shape: Vec::new(), columns: false, bytes: bytes(data)? })
         }
         Callable::NumpyReconstruct => {
             let [_version, shape, dtype, fortran, data] = state?.items(5)?[..] else { return None };
             let shape = shape.sizes(8)?;
-            // Column order differs from row order only with two or more axes; plans hold vectors.
-            if matches!(fortran.node(), Node::Bool(true)) && shape.len() > 1 {
-                return None;
-            }
-            Some(Array { kind: kind(dtype)?, shape, bytes: bytes(data)? })
+            let columns = matches!(fortran.node(), Node::Bool(true)) && shape.len() > 1;
+            Some(Array { kind: kind(dtype)?, shape, columns, bytes: bytes(data)? })
         }
         Callable::NumpyFromBuffer => {
             let [data, dtype, shape, order] = args[..] else { return None };
             let shape = shape.sizes(8)?;
-            if order.str() != Some("C") && shape.len() > 1 {
-                return None;
-            }
-            Some(Array { kind: kind(dtype)?, shape, bytes: bytes(data)? })
+            let columns = order.str() != Some("C") && shape.len() > 1;
+            Some(Array { kind: kind(dtype)?, shape, columns, bytes: bytes(data)? })
         }
         _ => None,
     }

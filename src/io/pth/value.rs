@@ -212,6 +212,14 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Shape and values, row by row, of a NumPy array of integers of at most two axes and `most` values, or of an empty list.
+    pub(crate) fn integers(self, most: usize) -> Option<([usize; 2], Vec<i64>)> {
+        match self.node() {
+            Node::List(items) if items.is_empty() => Some(([0, 0], Vec::new())),
+            _ => super::numpy::integers(self, most),
+        }
+    }
+
     /// Plain data (numbers, texts, lists, dictionaries, NumPy scalars and arrays) as JSON; what is not plain data
     /// becomes null, as do NaN and the infinities. `None` when that would be more than `budget` values (shared
     /// references expand here, and only here) or is nested too deeply.

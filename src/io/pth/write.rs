@@ -29,6 +29,8 @@ pub(crate) enum Py {
     OrderedDict(Vec<(Py, Py)>),
     /// `torch.device` of this name.
     Device(&'static str),
+    /// `numpy.ndarray` of int64 with rows of four.
+    Rows(Vec<[i64; 4]>),
     /// A contiguous tensor of floats: the storage of this number, whole. Tensors of one storage share its memory.
     Tensor {
         storage: usize,
@@ -128,7 +130,19 @@ impl Drop for Archive<'_> {
     }
 }
 
-/// Instructions of pickle's protocol 2, `torch.save`'s, that leave `value` on the stack. `lens` learns the number of
+/// A pickle that is a file by itself, without tensors.
+///
+/// # Errors
+/// [`Error::Shape`] when there are tensors in it.
+pub(crate) fn pickled(object: &Py) -> Result<Vec<u8>> {
+    // The first protocol that has bytes.
+    let mut out = vec![0x80, 3];
+    put(object, &mut out, &mut [])?;
+    out.push(b'.');
+    Ok(out)
+}
+
+/// Instructions of pickle's protocol 2, `torch.save`'s (3 for arrays), that leave `value` on the stack. `lens` learns the number of
 /// values of each storage.
 fn put(value: &Py, out: &mut Vec<u8>, lens: &mut [Option<usize>]) -> Result<()> {
     match value {
@@ -162,6 +176,24 @@ fn put(value: &Py, out: &mut Vec<u8>, lens: &mut [Option<usize>]) -> Result<()> 
             out.extend(b"ctorch\ndevice\n");
             text(name, out);
             out.extend([0x85, b'R']);
+        }
+        Py::Rows(rows) => {
+            // An array made empty, then its state: version, shape, type, order, bytes.
+            out.extend(b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85C\x01btR(K\x01(");
+            int(rows.len() as i64, out);
+            int(4, out);
+            out.extend(b"tcnumpy\ndtype\n(");
+            text("i8", out);
+            out.extend(b"\x89\x88tR(K\x03");
+            text("<", out);
+            out.extend(b"NNN");
+            int(-1, out);
+            int(-1, out);
+            out.extend(b"K\0tb\x89B");
+            let bytes = u32::try_from(rows.len() * 32).map_err(|_| Error::shape("pickle", "an array above 4 GiB"))?;
+            out.extend(bytes.to_le_bytes());
+            out.extend(rows.as_flattened().iter().flat_map(|v| v.to_le_bytes()));
+            out.extend(b"tb");
         }
         Py::Tensor { storage, shape } => {
             let len = shape.iter().product();

@@ -1,0 +1,203 @@
+//! NumPy's `.npy` files and the entries of `.npz` archives, read.
+
+use std::io::{Cursor, Read};
+use std::path::Path;
+use std::sync::Arc;
+
+use zip::ZipArchive;
+
+use super::boxes::Flat;
+use super::weights::{map_file, printable};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// NumPy's headers have some hundred bytes.
+const MAX_HEADER: usize = 64 << 10;
+
+/// Deflate makes at most this many bytes of one.
+const MAX_RATIO: usize = 1032;
+
+/// Opens a `.npy` file of four axes, mapped.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Model`] when it is damaged, of another type or of another number of axes.
+pub(crate) fn open_npy(path: &Path) -> Result<Flat> {
+    let map = map_file(path)?;
+    let header = Header::read(&map).map_err(|what| Error::model(path, "npy header", what))?;
+    header.flat(path, Arc::new(map))
+}
+
+/// Reads the array `name` of an `.npz` archive into memory; `None` where it holds no such array.
+///
+/// # Errors
+/// As [`open_npy`].
+pub(crate) fn read_npz(path: &Path, name: &str) -> Result<Option<Flat>> {
+    let map = map_file(path)?;
+    let bad = |e: String| Error::model(path, printable(name), printable(&e));
+    let mut archive = ZipArchive::new(Cursor::new(&map[..])).map_err(|e| Error::model(path, "zip", e.to_string()))?;
+    let entry = format!("{name}.npy");
+    if !archive.file_names().any(|n| n.is_ok_and(|n| n == entry)) {
+        return Ok(None);
+    }
+    let entry = archive.by_name(&entry).map_err(|e| bad(e.to_string()))?;
+    // What the compressed bytes of this file can hold, whatever the sizes in it say.
+    let packed = usize::try_from(entry.compressed_size()).unwrap_or(usize::MAX).min(map.len());
+    let most = packed.saturating_mul(MAX_RATIO).saturating_add(MAX_HEADER);
+    let mut bytes = Vec::new();
+    let stated = usize::try_from(entry.size()).unwrap_or(usize::MAX).min(most);
+    bytes.try_reserve_exact(stated).map_err(|_| out_of_memory(stated))?;
+    entry.take(most as u64).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
+    let header = Header::read(&bytes).map_err(bad)?;
+    header.flat(path, Arc::new(bytes)).map(Some)
+}
+
+fn out_of_memory(asked: usize) -> Error {
+    Error::OutOfMemory { what: "an array of an npz file".into(), asked, in_use: 0, limit: isize::MAX as usize }
+}
+
+/// A type of elements by NumPy's name for it.
+pub(super) fn element(name: &str) -> Result<DType, String> {
+    Ok(match name {
+        "<f4" => DType::F32,
+        "<f8" => DType::F64,
+        "<f2" => DType::F16,
+        "<i8" => DType::I64,
+        "<i4" => DType::I32,
+        "<i2" => DType::I16,
+        "|i1" => DType::I8,
+        "|u1" => DType::U8,
+        "|b1" => DType::Bool,
+        other => return Err(format!("elements of type {:?}, expected f2 to f8, i1 to i8 or u1", printable(other))),
+    })
+}
+
+/// What stands before the elements.
+#[derive(Debug, PartialEq)]
+struct Header {
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Where the elements begin.
+    start: usize,
+}
+
+impl Header {
+    fn read(file: &[u8]) -> Result<Self, String> {
+        let short = || "cut short".to_string();
+        let Some([b'\x93', b'N', b'U', b'M', b'P', b'Y', version, _]) = file.first_chunk() else {
+            return Err("not a NumPy file".into());
+        };
+        let (len, head) = match version {
+            1 => (file.get(8..10).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]]))), 10),
+            2 | 3 => (file.get(8..12).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize), 12),
+            v => return Err(format!("version {v}, expected 1 to 3")),
+        };
+        let len = len.ok_or_else(short)?;
+        if len > MAX_HEADER {
+            return Err(format!("a header of {len} bytes"));
+        }
+        let text = file.get(head..head + len).ok_or_else(short)?;
+        let text = std::str::from_utf8(text).map_err(|_| "not a text".to_string())?;
+        let value = |key: &str| {
+            let after = &text[text.find(&format!("'{key}'"))? + key.len() + 2..];
+            after.trim_start().strip_prefix(':').map(str::trim_start)
+        };
+        let descr = value("descr").and_then(|v| v.strip_prefix('\'')?.split('\'').next());
+        let dtype = element(descr.ok_or("no plain element type")?)?;
+        if !value("fortran_order").is_some_and(|v| v.starts_with("False")) {
+            return Err("in Fortran's order, expected C's".into());
+        }
+        let shape = value("shape").and_then(|v| v.strip_prefix('(')?.split(')').next()).ok_or("no shape")?;
+        let axes = shape.split(',').map(str::trim).filter(|n| !n.is_empty());
+        let shape = axes.map(|n| n.parse().map_err(|_| "a shape of other than numbers".to_string()));
+        Ok(Self { dtype, shape: shape.collect::<Result<_, _>>()?, start: head + len })
+    }
+
+    fn flat(self, path: &Path, bytes: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Flat> {
+        let shape = <[usize; 4]>::try_from(self.shape)
+            .map_err(|s| Error::model(path, "shape", format!("{} axes, expected 4 (channel, z, y, x)", s.len())))?;
+        Flat::new(bytes, self.start, self.dtype, shape)
+            .ok_or_else(|| Error::model(path, "shape", format!("{shape:?}, more elements than the file holds")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::boxes::{Boxes, to_f32, to_i16};
+    use crate::io::write_npz;
+
+    fn npy(dict: &str, body: &[u8]) -> Vec<u8> {
+        let mut out = b"\x93NUMPY\x01\0".to_vec();
+        out.extend((dict.len() as u16).to_le_bytes());
+        out.extend(dict.as_bytes());
+        out.extend(body);
+        out
+    }
+
+    fn message(dict: &str, body: usize) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.npy");
+        std::fs::write(&path, npy(dict, &vec![0; body])).unwrap();
+        open_npy(&path).map(|f| f.shape()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn damaged_headers_are_refused() {
+        let dict = |descr: &str, order: &str, shape: &str| {
+            format!("{{'descr': '{descr}', 'fortran_order': {order}, 'shape': ({shape}), }}\n")
+        };
+        for (text, body, expected) in [
+            (dict("<f4", "False", "1, 2, 3, 4"), 95, "more elements"),
+            (dict("<f4", "False", "4294967296, 4294967296, 4294967296, 2"), 96, "more elements"),
+            (dict("<f4", "True", "1, 2, 3, 4"), 96, "Fortran"),
+            (dict(">f4", "False", "1, 2, 3, 4"), 96, "type"),
+            (dict("<U4", "False", "1, 2, 3, 4"), 96, "type"),
+            (dict("<f4", "False", "2, 3, 4"), 96, "3 axes"),
+            (dict("<f4", "False", "1, -2, 3, 4"), 96, "other than numbers"),
+            ("{'descr': [('a', '<f4')]}".into(), 96, "no plain"),
+        ] {
+            let message = message(&text, body);
+            assert!(message.contains(expected) && message.contains("x.npy"), "{message}");
+        }
+        assert!(Header::read(b"\x93NUMPY\x02\0\xff\xff\xff\xff").is_err());
+        assert!(Header::read(b"\x93NUMPY\x01\0\xff\xff").is_err());
+        assert!(Header::read(b"PK").is_err());
+    }
+
+    #[test]
+    fn arrays_of_an_archive_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.npz");
+        let data: Vec<f32> = (0..48).map(|i| i as f32 / 7.0).collect();
+        let labels: Vec<i16> = (0..24).map(|i| i - 1).collect();
+        write_npz(&path, |npz| {
+            npz.array("data", &[2, 2, 3, 4], |a| a.push(&data))?;
+            npz.array("seg", &[1, 2, 3, 4], |a| a.push(&labels))
+        })
+        .unwrap();
+        let flat = read_npz(&path, "data").unwrap().unwrap();
+        assert_eq!((flat.dtype(), flat.shape()), (DType::F32, [2, 2, 3, 4]));
+        let mut found = vec![0.0; 2];
+        flat.pieces(1, [1, 2, 1], [2, 3, 3], &mut |at, bytes| {
+            assert_eq!(at, [1, 2, 1]);
+            to_f32(DType::F32, bytes, &mut found);
+        })
+        .unwrap();
+        assert_eq!(found, data[24 + 12 + 8 + 1..][..2]);
+        let flat = read_npz(&path, "seg").unwrap().unwrap();
+        let mut found = Vec::new();
+        flat.pieces(0, [0; 3], [2, 3, 4], &mut |_, bytes| {
+            let mut row = [0; 4];
+            to_i16(flat.dtype(), bytes, &mut row);
+            found.extend(row);
+        })
+        .unwrap();
+        assert_eq!(found, labels);
+        assert!(read_npz(&path, "other").unwrap().is_none());
+        let bytes = std::fs::read(&path).unwrap();
+        for n in (0..bytes.len()).step_by(7) {
+            std::fs::write(&path, &bytes[..n]).unwrap();
+            assert!(read_npz(&path, "data").is_err(), "{n}");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Folders of preprocessed cases (nnU-Net's `nnUNet_preprocessed/DatasetXXX/<data_identifier>`), in the project's own form
+//! or in one of nnU-Net's: `.b2nd` (since 2.6), `.npz` and the `.npy` files that training unpacked from it.
+
+mod case;
+mod foreign;
+mod own;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+pub use foreign::write_npz_case;
+
+use self::case::{StoredCase, file};
+use self::own::OwnFile;
+use super::preprocess::{Preprocessed, PreprocessedCase, Properties};
+use super::training_case::TrainingCase;
+use crate::error::{Error, Result};
+use crate::io::Geometry;
+use crate::io::boxes::Boxes;
+
+/// Forms in which a case may be stored. Where there are several of one case, the first of these is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Form {
+    /// `CASE.safetensors`.
+    Own,
+    /// `CASE.b2nd`, `CASE_seg.b2nd`, `CASE.pkl`.
+    Blosc,
+    /// `CASE.npy`, `CASE_seg.npy`, `CASE.pkl`.
+    Npy,
+    /// `CASE.npz`, `CASE.pkl`.
+    Npz,
+}
+
+/// Endings of the file by which a case is found; the others follow from it.
+const ENDINGS: [(&str, Form); 4] =
+    [(".safetensors", Form::Own), (".b2nd", Form::Blosc), (".npy", Form::Npy), (".npz", Form::Npz)];
+
+/// What a stored case tells beside its voxels.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct StoredProperties {
+    /// How to come back to the image's own grid.
+    pub preprocessing: Properties,
+    /// The image's own grid: that of results.
+    pub geometry: Geometry,
+}
+
+/// An open folder of preprocessed cases.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    folder: PathBuf,
+    identifiers: Vec<String>,
+    forms: Vec<Form>,
+    previous: Option<PathBuf>,
+}
+
+/// Opens a folder of preprocessed cases. Only its names are read.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Usage`] when it holds no case.
+pub fn open(folder: &Path) -> Result<Stored> {
+    let cases = list(folder)?;
+    if cases.is_empty() {
+        let what = "no preprocessed case (.safetensors, .b2nd, .npz) is in it; preprocess the data set first";
+        return Err(Error::usage(format!("{}: {what}", folder.display())));
+    }
+    let (identifiers, forms) = cases.into_iter().unzip();
+    Ok(Stored { folder: folder.into(), identifiers, forms, previous: None })
+}
+
+/// Cases of a folder by name.
+fn list(folder: &Path) -> Result<BTreeMap<String, Form>> {
+    let mut cases: BTreeMap<String, Form> = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))? {
+        let name = entry.map_err(|e| Error::io("list", folder, e))?.file_name();
+        // nnU-Net's names are UTF-8; hidden files are half written.
+        let Some(name) = name.to_str().filter(|n| !n.starts_with('.')) else { continue };
+        for (ending, form) in ENDINGS {
+            let Some(identifier) = name.strip_suffix(ending).filter(|i| !i.is_empty()) else { continue };
+            let of_labels = matches!(form, Form::Blosc | Form::Npy) && identifier.ends_with("_seg");
+            if !of_labels {
+                let known = cases.entry(identifier.into()).or_insert(form);
+                *known = form.min(*known);
+            }
+        }
+    }
+    Ok(cases)
+}
+
+impl Stored {
+    /// The folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Names of the cases, sorted.
+    #[must_use]
+    pub fn identifiers(&self) -> &[String] {
+        &self.identifiers
+    }
+
+    /// Reads what the stage before of a cascade predicted beside the truth, from a folder of files named as the cases are
+    /// (nnU-Net's `predicted_next_stage/CONFIGURATION`).
+    #[must_use]
+    pub fn with_previous_stage(mut self, folder: &Path) -> Self {
+        self.previous = Some(folder.into());
+        self
+    }
+
+    /// Opens a case for training.
+    ///
+    /// The arrays of the own form, of `.npy` and of `.b2nd` stay in their files; those of `.npz` are read into memory.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no such case; [`Error::Io`]; [`Error::Model`] naming the file and the part of it
+    /// that is damaged.
+    pub fn case(&self, identifier: &str) -> Result<Box<dyn TrainingCase>> {
+        Ok(Box::new(self.stored(identifier)?))
+    }
+
+    /// A whole case as preprocessing made it, without its truth: what the final validation predicts.
+    ///
+    /// # Errors
+    /// Those of [`Stored::case`], [`Error::OutOfMemory`].
+    pub fn image(&self, identifier: &str, transpose_backward: [usize; 3]) -> Result<Preprocessed> {
+        let case = self.stored(identifier)?;
+        let (data, _) = case.whole(&self.folder.join(identifier))?;
+        let properties = self.properties(identifier, transpose_backward)?.preprocessing;
+        Ok(Preprocessed { data, channels: case.channels(), shape: case.shape(), properties })
+    }
+
+    /// How to bring a case back to its image's grid, and that grid.
+    ///
+    /// nnU-Net's files tell the transposed shape only, so the plans' `transpose_backward` is asked for.
+    ///
+    /// # Errors
+    /// Those of [`Stored::case`].
+    pub fn properties(&self, identifier: &str, transpose_backward: [usize; 3]) -> Result<StoredProperties> {
+        match self.form(identifier)? {
+            Form::Own => Ok(OwnFile::open(&file(&self.folder, identifier, ".safetensors"), false)?.properties()),
+            _ => foreign::properties(&file(&self.folder, identifier, ".pkl"), transpose_backward),
+        }
+    }
+
+    /// Reads all bytes of a case of the own form and compares them with their SHA-256; cases of other forms have none, and
+    /// are only opened.
+    ///
+    /// # Errors
+    /// Those of [`Stored::case`].
+    pub fn check(&self, identifier: &str) -> Result<()> {
+        match self.form(identifier)? {
+            Form::Own => OwnFile::open(&file(&self.folder, identifier, ".safetensors"), true).map(drop),
+            _ => self.stored(identifier).map(drop),
+        }
+    }
+
+    fn form(&self, identifier: &str) -> Result<Form> {
+        match self.identifiers.binary_search_by(|i| i.as_str().cmp(identifier)) {
+            Ok(i) => Ok(self.forms[i]),
+            Err(_) => Err(Error::usage(format!("{}: no preprocessed case {identifier:?}", self.folder.display()))),
+        }
+    }
+
+    fn stored(&self, identifier: &str) -> Result<StoredCase> {
+        let previous = self.previous.as_deref().map(|folder| previous_stage(folder, identifier)).transpose()?;
+        match self.form(identifier)? {
+            Form::Own => OwnFile::open(&file(&self.folder, identifier, ".safetensors"), false)?.case(previous),
+            form => foreign::case(&self.folder, identifier, form, previous),
+        }
+    }
+}
+
+/// The labels that the stage before predicted of a case.
+fn previous_stage(folder: &Path, identifier: &str) -> Result<Box<dyn Boxes>> {
+    let own = file(folder, identifier, ".safetensors");
+    if own.is_file() { own::open_labels(&own) } else { foreign::labels_alone(folder, identifier) }
+}
+
+/// Writes a case in the own form into `folder`, whole or not at all. `image` is the grid of the case's image;
+/// `fingerprint` says what made it, and is what [`made_by`] gives.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_case(
+    folder: &Path,
+    identifier: &str,
+    case: &PreprocessedCase,
+    image: &Geometry,
+    fingerprint: &str,
+) -> Result<()> {
+    own::write(&file(folder, identifier, ".safetensors"), case, image, fingerprint)
+}
+
+/// Writes what a stage of a cascade predicted of a case for the next one, on that one's grid, which has `shape` voxels (z, y,
+/// x): read through [`Stored::with_previous_stage`].
+///
+/// # Errors
+/// [`Error::Shape`] when there are not as many labels as voxels, [`Error::Io`].
+pub fn write_labels(folder: &Path, identifier: &str, labels: &[i16], shape: [usize; 3]) -> Result<()> {
+    own::write_labels(&file(folder, identifier, ".safetensors"), labels, shape)
+}
+
+/// The fingerprint with which a case of the own form was written; `None` where there is none that can be read.
+#[must_use]
+pub fn made_by(folder: &Path, identifier: &str) -> Option<String> {
+    let path = file(folder, identifier, ".safetensors");
+    let own = path.is_file().then(|| OwnFile::open(&path, false)).transpose().ok().flatten()?;
+    // A file whose arrays do not fit its header is not whole.
+    own.case(None).is_ok().then(|| own.fingerprint().to_string())
+}
