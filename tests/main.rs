@@ -43,6 +43,7 @@ mod picture;
 mod planner;
 mod prepare;
 mod preprocess;
+mod preprocess_dataset;
 mod pth;
 mod ptx;
 mod reference;

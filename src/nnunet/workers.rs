@@ -18,6 +18,20 @@ pub(crate) fn map<T: Send>(
     progress: &mut dyn Progress,
     f: impl Fn(usize) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
+    map_begun(device, n, progress, |_| Ok(()), |i, ()| f(i))
+}
+
+/// As [`map`]; `f` is handed what `begin` made of the case, which may wait, as it runs on none of the device's threads.
+///
+/// # Errors
+/// As [`map`].
+pub(crate) fn map_begun<B: Send, T: Send>(
+    device: &Device,
+    n: usize,
+    progress: &mut dyn Progress,
+    begin: impl Fn(usize) -> Result<B> + Sync,
+    f: impl Fn(usize, B) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let told = Mutex::new((progress, 0));
     let slots: Vec<Mutex<Option<Result<T>>>> = (0..n).map(|_| Mutex::new(None)).collect();
@@ -28,7 +42,7 @@ pub(crate) fn map<T: Send>(
             if i >= n {
                 return;
             }
-            let result = device.install(|| f(i)).and_then(|value| {
+            let result = begin(i).and_then(|begun| device.install(|| f(i, begun))).and_then(|value| {
                 let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
                 told.1 += 1;
                 let event = Event::Cases { done: told.1, total: n };

@@ -171,25 +171,39 @@ fn affine(root: View<'_>, path: &Path) -> Result<Option<[[f64; 4]; 3]>> {
     }
 }
 
-/// Writes a case as nnU-Net up to 2.5 does and every later one reads it: `CASE.npz` and `CASE.pkl`. `image` is the grid of
-/// the case's image.
-///
-/// The archive, by which cases are found, comes last.
-///
-/// # Errors
-/// [`Error::Io`].
-pub fn write_npz_case(folder: &Path, identifier: &str, case: &PreprocessedCase, image: &Geometry) -> Result<()> {
-    let bytes = pickled(&python_properties(case, image))?;
+/// Key of the pickle by which a case is known again; nnU-Net looks at the keys that it knows.
+const MADE_BY: &str = "stunet_fingerprint";
+
+/// What made a case; `None` when its archive is missing.
+pub(super) fn made_by(folder: &Path, identifier: &str) -> Option<String> {
+    let pickle = read_pickle(&file(folder, identifier, ".pkl")).ok()?;
+    let made = pickle.root().get(MADE_BY)?.str()?;
+    file(folder, identifier, ".npz").is_file().then(|| made.to_string())
+}
+
+/// Writes the archive, by which cases are found, last; an old one must not be taken for what the new pickle tells of.
+pub(super) fn write(
+    folder: &Path,
+    identifier: &str,
+    case: &PreprocessedCase,
+    image: &Geometry,
+    fingerprint: &str,
+) -> Result<()> {
+    let archive = file(folder, identifier, ".npz");
+    if archive.exists() {
+        std::fs::remove_file(&archive).map_err(|e| Error::io("remove", &archive, e))?;
+    }
+    let bytes = pickled(&python_properties(case, image, fingerprint))?;
     let path = file(folder, identifier, ".pkl");
     write_atomically(&path, |file| file.write_all(&bytes).map_err(|e| Error::io("write", &path, e)))?;
     let [z, y, x] = case.image.shape;
-    write_npz(file(folder, identifier, ".npz"), |npz| {
+    write_npz(&archive, |npz| {
         npz.array("data", &[case.image.channels, z, y, x], |a| a.push(&case.image.data))?;
         npz.array("seg", &[1, z, y, x], |a| a.push(&case.labels))
     })
 }
 
-fn python_properties(case: &PreprocessedCase, image: &Geometry) -> Py {
+fn python_properties(case: &PreprocessedCase, image: &Geometry, fingerprint: &str) -> Py {
     let p = &case.image.properties;
     let int = |n: &usize| Py::Int(*n as i64);
     let ints = |n: &[usize]| n.iter().map(int).collect::<Vec<_>>();
@@ -222,5 +236,6 @@ fn python_properties(case: &PreprocessedCase, image: &Geometry) -> Py {
         ("bbox_used_for_cropping", Py::List(p.bbox.iter().map(|b| Py::List(ints(b))).collect())),
         ("shape_after_cropping_and_before_resampling", Py::Tuple(ints(&p.shape_after_cropping))),
         ("class_locations", Py::Dict(classes.collect())),
+        (MADE_BY, Py::Str(fingerprint.into())),
     ])
 }

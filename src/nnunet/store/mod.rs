@@ -2,13 +2,14 @@
 //! or in one of nnU-Net's: `.b2nd` (since 2.6), `.npz` and the `.npy` files that training unpacked from it.
 
 mod case;
+mod dataset;
 mod foreign;
 mod own;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub use foreign::write_npz_case;
+pub use dataset::{PreprocessOptions, PreprocessedConfiguration, location_classes, preprocess_dataset};
 
 use self::case::{StoredCase, file};
 use self::own::OwnFile;
@@ -178,7 +179,7 @@ fn previous_stage(folder: &Path, identifier: &str) -> Result<Box<dyn Boxes>> {
 }
 
 /// Writes a case in the own form into `folder`, whole or not at all. `image` is the grid of the case's image;
-/// `fingerprint` says what made it, and is what [`made_by`] gives.
+/// `fingerprint` says what made it.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -192,6 +193,21 @@ pub fn write_case(
     own::write(&file(folder, identifier, ".safetensors"), case, image, fingerprint)
 }
 
+/// Writes a case as nnU-Net up to 2.5 does and every later one reads it: `CASE.npz` and `CASE.pkl`. `image` is the grid of
+/// the case's image; `fingerprint` says what made it.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_npz_case(
+    folder: &Path,
+    identifier: &str,
+    case: &PreprocessedCase,
+    image: &Geometry,
+    fingerprint: &str,
+) -> Result<()> {
+    foreign::write(folder, identifier, case, image, fingerprint)
+}
+
 /// Writes what a stage of a cascade predicted of a case for the next one, on that one's grid, which has `shape` voxels (z, y,
 /// x): read through [`Stored::with_previous_stage`].
 ///
@@ -201,11 +217,15 @@ pub fn write_labels(folder: &Path, identifier: &str, labels: &[i16], shape: [usi
     own::write_labels(&file(folder, identifier, ".safetensors"), labels, shape)
 }
 
-/// The fingerprint with which a case of the own form was written; `None` where there is none that can be read.
-#[must_use]
-pub fn made_by(folder: &Path, identifier: &str) -> Option<String> {
-    let path = file(folder, identifier, ".safetensors");
-    let own = path.is_file().then(|| OwnFile::open(&path, false)).transpose().ok().flatten()?;
-    // A file whose arrays do not fit its header is not whole.
-    own.case(None).is_ok().then(|| own.fingerprint().to_string())
+/// The fingerprint with which a case was written in one of the two forms that are written; `None` where there is none that
+/// can be read.
+fn made_by(folder: &Path, identifier: &str, form: Form) -> Option<String> {
+    match form {
+        Form::Npz => foreign::made_by(folder, identifier),
+        _ => {
+            let own = OwnFile::open(&file(folder, identifier, ".safetensors"), false).ok()?;
+            // A file whose arrays do not fit its header is not whole.
+            own.case(None).is_ok().then(|| own.fingerprint().to_string())
+        }
+    }
 }
