@@ -1,7 +1,9 @@
 //! Floor 7: the nnU-Net pipeline, in the order it runs.
 
+pub mod augment;
 pub mod cases;
 pub mod checkpoint;
+pub mod loader;
 pub mod lookup;
 pub mod loss;
 pub mod model;
