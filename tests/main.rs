@@ -4,9 +4,12 @@
 mod common;
 
 mod add;
+mod augment;
+mod augment_draws;
 mod autograd;
 mod avg_pool;
 mod bad_input;
+mod blur;
 mod checkpoint;
 mod cli;
 mod cohort;
@@ -23,10 +26,13 @@ mod head_labels;
 mod init;
 mod instance_norm;
 mod instance_norm_grad;
+mod intensity;
 #[cfg(feature = "cuda")]
 mod kernels;
 mod leaky_relu;
+mod loader;
 mod loss;
+mod low_resolution;
 mod model_folder;
 mod models;
 mod networks;
@@ -43,3 +49,4 @@ mod storage;
 mod tidy;
 mod training;
 mod upsample_nearest;
+mod warp;

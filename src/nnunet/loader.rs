@@ -20,7 +20,6 @@ use queue::{Place, Queue};
 
 /// What a loader makes.
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct LoaderConfig {
     /// Voxels of a patch along (z, y, x); 1 along z in 2D.
     pub patch: [usize; 3],

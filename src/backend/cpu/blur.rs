@@ -42,7 +42,14 @@ fn mirrored(i: isize, n: usize) -> usize {
 }
 
 #[inline(always)]
-fn filter<S: Simd>(s: S, [d, h, w]: [usize; 3], kernels: &[Kernel; 3], from: &[f32], plane: &mut [f32], to: &mut [f32]) {
+fn filter<S: Simd>(
+    s: S,
+    [d, h, w]: [usize; 3],
+    kernels: &[Kernel; 3],
+    from: &[f32],
+    plane: &mut [f32],
+    to: &mut [f32],
+) {
     let size = h * w;
     let (first, rest) = plane.split_at_mut(size);
     let (second, row) = rest.split_at_mut(size);

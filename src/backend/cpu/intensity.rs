@@ -318,7 +318,9 @@ mod tests {
                 let (sin, cos) = (turn * std::f64::consts::TAU).sin_cos();
                 let expected = (-2.0 * u.ln()).sqrt() * if k % 2 == 0 { cos } else { sin };
                 // The uniform number is rounded to f32, which near 1 is all that is known of its logarithm.
-                assert!((f64::from(n) - expected).abs() < 3e-4 && (u > 0.999 || (f64::from(n) - expected).abs() < 1e-5));
+                assert!(
+                    (f64::from(n) - expected).abs() < 3e-4 && (u > 0.999 || (f64::from(n) - expected).abs() < 1e-5)
+                );
             }
             // Moments within four standard errors.
             let n = x.len() as f64;

@@ -21,19 +21,13 @@ pub(crate) struct Warp {
 }
 
 /// `image` and `labels` hold whole boxes, one per channel; as many grids are written.
-pub(crate) fn warp(
-    isa: Isa,
-    how: &Warp,
-    image: &[f32],
-    labels: &[i16],
-    image_out: &mut [f32],
-    labels_out: &mut [i16],
-) {
+pub(crate) fn warp(isa: Isa, how: &Warp, image: &[f32], labels: &[i16], image_out: &mut [f32], labels_out: &mut [i16]) {
     if how.grid.contains(&0) {
         return;
     }
     let volume = how.source.iter().product::<usize>();
-    let fits = |n: usize, out: usize| n * how.grid.iter().product::<usize>() == out * volume && n.is_multiple_of(volume);
+    let fits =
+        |n: usize, out: usize| n * how.grid.iter().product::<usize>() == out * volume && n.is_multiple_of(volume);
     let interpolated = if how.planes { 1 } else { 0 };
     assert!(
         how.source[interpolated..].iter().all(|n| (2..1 << 24).contains(n))

@@ -59,20 +59,24 @@ pub(super) fn one_hot(labels: &[u16], wanted: &[u16], out: &mut [f32]) {
 }
 
 /// `ApplyRandomBinaryOperatorTransform`, then `RemoveRandomConnectedComponentFromOneHotEncodingTransform`.
-pub(super) fn apply(operations: &[Operation], removals: &[Removal], shape: [usize; 3], flat: bool, channels: &mut [f32]) {
+pub(super) fn apply(
+    operations: &[Operation],
+    removals: &[Removal],
+    shape: [usize; 3],
+    flat: bool,
+    channels: &mut [f32],
+) {
     let volume = shape.iter().product::<usize>().max(1);
     for o in operations {
         let structure = if flat { Structure::disk(o.radius) } else { Structure::ball(o.radius) };
-        let result = structure.apply(o.operator, shape, &channels[o.channel * volume..][..volume]);
-        let (before, rest) = channels.split_at_mut(o.channel * volume);
-        let (own, after) = rest.split_at_mut(volume);
-        for (i, (own, &now)) in own.iter_mut().zip(&result).enumerate() {
-            if now && *own == 0.0 {
-                // What is new here is no longer anything else.
-                before[i..].iter_mut().step_by(volume).for_each(|v| *v = 0.0);
-                after.iter_mut().skip(i).step_by(volume).for_each(|v| *v = 0.0);
-            }
-            *own = if now { 1.0 } else { 0.0 };
+        let own = &mut channels[o.channel * volume..][..volume];
+        let mut added = structure.apply(o.operator, shape, own);
+        for (own, now) in own.iter_mut().zip(&mut added) {
+            (*own, *now) = (if *now { 1.0 } else { 0.0 }, *now && *own == 0.0);
+        }
+        // What is new here is no longer anything else.
+        for (_, other) in channels.chunks_exact_mut(volume).enumerate().filter(|(c, _)| *c != o.channel) {
+            other.iter_mut().zip(&added).filter(|(_, added)| **added).for_each(|(v, _)| *v = 0.0);
         }
     }
     for r in removals {

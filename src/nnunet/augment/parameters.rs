@@ -135,10 +135,8 @@ fn spatial(config: &AugmentConfig, item: Item) -> Option<Spatial> {
     let (rotates, scales) = (rng.chance(0.2), rng.chance(0.2));
     let drawn = [(); 3].map(|()| rng.uniform(-config.rotation, config.rotation));
     let scale = rng.uniform(0.7, 1.4);
-    (rotates || scales).then_some(Spatial {
-        angles: if rotates { drawn } else { [0.0; 3] },
-        scale: if scales { scale } else { 1.0 },
-    })
+    (rotates || scales)
+        .then_some(Spatial { angles: if rotates { drawn } else { [0.0; 3] }, scale: if scales { scale } else { 1.0 } })
 }
 
 /// nnU-Net's configuration calls the standard deviation a variance.
