@@ -4,10 +4,13 @@
 mod common;
 
 mod add;
+mod augment;
+mod augment_draws;
 mod autograd;
 mod avg_pool;
 mod bad_dataset;
 mod bad_input;
+mod blur;
 mod checkpoint;
 mod cli;
 mod cohort;
@@ -27,10 +30,13 @@ mod head_labels;
 mod init;
 mod instance_norm;
 mod instance_norm_grad;
+mod intensity;
 #[cfg(feature = "cuda")]
 mod kernels;
 mod leaky_relu;
+mod loader;
 mod loss;
+mod low_resolution;
 mod model_folder;
 mod models;
 mod networks;
@@ -51,5 +57,7 @@ mod resample;
 mod storage;
 mod store;
 mod tidy;
+mod train;
 mod training;
 mod upsample_nearest;
+mod warp;

@@ -15,6 +15,15 @@ pub enum Event<'a> {
         /// Windows of this image, mirrored passes and folds included.
         total: usize,
     },
+    /// `done` of `total` steps of a training's epoch, those of its validation included, are over.
+    Steps {
+        /// The epoch, from 0.
+        epoch: u32,
+        /// Steps that are over.
+        done: usize,
+        /// Steps of the epoch.
+        total: usize,
+    },
     /// `done` of `total` cases of a data set are finished.
     Cases {
         /// Cases finished.

@@ -17,6 +17,21 @@ pub(crate) fn philox4x32(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     c
 }
 
+/// Names a stream of numbers by what it is for. The first word is not 0: 0 is for the streams of [`Rng::new`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Key {
+    pub(crate) seed: u64,
+    pub(crate) words: [u32; 3],
+}
+
+impl Key {
+    /// The four numbers at place `count` of the stream.
+    pub(crate) fn four(self, count: u32) -> [u32; 4] {
+        let [a, b, c] = self.words;
+        philox4x32([self.seed as u32, (self.seed >> 32) as u32], [count, a, b, c])
+    }
+}
+
 /// A stream of numbers keyed by a seed and a purpose, so that two uses of one seed never share numbers.
 #[derive(Debug, Clone)]
 pub(crate) struct Rng {
@@ -31,6 +46,13 @@ impl Rng {
     #[must_use]
     pub(crate) fn new(seed: u64, stream: u64) -> Self {
         Self { key: [seed as u32, (seed >> 32) as u32], counter: u128::from(stream) << 64, held: [0; 4], left: 0 }
+    }
+
+    /// The stream named `key`, good for 2^34 numbers.
+    #[must_use]
+    pub(crate) fn keyed(key: Key) -> Self {
+        let [a, b, c] = key.words.map(u128::from);
+        Self { counter: a << 32 | b << 64 | c << 96, ..Self::new(key.seed, 0) }
     }
 
     /// 32 random bits.
@@ -55,6 +77,24 @@ impl Rng {
         lo + (hi - lo) * self.unit()
     }
 
+    /// True with probability `p`.
+    pub(crate) fn chance(&mut self, p: f64) -> bool {
+        self.unit() < p
+    }
+
+    /// A whole number in `0..n`, each as likely as the others to 2^-64 n; 0 for `n = 0`.
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        let bits = u64::from(self.bits()) << 32 | u64::from(self.bits());
+        ((u128::from(bits) * u128::from(n)) >> 64) as u64
+    }
+
+    /// Brings `items` into a random order (Fisher and Yates).
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i as u64 + 1) as usize);
+        }
+    }
+
     /// Standard normal (Box-Muller).
     pub(crate) fn normal(&mut self) -> f64 {
         let (u, v) = (1.0 - self.unit(), self.unit());
@@ -75,5 +115,13 @@ mod tests {
             philox4x32([0xa409_3822, 0x299f_31d0], [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn a_keyed_stream_is_the_numbers_at_its_places() {
+        let key = Key { seed: 0x0123_4567_89ab_cdef, words: [1, 2, 3] };
+        let mut rng = Rng::keyed(key);
+        let drawn: Vec<u32> = (0..8).map(|_| rng.bits()).collect();
+        assert_eq!(drawn, [key.four(0), key.four(1)].concat());
     }
 }

@@ -13,10 +13,12 @@ mod folders;
 mod info;
 mod inspect;
 mod output;
+mod phantoms;
 mod plan;
 mod predict;
 mod progress;
 mod system;
+mod train;
 mod verify;
 
 use std::ffi::OsString;
@@ -61,6 +63,8 @@ enum Command {
     Verify(verify::Args),
     Fingerprint(fingerprint::Args),
     Plan(plan::Args),
+    Train(Box<train::Args>),
+    Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
     Inspect(inspect::Args),
@@ -91,6 +95,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Verify(a) => return verify::run(&a),
         Command::Fingerprint(a) => fingerprint::run(&a)?,
         Command::Plan(a) => plan::run(&a)?,
+        Command::Train(a) => train::run(&a)?,
+        Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,
         Command::Inspect(a) => inspect::run(&a)?,

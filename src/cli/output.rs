@@ -37,12 +37,12 @@ pub(super) fn path(path: &Path) -> Result<()> {
 
 /// One line `error: ...` on standard error.
 pub(super) fn say_error(what: &str) {
-    say("error", what);
+    tell("error: ", what);
 }
 
 /// One line `warning: ...` on standard error.
 pub(super) fn say_warning(what: &str) {
-    say("warning", what);
+    tell("warning: ", what);
 }
 
 /// Prints the library's warnings as [`say_warning`] does.
@@ -67,10 +67,15 @@ where
     }
 }
 
+/// One line of progress on standard error.
+pub(super) fn say(what: &str) {
+    tell("", what);
+}
+
 /// File names and headers come from strangers: whatever is no plain text is shown as a space.
-fn say(kind: &str, what: &str) {
+fn tell(kind: &str, what: &str) {
     let plain: String = what.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let line = format!("{kind}: {}\n", plain.split_whitespace().collect::<Vec<_>>().join(" "));
+    let line = format!("{kind}{}\n", plain.split_whitespace().collect::<Vec<_>>().join(" "));
     // Nothing can be done when standard error is closed.
     above_bar(|| drop(std::io::stderr().write_all(line.as_bytes())));
 }

@@ -481,7 +481,7 @@ impl Sink for Results<'_> {
 
 /// nnU-Net's names and types: `softmax` in float16 (v1 `save_segmentation_nifti_from_softmax`), `probabilities` in
 /// float32 (v2 `export_prediction_from_logits`).
-fn write_probabilities(path: &Path, p: &Probabilities, rules: Rules) -> Result<()> {
+pub(super) fn write_probabilities(path: &Path, p: &Probabilities, rules: Rules) -> Result<()> {
     let [z, y, x] = p.shape;
     let shape = [p.channels, z, y, x];
     io::write_npz(path, |npz| match rules {

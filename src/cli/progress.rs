@@ -79,6 +79,10 @@ impl Progress for Bar {
             }
             Event::Tiles { done, total } => self.count(done, total, "tiles"),
             Event::Cases { done, total } => self.count(done, total, "cases"),
+            Event::Steps { epoch, done, total } => {
+                self.bar.set_prefix(format!("epoch {epoch}"));
+                self.count(done, total, "steps");
+            }
             _ => {}
         }
         if interrupted() { Flow::Cancel } else { Flow::Continue }

@@ -2,7 +2,7 @@
 
 use super::{Head, StuNet, StuNetConfig, Unet, UnetConfig, UnetKind};
 use crate::autograd::{Ctx, Param, Var};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{Module, ParamSource, RandomParams, Scheme};
 use crate::tensor::{Device, Precision};
 
@@ -157,6 +157,27 @@ impl NetworkConfig {
 }
 
 impl Network {
+    /// The same, but with `on` recorded passes keep only the inputs of stages; see [`StuNet::recomputing`].
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported) for a U-Net with `on`.
+    pub fn recomputing(self, on: bool) -> Result<Self> {
+        match self {
+            Network::StuNet(n) => Ok(Network::StuNet(n.recomputing(on))),
+            Network::Unet(_) if on => Err(Error::unsupported("recomputation of a U-Net; that of STU-Net is")),
+            n @ Network::Unet(_) => Ok(n),
+        }
+    }
+
+    /// The network's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Network::StuNet(_) => "STU-Net",
+            Network::Unet(n) => n.config().kind.class_name(),
+        }
+    }
+
     /// Input channels.
     #[must_use]
     pub fn in_channels(&self) -> usize {

@@ -93,8 +93,23 @@ pub fn downsampled(target: &LabelMap, space: [usize; 3]) -> Result<LabelMap> {
 /// Those of [`ops::loss`]; [`Error::Shape`] without outputs.
 pub fn deep_supervised(cx: &mut Ctx<'_>, outputs: Vec<Var>, target: &LabelMap, how: &Loss) -> Result<(Var, f64)> {
     let weights = deep_supervision_weights(outputs.len());
+    supervised(cx, outputs, &weights, target, how)
+}
+
+/// The same with other weights; an output without one, or a weight without an output, does not count (nnU-Net's
+/// `DeepSupervisionWrapper`).
+///
+/// # Errors
+/// As [`deep_supervised`].
+pub fn supervised(
+    cx: &mut Ctx<'_>,
+    outputs: Vec<Var>,
+    weights: &[f64],
+    target: &LabelMap,
+    how: &Loss,
+) -> Result<(Var, f64)> {
     let (mut terms, mut total) = (Vec::new(), 0.0);
-    for (output, weight) in outputs.into_iter().zip(weights) {
+    for (output, &weight) in outputs.into_iter().zip(weights) {
         if weight == 0.0 {
             continue;
         }

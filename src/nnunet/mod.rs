@@ -1,11 +1,14 @@
 //! Floor 7: the nnU-Net pipeline, in the order it runs.
 
+pub mod augment;
 pub mod cases;
 pub mod checkpoint;
 pub mod dataset;
+pub mod evaluate;
 pub mod fingerprint;
 pub(crate) mod json;
 pub mod labels;
+pub mod loader;
 pub mod lookup;
 pub mod loss;
 pub mod model;
@@ -19,5 +22,6 @@ pub mod split;
 pub mod store;
 #[doc(hidden)]
 pub mod testing;
+pub mod train;
 pub mod training_case;
 pub(crate) mod workers;

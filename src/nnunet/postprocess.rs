@@ -81,7 +81,7 @@ fn join(runs: &[Run], parents: &mut [usize], here: Range<usize>, there: Range<us
 }
 
 /// The run that stands for the component of run `i`; halves the way for the next who asks.
-fn root(parents: &mut [usize], mut i: usize) -> usize {
+pub(super) fn root(parents: &mut [usize], mut i: usize) -> usize {
     while parents[i] != i {
         parents[i] = parents[parents[i]];
         i = parents[i];

@@ -5,6 +5,7 @@
 
 mod add;
 mod avg_pool;
+pub(crate) mod blur;
 mod conv3d;
 #[doc(hidden)]
 pub mod conv3d_grad;
@@ -14,14 +15,17 @@ pub(crate) mod cuda;
 pub(crate) mod head;
 mod head_labels;
 mod instance_norm;
+pub(crate) mod intensity;
 mod lazy;
 mod leaky_relu;
 mod loss;
+pub(crate) mod low_resolution;
 pub(crate) mod optim;
 pub(crate) mod resample;
 #[doc(hidden)]
 pub mod testing;
 mod upsample_nearest;
+pub(crate) mod warp;
 
 pub use add::add;
 pub use avg_pool::avg_pool;

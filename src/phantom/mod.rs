@@ -18,8 +18,15 @@
 mod anatomy;
 mod shape;
 
+use std::io::Write;
+use std::path::Path;
+
+use serde_json::{Map, json};
+
+use crate::base::json::Json;
 use crate::base::par;
 use crate::error::{Error, Result};
+use crate::io::atomic::write_atomically;
 use crate::io::image::{Geometry, Image, LabelData, Segmentation};
 use anatomy::Anatomy;
 
@@ -56,6 +63,26 @@ pub const NAMES: [(u16, &str); 8] = [
     (label::SPINE as u16, "spine"),
     (label::AORTA as u16, "aorta"),
 ];
+
+/// Writes the `dataset.json` of a raw data set of `cases` phantoms to `folder`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn describe(folder: &Path, cases: usize) -> Result<()> {
+    let mut labels = Map::from_iter([("background".to_owned(), 0.into())]);
+    labels.extend(NAMES.map(|(value, name)| (name.to_owned(), value.into())));
+    let value = json!({
+        "channel_names": {"0": "CT"},
+        "labels": labels,
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+        "name": "synthetic trunks",
+        "description": "made by stunet; of no use for patients",
+    });
+    let path = folder.join("dataset.json");
+    let text = Json::from(value).to_text(false);
+    write_atomically(&path, |file| file.write_all(text.as_bytes()).map_err(|e| Error::io("write", &path, e)))
+}
 
 /// Random stream of the voxel noise; those of the anatomy are in its own module.
 const NOISE_STREAM: u32 = 5;

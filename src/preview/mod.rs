@@ -12,6 +12,7 @@
 //! ```
 
 mod canvas;
+pub mod curves;
 mod font;
 mod view;
 

@@ -6,6 +6,7 @@
 
 pub(crate) mod add;
 pub(crate) mod avg_pool;
+pub(crate) mod blur;
 pub(crate) mod channel_sums;
 pub(crate) mod conv3d;
 pub(crate) mod conv3d_grad;
@@ -16,10 +17,12 @@ pub(crate) mod head_argmax;
 pub(crate) mod head_labels;
 pub(crate) mod instance_norm;
 pub(crate) mod instance_norm_grad;
+pub(crate) mod intensity;
 pub(crate) mod isa;
 pub(crate) mod lanes;
 pub(crate) mod leaky_relu;
 pub(crate) mod loss;
+pub(crate) mod low_resolution;
 pub(crate) mod moments;
 pub(crate) mod optim;
 pub(crate) mod probe;
@@ -27,6 +30,7 @@ pub(crate) mod relayout;
 pub(crate) mod resample;
 pub(crate) mod stored;
 pub(crate) mod upsample_nearest;
+pub(crate) mod warp;
 
 use crate::tensor::BLOCK;
 

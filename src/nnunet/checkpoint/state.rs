@@ -72,6 +72,9 @@ pub struct TrainingState {
     pub epoch: u32,
     /// Optimizer steps that are over; of nnU-Net's file, whose SGD does not count them, 250 per epoch.
     pub step: u64,
+    /// Losses of the steps of an epoch that is not over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub losses: Vec<f64>,
     /// Of all random numbers.
     pub seed: u64,
     /// How far each stream of random numbers is, by its purpose.
@@ -93,6 +96,7 @@ impl TrainingState {
         Self {
             epoch: 0,
             step: 0,
+            losses: Vec::new(),
             seed,
             counters: BTreeMap::new(),
             schedule: PolyLr::NNUNET,

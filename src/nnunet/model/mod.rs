@@ -28,6 +28,7 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
+pub(in crate::nnunet) use v2::resolve as resolve_configuration;
 pub use v2::{planned_architecture, preprocess_plan};
 
 const V1_CHECKPOINT: &str = "model_final_checkpoint";
@@ -421,7 +422,7 @@ fn plain_name(name: &str) -> Result<&str> {
 }
 
 /// STU-Net's rule for plans with more or fewer than five poolings: the first five, padded with strides of one.
-fn cut_strides(pools: impl Iterator<Item = Result<[usize; 3]>>) -> Result<[[usize; 3]; 5]> {
+pub(in crate::nnunet) fn cut_strides(pools: impl Iterator<Item = Result<[usize; 3]>>) -> Result<[[usize; 3]; 5]> {
     let mut strides = [[1; 3]; 5];
     for (stride, pool) in strides.iter_mut().zip(pools) {
         *stride = pool?;

@@ -171,7 +171,7 @@ pub(super) fn check_architecture(folder: &Path, info: &CheckpointInfo, found: &U
 }
 
 /// A configuration with everything it inherits; its own keys win.
-fn resolve(configurations: &Field<'_>, name: &str) -> Result<Map<String, Value>> {
+pub(in crate::nnunet) fn resolve(configurations: &Field<'_>, name: &str) -> Result<Map<String, Value>> {
     let mut chain: Vec<(String, Map<String, Value>)> = Vec::new();
     let mut next = Some(name.to_string());
     while let Some(name) = next {

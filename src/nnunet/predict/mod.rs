@@ -3,6 +3,7 @@
 mod cohort;
 mod export;
 mod held;
+mod preprocessed;
 pub(super) mod scores;
 mod stand_in;
 mod sums;

@@ -1,0 +1,197 @@
+//! Binary operators with balls, on rows of bits, and connected components.
+
+use std::ops::Range;
+
+use crate::nnunet::postprocess::root;
+
+/// What is done to a set of voxels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operator {
+    /// Voxels that the structure reaches from the set.
+    Dilation,
+    /// Voxels from which the structure reaches nothing outside; beyond the patch all is inside.
+    Erosion,
+    /// Erosion of the dilation.
+    Closing,
+    /// Dilation of the erosion.
+    Opening,
+}
+
+/// A structuring element as scikit-image makes it for a radius that is no whole number: of as many points as fit, which
+/// need not be odd. Each row of it is without gaps.
+#[derive(Debug, Clone)]
+pub(super) struct Structure {
+    /// Offsets along z and y, and the offsets along x from the first to the last.
+    rows: Vec<([isize; 2], [isize; 2])>,
+}
+
+impl Structure {
+    /// `skimage.morphology.ball`: points from `-radius` to `radius`, evenly spaced.
+    pub(super) fn ball(radius: f64) -> Self {
+        let n = (2.0 * radius + 1.0) as usize;
+        let step = if n > 1 { 2.0 * radius / (n as f64 - 1.0) } else { 0.0 };
+        let points: Vec<f64> = (0..n).map(|i| i as f64 * step - radius).collect();
+        Self::of(&points, &points, radius)
+    }
+
+    /// `skimage.morphology.disk`: points from `-radius` on, one apart.
+    pub(super) fn disk(radius: f64) -> Self {
+        let n = (2.0 * radius + 1.0).ceil() as usize;
+        let points: Vec<f64> = (0..n).map(|i| i as f64 - radius).collect();
+        Self::of(&[0.0], &points, radius)
+    }
+
+    /// Points of (z, y, x) within the radius. The middle one of an odd number is the voxel itself.
+    fn of(z: &[f64], yx: &[f64], radius: f64) -> Self {
+        let offset = |i: usize, n: usize| i as isize - ((n - 1) / 2) as isize;
+        let mut rows = Vec::new();
+        for (i, &z0) in z.iter().enumerate() {
+            for (j, &y0) in yx.iter().enumerate() {
+                // Added in scikit-image's order: points on the sphere itself depend on the last bit.
+                let within = |x: &f64| x * x + y0 * y0 + z0 * z0 <= radius * radius;
+                if let (Some(first), Some(last)) = (yx.iter().position(within), yx.iter().rposition(within)) {
+                    let along = [offset(first, yx.len()), offset(last, yx.len())];
+                    rows.push(([offset(i, z.len()), offset(j, yx.len())], along));
+                }
+            }
+        }
+        Self { rows }
+    }
+
+    /// Which voxels are in the set after `operator`; before it those are that are not 0.
+    pub(super) fn apply(&self, operator: Operator, shape: [usize; 3], x: &[f32]) -> Vec<bool> {
+        let mut bits = Bits::new(shape, x);
+        match operator {
+            Operator::Dilation => bits = bits.dilated(self),
+            Operator::Erosion => bits = bits.eroded(self),
+            Operator::Closing => bits = bits.dilated(self).eroded(self),
+            Operator::Opening => bits = bits.eroded(self).dilated(self),
+        }
+        let [d, h, w] = shape;
+        (0..d * h * w).map(|i| bits.words[i / w * bits.row + i % w / 64] >> (i % w % 64) & 1 == 1).collect()
+    }
+}
+
+/// A set of voxels, rows along x in words of their own.
+#[derive(Clone)]
+struct Bits {
+    shape: [usize; 3],
+    /// Words of a row.
+    row: usize,
+    words: Vec<u64>,
+}
+
+impl Bits {
+    fn new(shape: [usize; 3], x: &[f32]) -> Self {
+        let [d, h, w] = shape;
+        let row = w.div_ceil(64);
+        let mut words = vec![0; d * h * row];
+        for (words, x) in words.chunks_exact_mut(row.max(1)).zip(x.chunks_exact(w.max(1))) {
+            for (i, x) in x.iter().enumerate() {
+                words[i / 64] |= u64::from(*x != 0.0) << (i % 64);
+            }
+        }
+        Self { shape, row, words }
+    }
+
+    fn inverted(mut self) -> Self {
+        let last = !0 >> (self.row * 64 - self.shape[2]);
+        for row in self.words.chunks_exact_mut(self.row) {
+            row.iter_mut().for_each(|w| *w = !*w);
+            row[self.row - 1] &= last;
+        }
+        self
+    }
+
+    fn eroded(self, structure: &Structure) -> Self {
+        self.inverted().dilated(structure).inverted()
+    }
+
+    fn dilated(&self, structure: &Structure) -> Self {
+        let [d, h, _] = self.shape;
+        let mut out = Self { words: vec![0; self.words.len()], ..*self };
+        let mut spans: Vec<[isize; 2]> = structure.rows.iter().map(|r| r.1).collect();
+        spans.sort_unstable();
+        spans.dedup();
+        for span in spans {
+            let wide = self.widened(span);
+            for ([z, y], _) in structure.rows.iter().filter(|r| r.1 == span) {
+                for to in 0..d * h {
+                    let from = ((to / h) as isize + z, (to % h) as isize + y);
+                    if (0..d as isize).contains(&from.0) && (0..h as isize).contains(&from.1) {
+                        let from = from.0 as usize * h + from.1 as usize;
+                        let from = &wide[from * self.row..][..self.row];
+                        out.words[to * self.row..][..self.row].iter_mut().zip(from).for_each(|(o, w)| *o |= w);
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Voxels of which one from `first` to `last` voxels further along x is in the set.
+    fn widened(&self, [first, last]: [isize; 2]) -> Vec<u64> {
+        let end = !0 >> (self.row * 64 - self.shape[2]);
+        let mut out = vec![0; self.words.len()];
+        for (out, row) in out.chunks_exact_mut(self.row).zip(self.words.chunks_exact(self.row)) {
+            for by in first..=last {
+                let (words, bits) = (by.div_euclid(64), by.rem_euclid(64) as u32);
+                let word = |i: isize| usize::try_from(i).ok().and_then(|i| row.get(i)).copied().unwrap_or(0);
+                for (i, o) in out.iter_mut().enumerate() {
+                    let (low, high) = (word(i as isize + words), word(i as isize + words + 1));
+                    *o |= low >> bits | high.checked_shl(64 - bits).unwrap_or(0);
+                }
+            }
+            out[self.row - 1] &= end;
+        }
+        out
+    }
+}
+
+/// The connected components of voxels that are not 0 and make up less than `share` of all, each as its runs along x, in the
+/// order of their first voxels. Voxels touch by faces, edges and corners (`skimage.measure.label`).
+pub(super) fn small_components([d, h, w]: [usize; 3], x: &[f32], share: f64) -> Vec<Vec<Range<usize>>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut parents: Vec<usize> = Vec::new();
+    // First run of each row.
+    let mut rows = Vec::with_capacity(d * h + 1);
+    for row in 0..d * h {
+        rows.push(runs.len());
+        let mut at = row * w;
+        for piece in x[at..at + w].chunk_by(|a, b| (*a != 0.0) == (*b != 0.0)) {
+            if piece[0] != 0.0 {
+                parents.push(runs.len());
+                runs.push(at..at + piece.len());
+            }
+            at += piece.len();
+        }
+        let (z, y) = (row / h, row % h);
+        // Rows that were there before and touch this one.
+        for (dz, dy) in [(0, -1), (-1, -1), (-1, 0), (-1, 1)] {
+            let (z, y) = (z as isize + dz, y as isize + dy);
+            if z < 0 || y < 0 || y >= h as isize {
+                continue;
+            }
+            let there = z as usize * h + y as usize;
+            let (mut i, mut j) = (rows[row], rows[there]);
+            let (here_end, there_end) = (runs.len(), rows[there + 1]);
+            let back = (row - there) * w;
+            while i < here_end && j < there_end {
+                let (a, b) = (&runs[i], &runs[j]);
+                if a.start <= b.end + back && b.start + back <= a.end {
+                    let (a, b) = (root(&mut parents, i), root(&mut parents, j));
+                    parents[a.max(b)] = a.min(b);
+                }
+                // The one that ends first touches nothing further.
+                if runs[i].end <= runs[j].end + back { i += 1 } else { j += 1 }
+            }
+        }
+    }
+    let mut components: Vec<Vec<Range<usize>>> = vec![Vec::new(); runs.len()];
+    for (i, run) in runs.into_iter().enumerate() {
+        components[root(&mut parents, i)].push(run);
+    }
+    let most = (d * h * w) as f64 * share;
+    components.retain(|c| !c.is_empty() && (c.iter().map(Range::len).sum::<usize>() as f64) < most);
+    components
+}

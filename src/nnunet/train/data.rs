@@ -1,0 +1,176 @@
+//! The cases of a fold: what a training reads, and what it is validated on in the end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::files::Start;
+use super::options::TrainOptions;
+use super::plan::TrainingPlan;
+use super::{Data, Trainer, fold_folder, mirror_axes};
+use crate::base::progress::{Event, Progress, tell};
+use crate::error::{Error, Result};
+use crate::io::{read_segmentation, write_nifti};
+use crate::nnunet::augment::AugmentConfig;
+use crate::nnunet::evaluate::{Class, Summary, compare};
+use crate::nnunet::loader::{Loader, LoaderConfig, Oversampling};
+use crate::nnunet::model::{Folds, ModelOptions};
+use crate::nnunet::predict::{PredictOptions, Prediction, Predictor};
+use crate::nnunet::split::{self, Fold, Split};
+use crate::nnunet::store::{self, Stored};
+use crate::nnunet::training_case::TrainingCase;
+use crate::tensor::Device;
+
+/// One fold of one configuration of a data set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// The data set's folder below `nnUNet_preprocessed`.
+    pub preprocessed: PathBuf,
+    /// The data set's folder below `nnUNet_results`.
+    pub results: PathBuf,
+    /// Name of the plans, "nnUNetPlans".
+    pub plans: String,
+    /// "3d_fullres" ...
+    pub configuration: String,
+    /// Which cases validate.
+    pub fold: Fold,
+}
+
+/// Turns the seed of training into another one for validation.
+const VALIDATION: u64 = 0x9E37_79B9_7F4A_7C15;
+
+impl Task {
+    /// What the plans say, with the options' sizes.
+    ///
+    /// # Errors
+    /// Those of [`TrainingPlan::read`] and [`TrainingPlan::with_sizes`].
+    pub fn plan(&self, options: &TrainOptions) -> Result<TrainingPlan> {
+        let path = self.preprocessed.join(format!("{}.json", self.plans));
+        TrainingPlan::read(&path, &self.configuration)?.with_sizes(options.patch, options.batch)
+    }
+
+    /// Where the training writes.
+    ///
+    /// # Errors
+    /// Those of [`Task::plan`].
+    pub fn folder(&self, options: &TrainOptions) -> Result<PathBuf> {
+        Ok(fold_folder(&self.results, &self.plan(options)?, options, &self.fold.to_string()))
+    }
+
+    fn open(&self, plan: &TrainingPlan) -> Result<(Stored, Split)> {
+        let stored = store::open(&self.preprocessed.join(&plan.data_identifier))?;
+        let split = split::fold(&self.preprocessed, stored.identifiers(), self.fold)?;
+        Ok((stored, split))
+    }
+
+    /// Begins the training, or goes on with it.
+    ///
+    /// # Errors
+    /// Those of [`Task::plan`], [`split::fold`], [`store::open`], of its cases and of [`Trainer::new`].
+    pub fn trainer(&self, options: &TrainOptions, start: Start, device: &Device) -> Result<Trainer> {
+        let plan = self.plan(options)?;
+        options.validate()?;
+        // Before cases are opened: a network that cannot be is told from the plans alone.
+        plan.network(options.network)?;
+        let (stored, split) = self.open(&plan)?;
+        let open = |names: &[String]| -> Result<Vec<Arc<dyn TrainingCase>>> {
+            names.iter().map(|id| stored.case(id).map(Arc::from)).collect()
+        };
+        let oversampling = match options.probabilistic {
+            true => Oversampling::Probability(options.oversample),
+            false => Oversampling::LastOfBatch(options.oversample),
+        };
+        let sizes = &plan.patch[usize::from(plan.planar)..];
+        let augment = match options.augmentation {
+            true => {
+                let mut config = AugmentConfig::new(sizes, &plan.use_mask)?;
+                let axes = mirror_axes(&plan, options).unwrap_or_default();
+                let first = usize::from(plan.planar);
+                config.mirror = [0, 1, 2].map(|a| a >= first && axes.contains(&(a - first)));
+                Some(config)
+            }
+            false => None,
+        };
+        let base = LoaderConfig::validation(plan.patch, plan.batch);
+        let train = LoaderConfig {
+            iterations: options.iterations,
+            oversampling,
+            seed: options.seed,
+            augment,
+            workers: options.workers,
+            ahead: options.workers + 2,
+            ..base.clone()
+        };
+        let val = LoaderConfig {
+            iterations: options.val_iterations.max(1),
+            oversampling,
+            seed: options.seed ^ VALIDATION,
+            ..base
+        };
+        let data = Data {
+            train: Box::new(Loader::new(open(&split.train)?, train)?),
+            val: Box::new(Loader::new(open(&split.val)?, val)?),
+            cases: split.train,
+        };
+        let folder = fold_folder(&self.results, &plan, options, &self.fold.to_string());
+        Trainer::new(plan, options.clone(), start, &folder, &self.fold.to_string(), data, device)
+    }
+
+    /// Predicts the fold's validation cases with the checkpoint `checkpoint` ("checkpoint_final.pth"), writes them to
+    /// `validation/` in the fold's folder and what [`compare`] finds to `summary.json` there (nnU-Net's
+    /// `perform_actual_validation`). Every prediction is shown to `done`, which may write more of it.
+    ///
+    /// # Errors
+    /// Those of [`Task::plan`] and of the predictor; [`Error::Usage`] when a case's true segmentation is missing;
+    /// [`Error::Cancelled`]; [`Error::Io`].
+    pub fn validate(
+        &self,
+        options: &TrainOptions,
+        checkpoint: &str,
+        predict: PredictOptions,
+        device: &Device,
+        progress: &mut dyn Progress,
+        done: &mut dyn FnMut(&Path, &Prediction) -> Result<()>,
+    ) -> Result<Summary> {
+        let plan = self.plan(options)?;
+        let folder = fold_folder(&self.results, &plan, options, &self.fold.to_string());
+        let model = folder.parent().unwrap_or(&folder);
+        let (stored, split) = self.open(&plan)?;
+        let opening = ModelOptions::new()
+            .folds(Folds::Named(vec![self.fold.to_string()]))
+            .checkpoint(checkpoint)
+            .precision(options.precision);
+        let mut predictor = Predictor::open_with(model, device, &opening)?.options(predict);
+        let backward = predictor.plan().transpose_backward;
+        let out = folder.join("validation");
+        std::fs::create_dir_all(&out).map_err(|e| Error::io("create", &out, e))?;
+        let mut summary = Summary::new(Class::of(&plan.labels));
+        for (i, id) in split.val.iter().enumerate() {
+            tell(progress, Event::Cases { done: i, total: split.val.len() })?;
+            let case = stored.image(id, backward)?;
+            let geometry = stored.properties(id, backward)?.geometry;
+            let prediction = predictor.predict_preprocessed(case, geometry, progress)?;
+            let path = out.join(format!("{id}.nii.gz"));
+            write_nifti(&path, &prediction.segmentation)?;
+            done(&path, &prediction)?;
+            let truth_path = self.truth(id)?;
+            let truth = read_segmentation(&truth_path)?;
+            let found = compare(&truth, &prediction.segmentation, summary.classes(), plan.labels.ignore())?;
+            summary.add(&truth_path, &path, found);
+        }
+        summary.write(&out.join("summary.json"))?;
+        Ok(summary)
+    }
+
+    /// The true segmentation of a case.
+    fn truth(&self, id: &str) -> Result<PathBuf> {
+        let folder = self.preprocessed.join("gt_segmentations");
+        let names = [".nii.gz", ".nii"].map(|ending| folder.join(format!("{id}{ending}")));
+        let found = names.iter().find(|p| p.is_file()).cloned();
+        found.ok_or_else(|| {
+            let path = names[0].display();
+            Error::usage(format!(
+                "{path}: missing, expected the case's true segmentation; preprocess the data set again"
+            ))
+        })
+    }
+}

@@ -1,0 +1,89 @@
+//! One pass over a batch.
+
+use super::metrics::{Counts, count};
+use super::options::TrainOptions;
+use super::plan::TrainingPlan;
+use crate::autograd::{Ctx, Grads};
+use crate::error::{Error, Result};
+use crate::models::Network;
+use crate::nn::{Module, Optimizer, StepNorms};
+use crate::nnunet::loader::Batch;
+use crate::nnunet::loss::supervised;
+use crate::ops::{LabelMap, Loss};
+use crate::tensor::{Device, Dims, Precision, Tensor};
+
+/// Keys of repeated computations; see [`Device::planned`].
+const TRAIN: usize = 1;
+const VALIDATE: usize = 2;
+
+/// What all passes of a training share.
+#[derive(Debug)]
+pub(super) struct Pass {
+    loss: Loss,
+    /// Of the outputs, the largest first.
+    weights: Vec<f64>,
+    precision: Precision,
+    strict: bool,
+}
+
+impl Pass {
+    pub(super) fn new(plan: &TrainingPlan, options: &TrainOptions) -> Result<Self> {
+        let loss = options.criterion.loss(plan.labels.outputs(), plan.labels.ignore(), plan.batch_dice)?;
+        let weights = if options.deep_supervision { plan.supervision(usize::MAX) } else { vec![1.0] };
+        Ok(Self { loss, weights, precision: options.precision, strict: options.strict })
+    }
+
+    /// A step; returns the loss before it. Nothing is changed when the loss or a gradient is not finite.
+    pub(super) fn train(
+        &self,
+        net: &mut Network,
+        optimizer: &mut Optimizer,
+        batch: &Batch,
+        rate: f64,
+        device: &Device,
+    ) -> Result<(f64, StepNorms)> {
+        device.install(|| {
+            device.planned(&[TRAIN, batch.cases.len()], || {
+                let mut grads = Grads::new();
+                let value = {
+                    let mut cx = Ctx::train(device).strict(self.strict).storing(self.precision);
+                    let (image, target) = tensors(batch, device)?;
+                    let x = cx.leaf(image);
+                    let outputs = net.forward_all(&mut cx, x)?;
+                    let (loss, value) = supervised(&mut cx, outputs, &self.weights, &target, &self.loss)?;
+                    if !value.is_finite() {
+                        return Err(Error::NotFinite { what: format!("the loss is {value}") });
+                    }
+                    cx.backward(loss, &mut grads)?;
+                    value
+                };
+                let mut params = Vec::new();
+                net.params_mut(&mut |p| params.push(p));
+                Ok((value, optimizer.step(params, &mut grads, rate)?))
+            })
+        })
+    }
+
+    /// The loss of a batch, and its voxels by what becomes of them.
+    pub(super) fn validate(&self, net: &Network, batch: &Batch, device: &Device) -> Result<(f64, Counts)> {
+        device.install(|| {
+            device.planned(&[VALIDATE, batch.cases.len()], || {
+                let mut cx = Ctx::infer(device).strict(self.strict).storing(self.precision);
+                let (image, target) = tensors(batch, device)?;
+                let x = cx.leaf(image);
+                let outputs = net.forward_all(&mut cx, x)?;
+                let logits = outputs.first().map(|y| y.value().clone());
+                let logits = logits.ok_or_else(|| Error::shape("validation", "a network without outputs"))?;
+                let counts = count(&logits, &target, &self.loss.outputs, self.loss.ignore)?;
+                drop(logits);
+                let (_, value) = supervised(&mut cx, outputs, &self.weights, &target, &self.loss)?;
+                Ok((value, counts))
+            })
+        })
+    }
+}
+
+fn tensors(batch: &Batch, device: &Device) -> Result<(Tensor, LabelMap)> {
+    let image = Tensor::from_host(&batch.image, Dims::from(batch.image_dims()), device)?;
+    Ok((image, LabelMap::new(batch.target.as_slice(), batch.target_dims())?))
+}

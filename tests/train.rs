@@ -1,0 +1,326 @@
+//! Training as a program of its own: it goes on where it was stopped with the same bytes, says where numbers end, and leaves
+//! files that are opened again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use stunet::nn::{self, Module};
+use stunet::nnunet::loader::Batch;
+use stunet::nnunet::model::{ModelFolder, ModelOptions};
+use stunet::nnunet::train::{Batches, Data, NetworkChoice, Start, TrainOptions, Trainer, TrainingPlan};
+use stunet::{Device, Error, Event, Flow, Result};
+
+use crate::common::drive::values;
+
+const PATCH: [usize; 3] = [16, 16, 16];
+
+fn write_json(path: &Path, value: &Value) {
+    fs::write(path, serde_json::to_string_pretty(value).unwrap()).unwrap();
+}
+
+/// A data set's folder with plans for a U-Net of three stages.
+fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
+    let resampling =
+        |order: usize, seg: bool| json!({"is_seg": seg, "order": order, "order_z": 0, "force_separate_z": null});
+    let function = "resample_data_or_seg_to_shape";
+    let triples = |v: [usize; 3]| v.map(|n| json!([n, n, n]));
+    let plans = json!({
+        "dataset_name": "Dataset001_Test",
+        "plans_name": "nnUNetPlans",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "label_manager": "LabelManager",
+        "configurations": {"3d_fullres": {
+            "data_identifier": "nnUNetPlans_3d_fullres",
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": 2,
+            "patch_size": PATCH,
+            "spacing": [1.0, 1.0, 1.0],
+            "normalization_schemes": vec!["ZScoreNormalization"; channels],
+            "use_mask_for_norm": vec![false; channels],
+            "resampling_fn_data": function,
+            "resampling_fn_data_kwargs": resampling(3, false),
+            "resampling_fn_seg": function,
+            "resampling_fn_seg_kwargs": resampling(1, true),
+            "resampling_fn_probabilities": function,
+            "resampling_fn_probabilities_kwargs": resampling(1, false),
+            "batch_dice": true,
+            "architecture": {
+                "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+                "arch_kwargs": {
+                    "n_stages": 3,
+                    "features_per_stage": [4, 8, 8],
+                    "conv_op": "torch.nn.modules.conv.Conv3d",
+                    "kernel_sizes": triples([3, 3, 3]),
+                    "strides": triples([1, 2, 2]),
+                    "n_conv_per_stage": [1, 1, 1],
+                    "n_conv_per_stage_decoder": [1, 1],
+                    "conv_bias": true,
+                    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+                    "norm_op_kwargs": {"eps": 1e-05, "affine": true},
+                    "dropout_op": null,
+                    "dropout_op_kwargs": null,
+                    "nonlin": "torch.nn.LeakyReLU",
+                    "nonlin_kwargs": {"inplace": true},
+                },
+            },
+        }},
+    });
+    let names: serde_json::Map<String, Value> = (0..channels).map(|c| (c.to_string(), json!("MR"))).collect();
+    let dataset = json!({"channel_names": names, "labels": labels, "numTraining": 2, "file_ending": ".nii.gz"});
+    write_json(&folder.join("dataset.json"), &dataset);
+    let path = folder.join("nnUNetPlans.json");
+    write_json(&path, &plans);
+    path
+}
+
+fn labels() -> Value {
+    json!({"background": 0, "bright": 1, "brighter": 2})
+}
+
+/// Noise whose label is its brightness.
+struct Noise {
+    next: (u32, u32),
+    iterations: u32,
+    channels: usize,
+    /// A batch with a NaN.
+    broken: Option<(u32, u32)>,
+}
+
+impl Noise {
+    fn data(channels: usize, broken: Option<(u32, u32)>) -> Data {
+        let noise = |iterations| Box::new(Noise { next: (0, 0), iterations, channels, broken });
+        Data { train: noise(3), val: noise(2), cases: vec!["first".into(), "second".into()] }
+    }
+}
+
+impl Batches for Noise {
+    fn seek(&mut self, epoch: u32, iteration: u32) -> Result<()> {
+        self.next = (epoch + iteration / self.iterations, iteration % self.iterations);
+        Ok(())
+    }
+
+    fn batch(&mut self) -> Result<Batch> {
+        let (epoch, iteration) = self.next;
+        self.seek(epoch, iteration + 1)?;
+        let voxels: usize = PATCH.iter().product();
+        let mut image = values(2 * self.channels * voxels, u64::from(epoch + iteration) % 3);
+        let first = image.chunks_exact(voxels).step_by(self.channels);
+        let label = |v: &f32| u16::from(*v > 0.0) + u16::from(*v > 0.5);
+        let target = first.flatten().map(label).collect();
+        if self.broken == Some((epoch, iteration)) {
+            image[7] = f32::NAN;
+        }
+        Batch::new(image, target, self.channels, PATCH, vec![0, 1])
+    }
+}
+
+fn options(network: NetworkChoice) -> TrainOptions {
+    let mut o = TrainOptions::new();
+    (o.network, o.epochs, o.iterations, o.val_iterations, o.seed) = (network, Some(3), 3, 2, 7);
+    o
+}
+
+/// A trainer in `folder`/MODEL/fold_0.
+fn trainer(folder: &Path, options: &TrainOptions, start: Start, data: Data) -> Result<Trainer> {
+    let plan = TrainingPlan::read(&folder.join("nnUNetPlans.json"), "3d_fullres")?;
+    let fold = folder.join(options.trainer_name()).join("fold_0");
+    Trainer::new(plan, options.clone(), start, &fold, "0", data, &Device::cpu())
+}
+
+fn parameters(trainer: &Trainer) -> Vec<Vec<f32>> {
+    let mut out = Vec::new();
+    trainer.network().params(&mut |p| out.push(nn::values(p).unwrap()));
+    out
+}
+
+#[test]
+fn training_that_was_stopped_anywhere_goes_on_with_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    plans(folder.path(), &labels(), 1);
+    let options = options(NetworkChoice::Planned);
+    let mut whole = trainer(folder.path(), &options, Start::New, Noise::data(1, None)).unwrap();
+    let mut epochs = Vec::new();
+    whole
+        .run(&mut (), &mut |_, report| {
+            epochs.push(report.train_loss);
+            Ok(())
+        })
+        .unwrap();
+    assert!(epochs.len() == 3 && epochs[2] < epochs[0], "{epochs:?}");
+    let expected = parameters(&whole);
+    assert!(whole.is_finished());
+
+    // Stopped before every step of training and validation in turn.
+    let mut stopped = 0;
+    for stop in 0..15 {
+        let mut started = Start::Afresh;
+        let mut count = 0;
+        let last = loop {
+            let mut t = trainer(folder.path(), &options, started, Noise::data(1, None)).unwrap();
+            let mut progress = |e: Event<'_>| {
+                let is_step = matches!(e, Event::Steps { .. });
+                count += u32::from(is_step);
+                if is_step && count == stop + 1 { Flow::Cancel } else { Flow::Continue }
+            };
+            match t.run(&mut progress, &mut |_, _| Ok(())) {
+                Ok(()) => break t,
+                Err(Error::Cancelled) => (stopped, started) = (stopped + 1, Start::Continue),
+                Err(e) => panic!("{e}"),
+            }
+        };
+        assert!(parameters(&last) == expected, "stopped before step {stop}");
+        assert_eq!(last.state().logs.train_losses, whole.state().logs.train_losses);
+        assert_eq!(last.state().logs.mean_fg_dice, whole.state().logs.mean_fg_dice);
+        assert_eq!(last.state().best_ema, whole.state().best_ema);
+    }
+    assert_eq!(stopped, 15);
+}
+
+#[test]
+fn a_training_leaves_a_model_that_opens_and_the_files_of_nnunet() {
+    let folder = tempfile::tempdir().unwrap();
+    plans(folder.path(), &labels(), 2);
+    for network in [NetworkChoice::Planned, NetworkChoice::StuNetTiny] {
+        let mut options = options(network);
+        options.epochs = Some(1);
+        let mut t = trainer(folder.path(), &options, Start::New, Noise::data(2, None)).unwrap();
+        t.run(&mut (), &mut |_, _| Ok(())).unwrap();
+        let model = folder.path().join(options.trainer_name());
+        let fold = model.join("fold_0");
+        for name in ["checkpoint_final.pth", "checkpoint_best.pth", "debug.json", "metrics.jsonl"] {
+            assert!(fold.join(name).is_file(), "{name}");
+        }
+        assert!(!fold.join("checkpoint_latest.safetensors").exists());
+        let log = fs::read_dir(&fold).unwrap().map(|e| e.unwrap().path());
+        let log = log.into_iter().find(|p| p.to_string_lossy().contains("training_log_")).unwrap();
+        let log = fs::read_to_string(log).unwrap();
+        assert!(log.contains("Epoch 0") && log.contains("Pseudo dice [") && log.contains("Training done."), "{log}");
+        let opened = ModelFolder::open(&model, &ModelOptions::new()).unwrap();
+        assert_eq!(opened.plan.mirror_axes, [0, 1, 2]);
+        assert_eq!((opened.plan.trainer.as_str(), opened.plan.heads), (options.trainer_name().as_str(), 3));
+
+        // Not a second time unasked.
+        let again = trainer(folder.path(), &options, Start::New, Noise::data(2, None)).err().unwrap();
+        assert!(again.exit_code() == 2 && again.to_string().contains("--continue"), "{again}");
+    }
+}
+
+#[test]
+fn fine_tuning_takes_all_but_heads_and_repeats_the_first_filters() {
+    let folder = tempfile::tempdir().unwrap();
+    let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+    [&one, &two].into_iter().for_each(|f| fs::create_dir(f).unwrap());
+    plans(&one, &labels(), 1);
+    plans(&two, &json!({"background": 0, "only": 1}), 3);
+    let mut options = options(NetworkChoice::StuNetTiny);
+    options.epochs = Some(1);
+    let mut first = trainer(&one, &options, Start::New, Noise::data(1, None)).unwrap();
+    first.run(&mut (), &mut |_, _| Ok(())).unwrap();
+    let source = first.folder().join("checkpoint_final.pth");
+
+    let mut tuned = options.clone();
+    tuned.pretrained = Some(source.clone());
+    assert_eq!(tuned.trainer_name(), "STUNetTrainer_tiny_ft");
+    let second = trainer(&two, &tuned, Start::New, Noise::data(3, None)).unwrap();
+    assert_eq!(second.state().schedule.initial, 1e-3);
+    let named = |t: &Trainer| {
+        let mut out = std::collections::BTreeMap::new();
+        t.network().params(&mut |p| {
+            out.insert(p.name().to_string(), nn::values(p).unwrap());
+        });
+        out
+    };
+    let (a, b) = (named(&first), named(&second));
+    let mut repeated = 0;
+    for (name, values) in &b {
+        if name.starts_with("seg_outputs.") {
+            assert_eq!(values.len() * 3, a[name].len() * 2, "{name}");
+        } else if values.len() == a[name].len() {
+            assert_eq!(values, &a[name], "{name}");
+        } else {
+            let kernel = if name.contains("conv1") { 27 } else { 1 };
+            let filters = a[name].chunks_exact(kernel).flat_map(|k| [k, k, k].concat());
+            assert_eq!(values, &filters.collect::<Vec<f32>>(), "{name}");
+            repeated += 1;
+        }
+    }
+    assert_eq!(repeated, 2);
+
+    // Of another size, and of another kind.
+    let mut wrong = tuned.clone();
+    wrong.network = NetworkChoice::StuNetSmall;
+    let e = trainer(&two, &wrong, Start::New, Noise::data(3, None)).err().unwrap();
+    assert!(e.to_string().contains("conv_blocks_context.0.0.conv1.weight: shape [8, 1, 3, 3, 3], expected"), "{e}");
+    wrong.network = NetworkChoice::Planned;
+    let e = trainer(&two, &wrong, Start::New, Noise::data(3, None)).err().unwrap();
+    assert!(e.exit_code() == 4 && e.to_string().contains("missing"), "{e}");
+}
+
+#[test]
+fn numbers_that_end_stop_the_training_and_say_where() {
+    let folder = tempfile::tempdir().unwrap();
+    plans(folder.path(), &labels(), 1);
+    let options = options(NetworkChoice::Planned);
+    let mut t = trainer(folder.path(), &options, Start::New, Noise::data(1, Some((1, 2)))).unwrap();
+    t.epoch(&mut ()).unwrap();
+    t.save().unwrap();
+    let before = {
+        for _ in 0..2 {
+            t.step().unwrap();
+        }
+        parameters(&t)
+    };
+    let e = t.run(&mut (), &mut |_, _| Ok(())).unwrap_err();
+    assert!(matches!(e, Error::NotFinite { .. }) && e.exit_code() == 1, "{e}");
+    assert!(e.to_string().starts_with("epoch 1, step 2, cases first, second: "), "{e}");
+    assert!(parameters(&t) == before);
+    // The checkpoint before is good.
+    let t = trainer(folder.path(), &options, Start::Continue, Noise::data(1, None)).unwrap();
+    assert_eq!((t.state().epoch, t.state().step), (1, 3));
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = plans(folder.path(), &labels(), 1);
+    let fold = |o: &TrainOptions| folder.path().join(o.trainer_name());
+    let good = options(NetworkChoice::Planned);
+    let refused = |change: &dyn Fn(&mut TrainOptions), code: u8, part: &str| {
+        let mut o = good.clone();
+        change(&mut o);
+        let e = trainer(folder.path(), &o, Start::New, Noise::data(1, None)).err().unwrap();
+        assert!(e.exit_code() == code && e.to_string().contains(part), "{e}");
+        assert!(!fold(&o).exists());
+    };
+    refused(&|o| o.epochs = Some(0), 2, "epochs");
+    refused(&|o| o.learning_rate = Some(-1.0), 2, "learning rate -1");
+    refused(&|o| o.workers = 0, 2, "workers");
+    let e = trainer(folder.path(), &good, Start::Continue, Noise::data(1, None)).err().unwrap();
+    assert!(e.to_string().contains("no checkpoint to go on from"), "{e}");
+    let plan = TrainingPlan::read(&path, "3d_fullres").unwrap();
+    let odd = plan.clone().with_sizes(Some([18, 16, 16]), None).unwrap();
+    let e = odd.network(NetworkChoice::Planned).unwrap_err();
+    assert!(e.to_string().contains("multiples of [4, 4, 4]"), "{e}");
+    assert!(plan.clone().with_sizes(None, Some(0)).is_err());
+    let e = TrainingPlan::read(&path, "2d").unwrap_err();
+    assert!(e.exit_code() == 4 && e.to_string().contains("no configuration \"2d\""), "{e}");
+    // Sizes that were changed stand in the plans that the results carry.
+    let other = plan.with_sizes(Some([24, 16, 16]), Some(3)).unwrap();
+    assert_eq!(other.plans["configurations"]["3d_fullres"]["patch_size"], json!([24, 16, 16]));
+    assert_eq!(other.plans["configurations"]["3d_fullres"]["batch_size"], json!(3));
+}
+
+#[test]
+fn supervision_follows_the_plan_and_not_the_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = plans(folder.path(), &labels(), 1);
+    let mut plan = TrainingPlan::read(&path, "3d_fullres").unwrap();
+    plan.pools = vec![[2; 3]; 4];
+    // A STU-Net has five outputs: three of them learn.
+    assert_eq!(plan.supervision(5), [4.0 / 7.0, 2.0 / 7.0, 1.0 / 7.0, 0.0]);
+    plan.pools = vec![[2; 3]; 6];
+    let weights = plan.supervision(5);
+    assert_eq!(weights, [16.0, 8.0, 4.0, 2.0, 1.0].map(|w| w / 31.0));
+}
