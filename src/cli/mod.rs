@@ -15,6 +15,7 @@ mod inspect;
 mod output;
 mod plan;
 mod predict;
+mod preprocess;
 mod progress;
 mod system;
 mod verify;
@@ -61,6 +62,8 @@ enum Command {
     Verify(verify::Args),
     Fingerprint(fingerprint::Args),
     Plan(plan::Args),
+    Preprocess(preprocess::Args),
+    PlanAndPreprocess(preprocess::PlanArgs),
     Demo(demo::Args),
     Convert(convert::Args),
     Inspect(inspect::Args),
@@ -91,6 +94,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Verify(a) => return verify::run(&a),
         Command::Fingerprint(a) => fingerprint::run(&a)?,
         Command::Plan(a) => plan::run(&a)?,
+        Command::Preprocess(a) => preprocess::run(&a)?,
+        Command::PlanAndPreprocess(a) => preprocess::run_plan(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,
         Command::Inspect(a) => inspect::run(&a)?,
