@@ -67,13 +67,15 @@ const TABLE: &[(&str, Rule)] = &[
 /// What `convert` and `inspect` share with `predict`.
 const OF_MODELS: &[(&str, Rule)] = &[("-chk", Is("--checkpoint"))];
 
-/// nnU-Net's `nnUNetv2_extract_fingerprint`, `nnUNetv2_plan_experiment` and the first steps of
+/// nnU-Net's `nnUNetv2_extract_fingerprint`, `nnUNetv2_plan_experiment`, `nnUNetv2_preprocess` and
 /// `nnUNetv2_plan_and_preprocess`.
 const OF_DATASETS: &[(&str, Rule)] = &[
     ("-pl", Is("--planner")),
     ("-gpu_memory_target", Is("--gpu-memory-target")),
     ("-overwrite_target_spacing", Is("--overwrite-target-spacing")),
     ("-overwrite_plans_name", Is("--overwrite-plans-name")),
+    ("-plans_name", Is("--plans")),
+    ("--no_pp", Is("--no-preprocessing")),
     ("--verify_dataset_integrity", Is("--verify")),
     ("--no_pbar", Is("--no-progress")),
     ("-np", NO_WORKERS),
@@ -94,7 +96,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
     let table = match out.get(1).and_then(|command| command.to_str()) {
         Some("predict") => TABLE,
         Some("convert" | "inspect") => OF_MODELS,
-        Some("verify" | "fingerprint" | "plan") => OF_DATASETS,
+        Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,
         _ => {
             out.extend(rest);
             return Ok((out, warnings));

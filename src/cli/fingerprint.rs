@@ -46,21 +46,35 @@ pub(super) fn run(args: &Args) -> Result<()> {
     progress::catch_interrupts();
     output::show_library_warnings();
     for dataset in &datasets {
-        let path = preprocessed.join(&dataset.name).join(fingerprint::FILE);
-        if args.verify {
-            let mut bar = Bar::new(&dataset.name, !args.no_progress, false);
-            if let Some(fault) = dataset.verify(&device, &mut bar)?.into_iter().next() {
-                return Err(fault);
-            }
-        }
-        if path.is_file() && !args.clean {
+        if !checked(dataset, &preprocessed, &device, !args.no_progress, args.verify, args.clean)? {
+            let path = preprocessed.join(&dataset.name).join(fingerprint::FILE);
             say_warning(&format!("{}: kept as it is, --clean makes it anew", path.display()));
-        } else {
-            extract(dataset, &preprocessed, &device, !args.no_progress)?;
         }
-        output::path(&path)?;
+        output::path(&preprocessed.join(&dataset.name).join(fingerprint::FILE))?;
     }
     Ok(())
+}
+
+/// Looks for faults if asked to, and makes the fingerprint unless it is there or wanted anew; whether it was made.
+pub(super) fn checked(
+    dataset: &Dataset,
+    preprocessed: &Path,
+    device: &Device,
+    show: bool,
+    verify: bool,
+    clean: bool,
+) -> Result<bool> {
+    if verify {
+        let mut bar = Bar::new(&dataset.name, show, false);
+        if let Some(fault) = dataset.verify(device, &mut bar)?.into_iter().next() {
+            return Err(fault);
+        }
+    }
+    let there = preprocessed.join(&dataset.name).join(fingerprint::FILE).is_file();
+    if there && !clean {
+        return Ok(false);
+    }
+    extract(dataset, preprocessed, device, show).map(|_| true)
 }
 
 /// Writes a data set's fingerprint to its folder below `preprocessed`.

@@ -16,6 +16,7 @@ mod output;
 mod phantoms;
 mod plan;
 mod predict;
+mod preprocess;
 mod progress;
 mod system;
 mod train;
@@ -63,6 +64,8 @@ enum Command {
     Verify(verify::Args),
     Fingerprint(fingerprint::Args),
     Plan(plan::Args),
+    Preprocess(preprocess::Args),
+    PlanAndPreprocess(preprocess::PlanArgs),
     Train(Box<train::Args>),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
@@ -95,6 +98,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Verify(a) => return verify::run(&a),
         Command::Fingerprint(a) => fingerprint::run(&a)?,
         Command::Plan(a) => plan::run(&a)?,
+        Command::Preprocess(a) => preprocess::run(&a)?,
+        Command::PlanAndPreprocess(a) => preprocess::run_plan(&a)?,
         Command::Train(a) => train::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,

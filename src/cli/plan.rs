@@ -1,8 +1,11 @@
 //! `stunet plan`.
 
-use stunet::Result;
+use std::path::{Path, PathBuf};
+
+use stunet::nnunet::dataset::Dataset;
 use stunet::nnunet::fingerprint::{self, Fingerprint};
 use stunet::nnunet::planner::{self, Configuration, PlanOptions, Planner};
+use stunet::{Device, Result};
 
 use super::args::DeviceArgs;
 use super::fingerprint::extract;
@@ -55,32 +58,53 @@ fn planner(s: &str) -> Result<Planner, String> {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let device = args.device.open()?;
-    let datasets = args.datasets.open(&args.raw)?;
-    let preprocessed = args.preprocessed.folder()?;
-    let options = PlanOptions {
-        gpu_memory_gb: args.gpu_memory_target,
-        target_spacing_mm: args.overwrite_target_spacing.as_deref().and_then(|s| s.try_into().ok()),
-        plans_name: args.overwrite_plans_name.clone(),
-        suppress_transpose: args.suppress_transpose,
-    };
+    let (device, preprocessed) = (args.device()?, args.preprocessed()?);
+    let datasets = args.datasets()?;
     progress::catch_interrupts();
     output::show_library_warnings();
-    for dataset in &datasets {
+    datasets.iter().try_for_each(|d| args.plan(d, &preprocessed, &device).map(drop))
+}
+
+impl Args {
+    pub(super) fn device(&self) -> Result<Device> {
+        self.device.open()
+    }
+
+    pub(super) fn datasets(&self) -> Result<Vec<Dataset>> {
+        self.datasets.open(&self.raw)
+    }
+
+    /// The folder of preprocessed data.
+    pub(super) fn preprocessed(&self) -> Result<PathBuf> {
+        self.preprocessed.folder()
+    }
+
+    pub(super) fn shows_progress(&self) -> bool {
+        !self.no_progress
+    }
+
+    /// Plans a data set, with its fingerprint where there is none; gives the plans' name.
+    pub(super) fn plan(&self, dataset: &Dataset, preprocessed: &Path, device: &Device) -> Result<String> {
+        let options = PlanOptions {
+            gpu_memory_gb: self.gpu_memory_target,
+            target_spacing_mm: self.overwrite_target_spacing.as_deref().and_then(|s| s.try_into().ok()),
+            plans_name: self.overwrite_plans_name.clone(),
+            suppress_transpose: self.suppress_transpose,
+        };
         let folder = preprocessed.join(&dataset.name);
         let path = folder.join(fingerprint::FILE);
         let fingerprint = if path.is_file() {
             Fingerprint::read(&path)?
         } else {
-            extract(dataset, &preprocessed, &device, !args.no_progress)?
+            extract(dataset, preprocessed, device, self.shows_progress())?
         };
-        let plans = planner::plan(&dataset.json, &dataset.name, dataset.reader, &fingerprint, args.planner, &options)?;
+        let plans = planner::plan(&dataset.json, &dataset.name, dataset.reader, &fingerprint, self.planner, &options)?;
         planner::copy_descriptions(dataset, &folder)?;
         let path = plans.write(&folder)?;
         output::text(&table(&plans.configurations))?;
         output::path(&path)?;
+        Ok(plans.name)
     }
-    Ok(())
 }
 
 /// A line for each configuration.
