@@ -135,8 +135,7 @@ impl Dataset {
         let json = DatasetJson::read(&file)?;
         // An ending that cannot be read is told of before files are looked for.
         Reader::of(&json, None)?;
-        let name = folder.canonicalize().map_err(|e| Error::io("read", folder, e))?;
-        let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = folder_name(folder)?;
         let root = Field::of_dataset(&file, &json.value);
         let cases = match root.get("dataset") {
             Some(list) => listed(folder, &list, variable)?,
@@ -189,6 +188,16 @@ impl Dataset {
     pub(crate) fn fault(&self, case: &RawCase, what: impl Into<String>) -> Error {
         Error::dataset(&self.folder, format!("case {}", case.name), what)
     }
+}
+
+/// The name of a folder as it is given: where that is a link, the link's.
+fn folder_name(folder: &Path) -> Result<String> {
+    let name = |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned());
+    if let Some(name) = name(folder) {
+        return Ok(name);
+    }
+    let real = folder.canonicalize().map_err(|e| Error::io("read", folder, e))?;
+    Ok(name(&real).unwrap_or_default())
 }
 
 /// Cases of `imagesTr`, by name.

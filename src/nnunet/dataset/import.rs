@@ -30,8 +30,7 @@ pub fn convert_msd(
     device: &Device,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf> {
-    let real = source.canonicalize().map_err(|e| Error::io("read", source, e))?;
-    let task = real.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let task = super::folder_name(source)?;
     let parts = task.strip_prefix("Task").and_then(|t| t.split_once('_'));
     let parts = parts.and_then(|(number, name)| Some((number.parse::<u32>().ok()?, name)));
     let Some((number, name)) = parts.filter(|(_, name)| !name.is_empty()) else {
