@@ -12,6 +12,7 @@ mod export;
 mod head_labels;
 mod instance_norm;
 mod labels;
+mod loader;
 mod loss;
 mod nifti;
 mod passes;
@@ -26,6 +27,7 @@ criterion::criterion_group!(
     head_labels::bench,
     instance_norm::bench,
     labels::bench,
+    loader::bench,
     loss::bench,
     nifti::bench,
     passes::bench,

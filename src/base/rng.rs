@@ -3,6 +3,7 @@
 /// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128 random bits for a key
 /// and a counter.
 #[must_use]
+#[inline]
 pub(crate) fn philox4x32(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     const M: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
     const W: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -26,6 +27,7 @@ pub(crate) struct Key {
 
 impl Key {
     /// The four numbers at place `count` of the stream.
+    #[inline]
     pub(crate) fn four(self, count: u32) -> [u32; 4] {
         let [a, b, c] = self.words;
         philox4x32([self.seed as u32, (self.seed >> 32) as u32], [count, a, b, c])

@@ -46,6 +46,9 @@ pub(crate) fn warp(isa: Isa, how: &Warp, image: &[f32], labels: &[i16], image_ou
     }
 }
 
+/// Voxels of a tile of the grid along each axis.
+const TILE: usize = 32;
+
 simd_entry!(planes = warp_planes(how: &Warp, image: &[f32], labels: &[i16], image_out: &mut [f32], labels_out: &mut [i16]));
 simd_entry!(volumes = warp_volumes(how: &Warp, image: &[f32], labels: &[i16], image_out: &mut [f32], labels_out: &mut [i16]));
 
@@ -84,25 +87,30 @@ fn rows<S: Simd, const CORNERS: usize>(
     let first = if CORNERS == 4 { 1 } else { 0 };
     // Corners are pairs along x.
     let pairs = [0, w, h * w, h * w + w];
-    for z in 0..gd {
-        for y in 0..gh {
-            let mut begin = [0.0f32; 3];
-            for k in first..3 {
-                begin[k] = (how.shift[k] + how.matrix[k][0] * z as f64 + how.matrix[k][1] * y as f64) as f32;
-            }
-            let row = (z * gh + y) * gw;
-            for x in (0..gw).step_by(BLOCK) {
-                let n = BLOCK.min(gw - x);
-                let p = places::<CORNERS>(how, begin, z, x);
-                for c in 0..image.len() / volume {
-                    let from = &image[c * volume..][..volume];
-                    let v = interpolated::<S, CORNERS>(s, from, pairs, &p);
-                    image_out[c * grid + row + x..][..n].copy_from_slice(&v[..n]);
+    // Tiles: what they read stays in the level-2 cache however the source lies.
+    let tiles = [gd.div_ceil(TILE), gh.div_ceil(TILE), gw.div_ceil(TILE)];
+    for tile in 0..tiles[0] * tiles[1] * tiles[2] {
+        let at = [tile / (tiles[1] * tiles[2]), tile / tiles[2] % tiles[1], tile % tiles[2]].map(|i| i * TILE);
+        for z in at[0]..gd.min(at[0] + TILE) {
+            for y in at[1]..gh.min(at[1] + TILE) {
+                let mut begin = [0.0f32; 3];
+                for k in first..3 {
+                    begin[k] = (how.shift[k] + how.matrix[k][0] * z as f64 + how.matrix[k][1] * y as f64) as f32;
                 }
-                for c in 0..labels.len() / volume {
-                    let from = &labels[c * volume..][..volume];
-                    let to = &mut labels_out[c * grid + row + x..][..n];
-                    winners::<CORNERS>(how, from, pairs, &p, to);
+                let row = (z * gh + y) * gw;
+                for x in (at[2]..gw.min(at[2] + TILE)).step_by(BLOCK) {
+                    let n = BLOCK.min(gw - x);
+                    let p = places::<CORNERS>(how, begin, z, x);
+                    for c in 0..image.len() / volume {
+                        let from = &image[c * volume..][..volume];
+                        let v = interpolated::<S, CORNERS>(s, from, pairs, &p);
+                        image_out[c * grid + row + x..][..n].copy_from_slice(&v[..n]);
+                    }
+                    for c in 0..labels.len() / volume {
+                        let from = &labels[c * volume..][..volume];
+                        let to = &mut labels_out[c * grid + row + x..][..n];
+                        winners::<CORNERS>(how, from, pairs, &p, to);
+                    }
                 }
             }
         }
@@ -172,59 +180,62 @@ fn interpolated<S: Simd, const CORNERS: usize>(s: S, from: &[f32], pairs: [usize
 fn winners<const CORNERS: usize>(how: &Warp, from: &[i16], pairs: [usize; 4], p: &Places, to: &mut [i16]) {
     for (l, to) in to.iter_mut().enumerate() {
         let at = p.corner[l] as usize;
-        let mut v = [0i16; CORNERS];
+        let mut two = [0u32; 4];
         for pair in 0..CORNERS / 2 {
             let here = at + pairs[pair];
             debug_assert!(here + 1 < from.len());
-            // SAFETY: as in `interpolated`.
-            unsafe {
-                v[2 * pair] = *from.get_unchecked(here);
-                v[2 * pair + 1] = *from.get_unchecked(here + 1);
-            }
+            // SAFETY: as in `interpolated`: both labels are there, and a read may be unaligned.
+            two[pair] = unsafe { from.as_ptr().add(here).cast::<u32>().read_unaligned() };
         }
-        let mut different = 0;
-        for c in 1..CORNERS {
-            different |= v[c] ^ v[0];
+        let mut different = two[0] ^ two[0].rotate_left(16);
+        for pair in 1..CORNERS / 2 {
+            different |= two[0] ^ two[pair];
         }
-        *to = if different == 0 { v[0] } else { winner(how, &v, p, l) };
+        let labels: [[i16; 2]; 4] = bytemuck::cast(two);
+        *to = if different == 0 { labels[0][0] } else { winner::<CORNERS>(how, labels.as_flattened(), p, l) };
     }
 }
 
 /// The label with the largest share, shares rounded as nnU-Net rounds them: thousandths in half precision. Where several
 /// have it, the label of the nearest voxel if it is one of them, else the smallest.
-#[cold]
-fn winner(how: &Warp, v: &[i16], p: &Places, l: usize) -> i16 {
-    let share = [p.share[0][l], p.share[1][l], p.share[2][l]];
-    let weight = |c: usize| {
+#[inline(always)]
+fn winner<const CORNERS: usize>(how: &Warp, labels: &[i16], p: &Places, l: usize) -> i16 {
+    let share = [if CORNERS == 8 { p.share[0][l] } else { 0.0 }, p.share[1][l], p.share[2][l]];
+    let mut weight = [0.0f32; 8];
+    for c in 0..CORNERS {
         let along = |k: usize, after: bool| if after { share[k] } else { 1.0 - share[k] };
-        let plane = along(1, c & 2 != 0) * along(2, c & 1 != 0);
-        if v.len() == 8 { along(0, c & 4 != 0) * plane } else { plane }
+        weight[c] = along(0, c & 4 != 0) * (along(1, c & 2 != 0) * along(2, c & 1 != 0));
+    }
+    let score = |label: i16| {
+        let mut sum = 0.0;
+        for c in 0..CORNERS {
+            sum += if labels[c] == label { 1000.0 * weight[c] } else { 0.0 };
+        }
+        half_precision(sum)
     };
+    let (mut best, mut most) = (labels[0], score(labels[0]));
+    let mut tied = false;
+    for c in 1..CORNERS {
+        let label = labels[c];
+        if labels[..c].contains(&label) {
+            continue;
+        }
+        let score = score(label);
+        if score > most {
+            (best, most, tied) = (label, score, false);
+        } else if score == most {
+            (best, tied) = (best.min(label), true);
+        }
+    }
+    if !tied {
+        return best;
+    }
     let nearest = (0..3).fold(0, |c, k| {
         let odd = (i64::from(p.voxel[k][l]) + how.origin[k]) & 1 == 1;
         let after = share[k] > 0.5 || (share[k] == 0.5 && odd);
-        if after && (k > 0 || v.len() == 8) { c | 4 >> k } else { c }
+        if after && (k > 0 || CORNERS == 8) { c | 4 >> k } else { c }
     });
-    let (mut best, mut most, mut nearest_has) = (v[0], -1.0, -1.0);
-    for (c, &label) in v.iter().enumerate() {
-        if v[..c].contains(&label) {
-            continue;
-        }
-        let mut score = 0.0;
-        for other in c..v.len() {
-            if v[other] == label {
-                score += 1000.0 * weight(other);
-            }
-        }
-        let score = half_precision(score);
-        if score > most || (score == most && label < best) {
-            (best, most) = (label, score);
-        }
-        if label == v[nearest] {
-            nearest_has = score;
-        }
-    }
-    if nearest_has == most { v[nearest] } else { best }
+    if score(labels[nearest]) == most { labels[nearest] } else { best }
 }
 
 /// Rounded to the eleven bits of a half-precision number, ties to even.

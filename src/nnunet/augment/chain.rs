@@ -92,6 +92,9 @@ impl Augmenter {
         target: &mut [u16],
     ) -> Result<()> {
         let (channels, volume) = (case.channels(), self.patch.iter().product::<usize>());
+        if volume == 0 {
+            return Err(Error::shape(OP, format!("a patch of {:?} voxels", self.patch)));
+        }
         if image.len() != self.channels(channels) * volume || target.len() != volume {
             let found = format!("{} and {} values", image.len(), target.len());
             return Err(Error::shape(OP, format!("{found} for {channels} channels of {:?} voxels", self.patch)));

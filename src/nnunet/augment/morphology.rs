@@ -195,3 +195,85 @@ pub(super) fn small_components([d, h, w]: [usize; 3], x: &[f32], share: f64) -> 
     components.retain(|c| !c.is_empty() && (c.iter().map(Range::len).sum::<usize>() as f64) < most);
     components
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::rng::Rng;
+
+    fn random(rng: &mut Rng, [d, h, w]: [usize; 3], share: f64) -> Vec<f32> {
+        (0..d * h * w).map(|_| if rng.chance(share) { 1.0 } else { 0.0 }).collect()
+    }
+
+    /// The definition, voxel by voxel; beyond the patch there is nothing.
+    fn dilated(structure: &Structure, [d, h, w]: [usize; 3], x: &[bool]) -> Vec<bool> {
+        let at = |z: isize, y: isize, i: isize| {
+            let inside = |v: isize, n: usize| (0..n as isize).contains(&v);
+            inside(z, d) && inside(y, h) && inside(i, w) && x[(z as usize * h + y as usize) * w + i as usize]
+        };
+        let reaches = |i: usize| {
+            let [z, y, x] = [i / (h * w), i / w % h, i % w].map(|v| v as isize);
+            structure.rows.iter().any(|([dz, dy], [a, b])| (*a..=*b).any(|dx| at(z + dz, y + dy, x + dx)))
+        };
+        (0..x.len()).map(reaches).collect()
+    }
+
+    #[test]
+    fn operators_are_their_definitions() {
+        let mut rng = Rng::new(3, 1);
+        for shape in [[1, 5, 63], [2, 4, 64], [3, 3, 65], [5, 6, 7], [1, 2, 130]] {
+            for radius in [1.0, 1.7, 2.0, 2.9, 5.4] {
+                let structure = if shape[0] == 1 { Structure::disk(radius) } else { Structure::ball(radius) };
+                let x = random(&mut rng, shape, 0.05);
+                let set: Vec<bool> = x.iter().map(|v| *v != 0.0).collect();
+                let not = |x: Vec<bool>| x.into_iter().map(|v| !v).collect::<Vec<bool>>();
+                let grown = dilated(&structure, shape, &set);
+                let shrunk = not(dilated(&structure, shape, &not(set)));
+                let closed = not(dilated(&structure, shape, &not(grown.clone())));
+                let opened = dilated(&structure, shape, &shrunk);
+                for (operator, expected) in [
+                    (Operator::Dilation, grown),
+                    (Operator::Erosion, shrunk),
+                    (Operator::Closing, closed),
+                    (Operator::Opening, opened),
+                ] {
+                    assert_eq!(structure.apply(operator, shape, &x), expected, "{operator:?} {shape:?} {radius}");
+                }
+            }
+        }
+    }
+
+    /// Against a flood from every voxel.
+    #[test]
+    fn components_touch_by_corners() {
+        let mut rng = Rng::new(3, 2);
+        for shape in [[1, 9, 9], [4, 5, 6], [7, 1, 8]] {
+            let [d, h, w] = shape;
+            let x = random(&mut rng, shape, 0.2);
+            let mut open = x.clone();
+            let mut expected = Vec::new();
+            for start in 0..x.len() {
+                let (mut stack, mut component) = (vec![start], Vec::new());
+                while let Some(i) = stack.pop() {
+                    if std::mem::take(&mut open[i]) == 0.0 {
+                        continue;
+                    }
+                    component.push(i);
+                    for j in 0..x.len() {
+                        let [a, b] = [i, j].map(|i| [i / (h * w), i / w % h, i % w]);
+                        if (0..3).all(|k| a[k].abs_diff(b[k]) <= 1) {
+                            stack.push(j);
+                        }
+                    }
+                }
+                component.sort_unstable();
+                if !component.is_empty() && (component.len() as f64) < 0.04 * (d * h * w) as f64 {
+                    expected.push(component);
+                }
+            }
+            let found = small_components(shape, &x, 0.04);
+            let found: Vec<Vec<usize>> = found.into_iter().map(|c| c.into_iter().flatten().collect()).collect();
+            assert_eq!(found, expected, "{shape:?}");
+        }
+    }
+}
