@@ -114,7 +114,7 @@ impl From<IsaChoice> for Isa {
 pub(super) enum PrecisionChoice {
     F32,
     Bf16,
-    /// Cards only
+    /// For computing, cards only
     F16,
 }
 

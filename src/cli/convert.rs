@@ -6,7 +6,7 @@ use clap::Subcommand;
 use stunet::nnunet::{dataset, model};
 use stunet::{Error, Result};
 
-use super::args::{DeviceArgs, ModelArgs};
+use super::args::{DeviceArgs, ModelArgs, PrecisionChoice};
 use super::folders::RawArgs;
 use super::progress::Bar;
 use super::{output, progress};
@@ -36,6 +36,9 @@ pub(super) struct Args {
     target: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
+    /// Store weights in this precision [default: as they are]
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionChoice>,
     #[command(subcommand)]
     dataset: Option<DatasetKind>,
 }
@@ -84,7 +87,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match (&args.dataset, &args.source, &args.target) {
         (Some(kind), _, _) => output::path(&kind.convert()?),
         (None, Some(source), Some(target)) => {
-            model::convert(source, target, &args.model.options())?;
+            let mut options = args.model.options();
+            options.precision = args.precision.map(Into::into);
+            model::convert(source, target, &options)?;
             if progress::interrupted() {
                 let failed = |source| Error::Io { path: target.clone(), action: "remove", source };
                 std::fs::remove_dir_all(target).map_err(failed)?;

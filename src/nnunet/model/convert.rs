@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
@@ -13,10 +14,10 @@ use super::own::{FILE, FORMAT, FoldEntry, Manifest, NOTICE, SourceEntry, VERSION
 use super::{ModelFolder, ModelOptions};
 use crate::error::{Error, Result};
 use crate::io::weights::{self, Weights};
-use crate::tensor::DType;
+use crate::tensor::{DType, Precision};
 
 /// Converts a model to the project's own folder: `model.json` and `fold_NAME.safetensors`, tensor names and element
-/// types kept (f64 becomes f32, the type of all arithmetic). Tensors go one by one from the mapped source to the file.
+/// types kept (f64 becomes f32, the type of all arithmetic) unless the options ask for a precision. Tensors go one by one from the mapped source to the file.
 ///
 /// The folder is written under a temporary name beside `dst` and renamed when complete.
 ///
@@ -26,7 +27,7 @@ use crate::tensor::DType;
 pub fn convert(src: impl AsRef<Path>, dst: impl AsRef<Path>, options: &ModelOptions) -> Result<()> {
     // Before the source, which may take long to open.
     check_free(dst.as_ref())?;
-    ModelFolder::open(src, options)?.write(dst)
+    ModelFolder::open(src, options)?.write_as(dst, options.precision)
 }
 
 impl ModelFolder {
@@ -35,6 +36,10 @@ impl ModelFolder {
     /// # Errors
     /// As [`convert`].
     pub fn write(&self, dst: impl AsRef<Path>) -> Result<()> {
+        self.write_as(dst, None)
+    }
+
+    fn write_as(&self, dst: impl AsRef<Path>, precision: Option<Precision>) -> Result<()> {
         let dst = dst.as_ref();
         check_free(dst)?;
         let temporary = Temporary::beside(dst)?;
@@ -43,7 +48,7 @@ impl ModelFolder {
         let mut folds = Vec::new();
         for fold in &self.folds {
             let file = format!("fold_{}.safetensors", fold.name);
-            let sha256 = write_safetensors(&fold.weights, &names, &temporary.path.join(&file))?;
+            let sha256 = write_safetensors(&fold.weights, &names, precision, &temporary.path.join(&file))?;
             folds.push(FoldEntry { name: fold.name.clone(), file, sha256 });
         }
         let root = self.sources.first().and_then(|p| p.parent()).unwrap_or(Path::new(""));
@@ -139,9 +144,9 @@ fn write(path: &Path, f: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()
 }
 
 /// Writes the named tensors, sorted, and returns the file's SHA-256.
-fn write_safetensors(weights: &Weights, names: &[String], path: &Path) -> Result<String> {
+fn write_safetensors(weights: &Weights, names: &[String], precision: Option<Precision>, path: &Path) -> Result<String> {
     // The format asks for offsets without gaps; widest types first keeps every tensor aligned.
-    let mut order: Vec<(&str, Dtype)> = names.iter().map(|n| (n.as_str(), dtype(weights, n))).collect();
+    let mut order: Vec<(&str, Dtype)> = names.iter().map(|n| (n.as_str(), dtype(weights, n, precision))).collect();
     order.sort_by_key(|&(name, dtype)| (std::cmp::Reverse(dtype.bitsize()), name));
     let mut at = 0;
     let mut table = Vec::new();
@@ -182,10 +187,10 @@ fn write_safetensors(weights: &Weights, names: &[String], path: &Path) -> Result
     }
 }
 
-fn dtype(weights: &Weights, name: &str) -> Dtype {
-    match weights.dtype(name) {
-        Some(DType::F16) => Dtype::F16,
-        Some(DType::Bf16) => Dtype::BF16,
+fn dtype(weights: &Weights, name: &str, precision: Option<Precision>) -> Dtype {
+    match (precision, weights.dtype(name)) {
+        (Some(Precision::F16), _) | (None, Some(DType::F16)) => Dtype::F16,
+        (Some(Precision::Bf16), _) | (None, Some(DType::Bf16)) => Dtype::BF16,
         _ => Dtype::F32,
     }
 }
@@ -193,8 +198,22 @@ fn dtype(weights: &Weights, name: &str) -> Dtype {
 /// The bytes to write. Going through the values refuses what is not finite.
 fn tensor<'w>(weights: &'w Weights, name: &str, dtype: Dtype) -> Result<Cow<'w, [u8]>> {
     let values = weights.values(name)?;
-    if dtype == Dtype::F32 && weights.dtype(name) != Some(DType::F32) {
-        return Ok(Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect()));
+    let is_same = matches!(
+        (dtype, weights.dtype(name)),
+        (Dtype::F32, Some(DType::F32)) | (Dtype::F16, Some(DType::F16)) | (Dtype::BF16, Some(DType::Bf16))
+    );
+    if is_same {
+        return weights.bytes(name);
     }
-    weights.bytes(name)
+    // Rounding must not make infinities of large weights.
+    let finite = |is: bool| if is { Ok(()) } else { Err(Error::model(weights.path(), name, "too large for float16")) };
+    Ok(Cow::Owned(match dtype {
+        Dtype::F16 => {
+            let halves: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
+            finite(halves.iter().all(|v| v.is_finite()))?;
+            halves.iter().flat_map(|v| v.to_le_bytes()).collect()
+        }
+        Dtype::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    }))
 }
