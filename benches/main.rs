@@ -15,6 +15,7 @@ mod labels;
 mod loss;
 mod nifti;
 mod passes;
+mod preprocess;
 mod resample;
 
 criterion::criterion_group!(
@@ -29,6 +30,7 @@ criterion::criterion_group!(
     loss::bench,
     nifti::bench,
     passes::bench,
+    preprocess::bench,
     resample::bench
 );
 criterion::criterion_main!(all);
