@@ -16,6 +16,7 @@ mod loader;
 mod loss;
 mod nifti;
 mod passes;
+mod preprocess;
 mod resample;
 
 criterion::criterion_group!(
@@ -31,6 +32,7 @@ criterion::criterion_group!(
     loss::bench,
     nifti::bench,
     passes::bench,
+    preprocess::bench,
     resample::bench
 );
 criterion::criterion_main!(all);

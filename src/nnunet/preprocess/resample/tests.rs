@@ -1,5 +1,4 @@
 use super::*;
-use crate::base::rng::Rng;
 
 fn rule(order: u8, order_z: u8, force_separate_z: Option<bool>) -> Resampling {
     Resampling { order, order_z, force_separate_z }
