@@ -66,7 +66,7 @@ pub(super) fn cos_sin_turns(u: [u32; BLOCK]) -> [[f32; BLOCK]; 2] {
         let place = (u[i] >> 8 & 0x3f_ffff) as f32;
         let t = (place * (1.0 / 4_194_304.0) - 0.5) * std::f32::consts::FRAC_PI_2;
         let w = t * t;
-        let s = t + t * w * (-1.0 / 6.0 + w * (1.0 / 120.0 - w * (1.0 / 5040.0)));
+        let s = t + t * w * (-1.0 / 6.0 + w * (1.0 / 120.0 - w * (1.0 / 5040.0 - w * (1.0 / 362_880.0))));
         let c = 1.0 - w * (0.5 - w * (1.0 / 24.0 - w * (1.0 / 720.0 - w * (1.0 / 40320.0))));
         let quadrant = u[i] >> 30;
         let (a, b) = if quadrant & 1 == 0 { (c, s) } else { (s, c) };
