@@ -217,7 +217,11 @@ fn case() -> (PreprocessedCase, Geometry) {
     let shape = [9, 10, 12];
     let mut geometry = Geometry::new(shape, [1.5, 1.0, 1.0]);
     geometry.affine[1][3] = -7.5;
-    let inside = |i: usize| (2..8).contains(&(i / 120)) && (1..9).contains(&(i / 12 % 10));
+    // A box without one of its edges, which is outside of the nonzero region.
+    let inside = |i: usize| {
+        let (z, y) = (i / 120, i / 12 % 10);
+        (2..8).contains(&z) && (1..9).contains(&y) && !(z < 5 && y < 4)
+    };
     let values = (0..1080).map(|i| if inside(i) { 10.0 + (i % 17) as f32 } else { 0.0 }).collect();
     let labels = (0..1080)
         .map(|i| if inside(i) { (i / 120 + i / 36 % 2) as u8 % 4 } else { u8::from(i % 97 == 0) * 2 })
