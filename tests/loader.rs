@@ -120,9 +120,12 @@ fn what_cannot_be_is_refused() {
     assert!(message(mixed, config(1)).contains("case 1 has 1 channels"));
 }
 
-/// Bounds that nnU-Net's `get_bbox` draws from: initial patch, patch, shape of the case.
+/// Initial patch, patch, shape of the case, and the first voxels that the patch may have, both ends included.
+type Bounds = ([usize; 3], [usize; 3], [usize; 3], [[i64; 2]; 3]);
+
+/// Bounds that nnU-Net's `get_bbox` draws from.
 #[rustfmt::skip]
-const BOUNDS: &[([usize; 3], [usize; 3], [usize; 3], [[i64; 2]; 3])] = &[
+const BOUNDS: &[Bounds] = &[
     ([205, 205, 205], [128, 128, 128], [200, 190, 60], [[-39, 34], [-39, 24], [-73, -72]]),
     ([205, 205, 205], [128, 128, 128], [205, 206, 300], [[-39, 39], [-39, 40], [-39, 134]]),
     ([12, 13, 14], [8, 8, 8], [3, 20, 9], [[-5, -4], [-3, 10], [-3, -2]]),
