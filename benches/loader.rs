@@ -30,8 +30,12 @@ impl TrainingCase for Case {
         SHAPE
     }
 
-    fn locations(&self) -> &ClassLocations {
-        &self.locations
+    fn classes(&self) -> Vec<(&ClassKey, usize)> {
+        self.locations.counts()
+    }
+
+    fn location(&self, class: usize, at: usize) -> stunet::Result<[u32; 3]> {
+        Ok(self.locations.classes[class].1[at])
     }
 
     fn crop(&self, lower: [i64; 3], size: [usize; 3], data: &mut [f32], labels: &mut [i16]) -> stunet::Result<()> {

@@ -7,7 +7,7 @@ use stunet::Isa;
 use stunet::nnunet::augment::{
     AugmentConfig, Augmenter, Item, Operation, Operator, Parameters, Removal, Scratch, Spatial,
 };
-use stunet::nnunet::training_case::{ClassLocations, TrainingCase};
+use stunet::nnunet::training_case::{ClassKey, ClassLocations, TrainingCase};
 
 /// A case in memory.
 pub struct Case {
@@ -65,8 +65,12 @@ impl TrainingCase for Case {
         self.shape
     }
 
-    fn locations(&self) -> &ClassLocations {
-        &self.locations
+    fn classes(&self) -> Vec<(&ClassKey, usize)> {
+        self.locations.counts()
+    }
+
+    fn location(&self, class: usize, at: usize) -> stunet::Result<[u32; 3]> {
+        Ok(self.locations.classes[class].1[at])
     }
 
     fn crop(&self, lower: [i64; 3], size: [usize; 3], data: &mut [f32], labels: &mut [i16]) -> stunet::Result<()> {

@@ -5,6 +5,7 @@ mod bench;
 mod cuda;
 mod demo;
 mod outputs;
+mod train;
 
 use std::path::Path;
 
@@ -21,7 +22,7 @@ fn image(path: &Path) {
 
 #[test]
 fn help_fits_the_screen_and_says_what_it_has_to() {
-    let commands = ["", "predict", "demo", "convert", "inspect", "info", "bench", "completions"];
+    let commands = ["", "predict", "demo", "convert", "inspect", "info", "bench", "completions", "train", "phantoms"];
     for command in commands {
         for flag in ["--help", "-h"] {
             let args: Vec<&str> = [command, flag].into_iter().filter(|a| !a.is_empty()).collect();

@@ -80,8 +80,12 @@ impl TrainingCase for Broken {
         self.0.shape()
     }
 
-    fn locations(&self) -> &ClassLocations {
-        self.0.locations()
+    fn classes(&self) -> Vec<(&ClassKey, usize)> {
+        self.0.classes()
+    }
+
+    fn location(&self, class: usize, at: usize) -> Result<[u32; 3]> {
+        self.0.location(class, at)
     }
 
     fn crop(&self, lower: [i64; 3], size: [usize; 3], data: &mut [f32], labels: &mut [i16]) -> Result<()> {

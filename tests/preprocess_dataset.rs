@@ -123,7 +123,7 @@ fn the_usual_configurations_are_made_and_what_is_beside_them() {
     assert_eq!(stored.identifiers(), ["c0", "c1", "c2"]);
     let case = stored.case("c1").unwrap();
     assert_eq!(case.shape(), [12, 15, 8]);
-    let keys: Vec<ClassKey> = case.locations().classes.iter().map(|(k, _)| k.clone()).collect();
+    let keys: Vec<ClassKey> = case.classes().into_iter().map(|(k, _)| k.clone()).collect();
     assert_eq!(keys, [ClassKey::Label(1), ClassKey::Label(2), ClassKey::Region(vec![-1, 0, 1, 2])]);
     // 2D keeps the spacing between slices.
     assert_eq!(store::open(&done[0].folder).unwrap().case("c1").unwrap().shape(), [6, 15, 8]);

@@ -152,10 +152,12 @@ fn training_that_was_stopped_anywhere_goes_on_with_the_same_bytes() {
     let expected = parameters(&whole);
     assert!(whole.is_finished());
 
-    // Stopped before every step of training and validation in turn.
+    // Stopped before every step of training and validation in turn, each time in a folder of its own.
     let mut stopped = 0;
     for stop in 0..15 {
-        let mut started = Start::Afresh;
+        let folder = tempfile::tempdir().unwrap();
+        plans(folder.path(), &labels(), 1);
+        let mut started = Start::New;
         let mut count = 0;
         let last = loop {
             let mut t = trainer(folder.path(), &options, started, Noise::data(1, None)).unwrap();
@@ -176,6 +178,36 @@ fn training_that_was_stopped_anywhere_goes_on_with_the_same_bytes() {
         assert_eq!(last.state().best_ema, whole.state().best_ema);
     }
     assert_eq!(stopped, 15);
+}
+
+#[test]
+fn a_training_goes_on_by_the_same_rules_only_and_begins_afresh_without_a_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    plans(folder.path(), &labels(), 1);
+    let first = options(NetworkChoice::Planned);
+    let mut t = trainer(folder.path(), &first, Start::New, Noise::data(1, None)).unwrap();
+    t.run(&mut (), &mut |_, _| Ok(())).unwrap();
+    let fold = t.folder().to_path_buf();
+    // A final checkpoint is the end, also where nobody says how many epochs there were to be.
+    let mut open = first.clone();
+    open.epochs = None;
+    let mut t = trainer(folder.path(), &open, Start::Continue, Noise::data(1, None)).unwrap();
+    assert!(t.is_finished() && t.run(&mut (), &mut |_, _| panic!("an epoch")).is_ok());
+
+    let mut t = trainer(folder.path(), &first, Start::Afresh, Noise::data(1, None)).unwrap();
+    assert!(!fold.join("checkpoint_final.pth").exists() && !fold.join("checkpoint_best.pth").exists());
+    t.step().unwrap();
+    t.save().unwrap();
+    let mut other = first.clone();
+    other.iterations = 2;
+    let e = trainer(folder.path(), &other, Start::Continue, Noise::data(1, None)).err().unwrap();
+    assert!(e.exit_code() == 2 && e.to_string().contains("iterations is 2 here and 3 in the checkpoint"), "{e}");
+    other = first.clone();
+    other.seed = 8;
+    let e = trainer(folder.path(), &other, Start::Continue, Noise::data(1, None)).err().unwrap();
+    assert!(e.to_string().contains("seed is 8 here and 7 in the checkpoint"), "{e}");
+    let t = trainer(folder.path(), &first, Start::Continue, Noise::data(1, None)).unwrap();
+    assert_eq!((t.state().epoch, t.state().losses.len()), (0, 1));
 }
 
 #[test]

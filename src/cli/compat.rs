@@ -64,6 +64,17 @@ const TABLE: &[(&str, Rule)] = &[
     ("--force_separate_z", Refused("the resampling follows the model's plans")),
 ];
 
+/// `nnUNetv2_train`.
+const OF_TRAINING: &[(&str, Rule)] = &[
+    ("-tr", Is("--trainer")),
+    ("-pretrained_weights", Is("--pretrained")),
+    ("--c", Is("--continue")),
+    ("--val_best", Is("--val-best")),
+    ("-device", Is("--device")),
+    ("-num_gpus", Ignored { value: true, why: "one device trains one fold" }),
+    ("--disable_checkpointing", Refused("checkpoints are written; see --save-every")),
+];
+
 /// What `convert` and `inspect` share with `predict`.
 const OF_MODELS: &[(&str, Rule)] = &[("-chk", Is("--checkpoint"))];
 
@@ -95,6 +106,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
     out.extend(rest.drain(..rest.len().min(2)));
     let table = match out.get(1).and_then(|command| command.to_str()) {
         Some("predict") => TABLE,
+        Some("train") => OF_TRAINING,
         Some("convert" | "inspect") => OF_MODELS,
         Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,
         _ => {
@@ -165,6 +177,9 @@ mod tests {
         for line in ["stunet convert -tr x", "stunet predict -- -tr", "stunet", "stunet predict -i tr"] {
             assert_eq!(rewritten(line).unwrap(), (line.into(), 0));
         }
+        let train = "stunet train 4 3d_fullres 0 -tr nnUNetTrainer_5epochs -pretrained_weights a.pth --c -num_gpus 1";
+        let ours = "stunet train 4 3d_fullres 0 --trainer nnUNetTrainer_5epochs --pretrained a.pth --continue";
+        assert_eq!(rewritten(train).unwrap(), (ours.into(), 1));
         let (ours, _) = rewritten("stunet inspect model -f 0 -chk best").unwrap();
         assert_eq!(ours, "stunet inspect model -f 0 --checkpoint best");
         let (ours, _) =

@@ -10,7 +10,7 @@ use stunet::nnunet::plans::Rules;
 use stunet::nnunet::split::Fold;
 use stunet::nnunet::train::{NetworkChoice, Start, Task, TrainOptions};
 use stunet::preview::curves::{self, Course};
-use stunet::{Device, PredictOptions, Prediction, Result};
+use stunet::{Device, Error, PredictOptions, Prediction, Result};
 
 use super::args::{DeviceArgs, PrecisionChoice};
 use super::folders::{PreprocessedArgs, ResultsArgs};
@@ -58,7 +58,8 @@ pub(super) struct Args {
     /// Plans [default: nnUNetPlans; for resenc-* their own]
     #[arg(short, long, value_name = "PLANS", help_heading = WHAT)]
     plans: Option<String>,
-    /// Checkpoint or model folder to begin with: all its weights but the heads [-pretrained_weights]
+    /// Checkpoint or model folder to begin with: all its weights but the heads [-pretrained_weights]; with --continue it only
+    /// says that this is a fine-tuning
     #[arg(long, value_name = "FILE", help_heading = WHAT)]
     pretrained: Option<PathBuf>,
 
@@ -100,7 +101,7 @@ pub(super) struct Args {
     workers: usize,
 
     /// Go on with the last checkpoint [--c]
-    #[arg(long = "continue", help_heading = RUN, conflicts_with_all = ["overwrite", "pretrained"])]
+    #[arg(long = "continue", help_heading = RUN, conflicts_with = "overwrite")]
     resume: bool,
     /// Begin again where a training is already
     #[arg(long, help_heading = RUN)]
@@ -201,6 +202,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.no_val {
         return Ok(());
     }
+    if let Some(why) = task.no_validation(&options)? {
+        output::say_warning(&format!("no final validation: {why}"));
+        return Ok(());
+    }
     let summary = args.validate(&task, &options, &device)?;
     output::path(&task.folder(&options)?.join("validation").join("summary.json"))?;
     for (class, dice) in summary.dice() {
@@ -233,6 +238,10 @@ impl Args {
             None => TrainOptions::new(),
         };
         if let Some(network) = self.network {
+            if self.trainer.is_some() && network.choice() != options.network {
+                let what = "--trainer stands for another network than --network: give one of them";
+                return Err(Error::Usage { what: what.into() });
+            }
             options.network = network.choice();
         }
         options.pretrained.clone_from(&self.pretrained);

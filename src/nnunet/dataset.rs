@@ -74,7 +74,7 @@ impl DatasetJson {
         let labels = LabelSet::of(&root)?;
         let num_training = root.need("numTraining")?.usize(usize::MAX)?;
         let ending = root.need("file_ending")?;
-        if !ending.str()?.starts_with('.') {
+        if !ending.str()?.starts_with('.') || ending.str()?.contains(['/', '\\', ':', '\0']) {
             return Err(ending.error(format!("{:?}, expected an ending like \".nii.gz\"", ending.str()?)));
         }
         let file_ending = ending.str()?.to_owned();

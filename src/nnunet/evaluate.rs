@@ -27,7 +27,13 @@ impl Class {
     pub fn of(labels: &LabelSet) -> Vec<Class> {
         match labels.outputs() {
             Outputs::Labels => (1..labels.heads() as u16).map(Class::label).collect(),
-            Outputs::Regions(regions) => regions.into_iter().map(Class::region).collect(),
+            Outputs::Regions(regions) => {
+                let class = |(region, is_list): (Vec<u16>, bool)| match (is_list, region.as_slice()) {
+                    (false, [one]) => Class::label(*one),
+                    _ => Class::region(region),
+                };
+                regions.into_iter().zip(labels.are_lists()).map(class).collect()
+            }
         }
     }
 

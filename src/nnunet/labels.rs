@@ -18,6 +18,8 @@ pub struct LabelSet {
     labels: Vec<u16>,
     /// With regions: name and labels of each that is not background, in the file's order.
     regions: Option<Vec<(String, Vec<u16>)>>,
+    /// Names of regions that the file gives as one number instead of a list: nnU-Net calls them as labels.
+    numbers: Vec<String>,
     regions_class_order: Vec<u16>,
     ignore: Option<u16>,
 }
@@ -38,7 +40,7 @@ impl LabelSet {
     pub(crate) fn of(dataset: &Field<'_>) -> Result<Self> {
         let field = dataset.need("labels")?;
         let mut entries: Vec<(String, Vec<u16>)> = Vec::new();
-        let mut ignore = None;
+        let (mut ignore, mut numbers) = (None, Vec::new());
         for (name, value) in field.entries()? {
             if name == "ignore" {
                 ignore = Some((label(&value)?, value));
@@ -46,7 +48,10 @@ impl LabelSet {
             }
             let values = match value.value {
                 Value::Array(_) => value.items()?.iter().map(label).collect::<Result<_>>()?,
-                _ => vec![label(&value)?],
+                _ => {
+                    numbers.push(name.to_string());
+                    vec![label(&value)?]
+                }
             };
             if values.is_empty() {
                 return Err(value.error("an empty list, expected at least one label value"));
@@ -69,7 +74,7 @@ impl LabelSet {
             }
         }
         let ignore = ignore.map(|(value, _)| value);
-        let mut set = Self { entries, labels, regions: None, regions_class_order: Vec::new(), ignore };
+        let mut set = Self { entries, labels, regions: None, numbers, regions_class_order: Vec::new(), ignore };
         if set.entries.iter().any(|(_, v)| v.len() > 1) {
             let order = dataset.need("regions_class_order")?;
             let paint = order.items()?.iter().map(label).collect::<Result<Vec<u16>>>()?;
@@ -124,6 +129,12 @@ impl LabelSet {
     #[must_use]
     pub fn regions(&self) -> Option<Vec<&[u16]>> {
         Some(self.regions.as_ref()?.iter().map(|(_, labels)| labels.as_slice()).collect())
+    }
+
+    /// For each of [`LabelSet::regions`], whether the file gives it as a list; one given as a number is called as a label is.
+    #[must_use]
+    pub fn are_lists(&self) -> Vec<bool> {
+        self.regions.iter().flatten().map(|(name, _)| !self.numbers.contains(name)).collect()
     }
 
     /// The label that each region writes into a segmentation, empty without regions.

@@ -269,7 +269,7 @@ impl Maker {
         for (position, (image, target)) in images.zip(made.target.chunks_exact_mut(volume)).enumerate() {
             let index = place.iteration * batch as u32 + position as u32;
             let item = Item { seed: self.config.seed, epoch: place.epoch, index };
-            let chosen = self.sampler.draw(&self.cases, position, item);
+            let chosen = self.sampler.draw(&self.cases, position, item)?;
             let case = &*self.cases[chosen.case];
             let parameters = match self.augmenter.config() {
                 Some(config) => Parameters::draw(config, case.channels(), self.config.previous.len(), item),

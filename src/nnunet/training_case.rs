@@ -11,6 +11,14 @@ pub struct ClassLocations {
     pub classes: Vec<(ClassKey, Vec<[u32; 3]>)>,
 }
 
+impl ClassLocations {
+    /// The classes, each with the number of its voxels.
+    #[must_use]
+    pub fn counts(&self) -> Vec<(&ClassKey, usize)> {
+        self.classes.iter().map(|(class, voxels)| (class, voxels.len())).collect()
+    }
+}
+
 /// What a list of locations is of.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -29,8 +37,17 @@ pub trait TrainingCase: Send + Sync {
     /// Voxels along the transposed (z, y, x); a 2D case is a stack of planes.
     fn shape(&self) -> [usize; 3];
 
-    /// Where classes are.
-    fn locations(&self) -> &ClassLocations;
+    /// Classes, each with the number of voxels of it that are known: [`ClassLocations`], which may stay in a file.
+    fn classes(&self) -> Vec<(&ClassKey, usize)>;
+
+    /// A known voxel of a class, both by their number in [`TrainingCase::classes`].
+    ///
+    /// # Errors
+    /// [`Error::Model`](crate::Error::Model) naming the file when it is damaged.
+    ///
+    /// # Panics
+    /// When there is no such class or voxel.
+    fn location(&self, class: usize, at: usize) -> Result<[u32; 3]>;
 
     /// Channels of [`TrainingCase::crop`]'s labels: the truth, and in a cascade the prediction of the stage before.
     fn label_channels(&self) -> usize {

@@ -42,7 +42,9 @@ pub(crate) fn map_begun<B: Send, T: Send>(
             if i >= n {
                 return;
             }
-            let result = begin(i).and_then(|begun| device.install(|| f(i, begun))).and_then(|value| {
+            // What went wrong while the case waited ends it.
+            let begun = begin(i).and_then(|b| if stop.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(b) });
+            let result = begun.and_then(|begun| device.install(|| f(i, begun))).and_then(|value| {
                 let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
                 told.1 += 1;
                 let event = Event::Cases { done: told.1, total: n };

@@ -42,6 +42,9 @@ pub(super) struct Chunk<'a> {
     filters: [u8; 6],
 }
 
+/// Those of nnU-Net have 128 KiB.
+const MAX_BLOCK: usize = 64 << 20;
+
 /// Memory that blocks are unpacked in.
 #[derive(Default)]
 pub(super) struct Scratch(Vec<u8>, Vec<u8>);
@@ -63,6 +66,9 @@ impl<'a> Chunk<'a> {
         let bytes = file.get(..packed).filter(|b| b.len() >= HEADER).ok_or("a chunk beyond the end of the file")?;
         if type_size == 0 || block == 0 && len > 0 {
             return Err("a chunk of elements or blocks without size".into());
+        }
+        if block.min(len) > MAX_BLOCK {
+            return Err(format!("blocks of {block} bytes, expected at most {MAX_BLOCK}"));
         }
         let blocks = len.div_ceil(block.max(1));
         let body = match special {

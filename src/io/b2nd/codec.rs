@@ -76,7 +76,7 @@ fn blosclz(packed: &[u8], out: &mut [u8]) -> Option<usize> {
 /// Undoes the byte shuffle: all first bytes of the elements lie before all second ones.
 pub(super) fn unshuffle(size: usize, from: &[u8], to: &mut [u8]) {
     let n = from.len() / size;
-    for b in 0..size {
+    for b in 0..if n == 0 { 0 } else { size } {
         let plane = &from[b * n..(b + 1) * n];
         to[b..].iter_mut().step_by(size).zip(plane).for_each(|(t, f)| *t = *f);
     }

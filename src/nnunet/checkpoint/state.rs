@@ -72,6 +72,9 @@ pub struct TrainingState {
     pub epoch: u32,
     /// Optimizer steps that are over; of nnU-Net's file, whose SGD does not count them, 250 per epoch.
     pub step: u64,
+    /// What batches and loss follow from, by name: a training goes on with the same only.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub settings: Map<String, Value>,
     /// Losses of the steps of an epoch that is not over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub losses: Vec<f64>,
@@ -96,6 +99,7 @@ impl TrainingState {
         Self {
             epoch: 0,
             step: 0,
+            settings: Map::new(),
             losses: Vec::new(),
             seed,
             counters: BTreeMap::new(),

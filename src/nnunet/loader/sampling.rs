@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::base::rng::Rng;
+use crate::error::Result;
 use crate::nnunet::augment::{Item, Purpose};
-use crate::nnunet::training_case::{ClassKey, ClassLocations, TrainingCase};
+use crate::nnunet::training_case::{ClassKey, TrainingCase};
 
 /// Which patches of a batch are put on foreground.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -39,12 +40,12 @@ impl Sampler {
         Self { initial, patch, batch, oversampling }
     }
 
-    pub(super) fn draw(&self, cases: &[Arc<dyn TrainingCase>], position: usize, item: Item) -> Chosen {
+    pub(super) fn draw(&self, cases: &[Arc<dyn TrainingCase>], position: usize, item: Item) -> Result<Chosen> {
         let mut rng = item.rng(Purpose::Sampling);
         let case = rng.below(cases.len() as u64) as usize;
         let forced = self.is_forced(position, &mut rng);
-        let lower = self.lower(cases[case].shape(), cases[case].locations(), forced, &mut rng);
-        Chosen { case, lower }
+        let lower = self.lower(&*cases[case], forced, &mut rng)?;
+        Ok(Chosen { case, lower })
     }
 
     fn is_forced(&self, position: usize, rng: &mut Rng) -> bool {
@@ -67,24 +68,26 @@ impl Sampler {
         })
     }
 
-    fn lower(&self, shape: [usize; 3], locations: &ClassLocations, forced: bool, rng: &mut Rng) -> [i64; 3] {
-        let bounds = self.bounds(shape);
-        if let Some(voxel) = self::voxel(locations, forced, rng) {
+    fn lower(&self, case: &dyn TrainingCase, forced: bool, rng: &mut Rng) -> Result<[i64; 3]> {
+        let bounds = self.bounds(case.shape());
+        if let Some(voxel) = voxel(case, forced, rng)? {
             // nnU-Net has no upper bound here: what is beyond the case is padded.
-            return std::array::from_fn(|k| (i64::from(voxel[k]) - (self.initial[k] / 2) as i64).max(bounds[k][0]));
+            let low = |k: usize| (i64::from(voxel[k]) - (self.initial[k] / 2) as i64).max(bounds[k][0]);
+            return Ok(std::array::from_fn(low));
         }
-        bounds.map(|[low, high]| low + rng.below((high - low + 1).max(1) as u64) as i64)
+        Ok(bounds.map(|[low, high]| low + rng.below((high - low + 1).max(1) as u64) as i64))
     }
 }
 
 /// A voxel to put the patch on: of a random class, or with an ignore label of what is annotated.
-fn voxel(locations: &ClassLocations, forced: bool, rng: &mut Rng) -> Option<[u32; 3]> {
+fn voxel(case: &dyn TrainingCase, forced: bool, rng: &mut Rng) -> Result<Option<[u32; 3]>> {
     let is_annotated = |key: &ClassKey| matches!(key, ClassKey::Region(labels) if labels.contains(&-1));
-    let all = locations.classes.iter().filter(|(key, voxels)| !voxels.is_empty() && (forced || is_annotated(key)));
+    let classes = case.classes();
+    let all = classes.iter().enumerate().filter(|(_, (key, n))| *n > 0 && (forced || is_annotated(key)));
     let mut eligible: Vec<_> = all.collect();
     if eligible.len() > 1 {
-        eligible.retain(|(key, _)| !is_annotated(key));
+        eligible.retain(|(_, (key, _))| !is_annotated(key));
     }
-    let (_, voxels) = eligible.get(rng.below(eligible.len() as u64) as usize)?;
-    voxels.get(rng.below(voxels.len() as u64) as usize).copied()
+    let Some(&(class, (_, n))) = eligible.get(rng.below(eligible.len() as u64) as usize) else { return Ok(None) };
+    case.location(class, rng.below(*n as u64) as usize).map(Some)
 }

@@ -129,7 +129,13 @@ pub fn location_classes(labels: &LabelSet) -> Vec<ClassKey> {
     let label = |l: &u16| i16::try_from(*l).unwrap_or(i16::MAX);
     let list = |l: &[u16]| l.iter().map(label).collect::<Vec<i16>>();
     let mut classes: Vec<ClassKey> = match labels.regions() {
-        Some(regions) => regions.into_iter().map(|r| ClassKey::Region(list(r))).collect(),
+        Some(regions) => {
+            let class = |(r, is_list): (&[u16], bool)| match (is_list, r) {
+                (false, [one]) => ClassKey::Label(label(one)),
+                _ => ClassKey::Region(list(r)),
+            };
+            regions.into_iter().zip(labels.are_lists()).map(class).collect()
+        }
         None => labels.foreground_labels().iter().map(|l| ClassKey::Label(label(l))).collect(),
     };
     if labels.ignore().is_some() {
@@ -156,6 +162,7 @@ impl Job<'_> {
         let cases = &self.dataset.cases;
         let budget = Budget { limit: self.options.memory_limit, taken: Mutex::new(0), freed: Condvar::new() };
         let plan = self.description()?;
+        self.remove_stale(&plan)?;
         let begin = |i: usize| {
             let fingerprint = fingerprint(&plan, &cases[i])?;
             if made_by(&self.folder, &cases[i].name, self.form()).is_some_and(|made| made == fingerprint) {
@@ -221,17 +228,36 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// Removes cases that were made of other files or by other plans: whatever happens before they are made again, nobody
+    /// trains on a mixture.
+    fn remove_stale(&self, plan: &str) -> Result<()> {
+        let endings: &[&str] = if self.options.npz { &[".npz", ".pkl"] } else { &[".safetensors"] };
+        for case in &self.dataset.cases {
+            let found = made_by(&self.folder, &case.name, self.form());
+            if found.is_some() && found != Some(fingerprint(plan, case)?) {
+                for ending in endings {
+                    let path = file(&self.folder, &case.name, ending);
+                    fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Everything but the files that a case is made of.
     fn description(&self) -> Result<String> {
         let plan = serde_json::to_string(&self.plan).map_err(|e| Error::usage(format!("plans: {e}")))?;
-        Ok(format!("{VERSION} {plan} {:?}", self.classes))
+        Ok(format!("{VERSION} {plan} {:?} {}", self.classes, self.dataset.reader.name()))
     }
 }
 
 /// What a case is made of and by: files by name, size and time of change.
 fn fingerprint(plan: &str, case: &RawCase) -> Result<String> {
     let mut text = plan.to_string();
-    for path in case.images.iter().chain([&case.label]) {
+    // Beside a 3D TIFF a file tells its spacing.
+    let beside = [&case.images[0], &case.label].map(|p| p.with_file_name(format!("{}.json", case.name)));
+    let beside = beside.iter().filter(|p| p.is_file());
+    for path in case.images.iter().chain([&case.label]).chain(beside) {
         let io = |e| Error::io("read", path, e);
         let meta = fs::metadata(path).map_err(io)?;
         let changed = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
@@ -297,17 +323,23 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Copies the label maps that are not there or older than the raw ones.
+/// Copies the label maps that are not there or not those of the raw data set: of another size or time of change, which a
+/// copy keeps.
 fn copy_truths(dataset: &Dataset, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+    let state = |path: &Path| fs::metadata(path).ok().and_then(|m| Some((m.len(), m.modified().ok()?)));
     for case in &dataset.cases {
         let to = file(folder, &case.name, &dataset.json.file_ending);
-        if changed(&to).is_some_and(|there| changed(&case.label).is_none_or(|raw| raw <= there)) {
+        let raw = state(&case.label);
+        if raw.is_some() && state(&to) == raw {
             continue;
         }
         let bytes = fs::read(&case.label).map_err(|e| Error::io("read", &case.label, e))?;
         write_atomically(&to, |file| file.write_all(&bytes).map_err(|e| Error::io("write", &to, e)))?;
+        if let Some((_, changed)) = raw {
+            let set = fs::File::options().write(true).open(&to).and_then(|f| f.set_modified(changed));
+            set.map_err(|e| Error::io("write", &to, e))?;
+        }
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::case::{StoredCase, file};
+use super::case::{Locations, StoredCase, file};
 use super::{Form, StoredProperties};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
@@ -37,7 +37,7 @@ pub(super) fn case(
     };
     let pickle = path(".pkl");
     let locations = locations(&pickle)?;
-    StoredCase::new(&pickle, data, std::iter::once(truth).chain(previous).collect(), locations)
+    StoredCase::new(&pickle, data, std::iter::once(truth).chain(previous).collect(), Locations::Held(locations))
 }
 
 /// The label map that the stage before of a cascade predicted.
@@ -63,7 +63,9 @@ fn locations(path: &Path) -> Result<ClassLocations> {
     let bad = |what: &str| Error::model(path, "class_locations", what.to_string());
     let entries = pickle.root().get("class_locations").and_then(View::entries);
     let entries = entries.ok_or_else(|| bad("missing, expected a dictionary of voxels by class"))?;
-    let mut classes = Vec::new();
+    let mut classes: Vec<(ClassKey, Vec<[u32; 3]>)> = Vec::new();
+    // Every row of four takes at least as many bytes, but a pickle may name one array many times.
+    let mut left = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?.len() / 4;
     for (key, voxels) in entries {
         let label = |v: &Value| v.as_i64().and_then(|l| i16::try_from(l).ok());
         let class = match key.to_json(1 << 16) {
@@ -78,6 +80,10 @@ fn locations(path: &Path) -> Result<ClassLocations> {
         let Some(([rows, columns], flat)) = found.filter(|([n, m], _)| *n == 0 || *m == 4) else {
             return Err(bad("expected an array of integers with rows of four (0, z, y, x)"));
         };
+        left = left.checked_sub(rows as u64).ok_or_else(|| bad("more voxels than the file has room for"))?;
+        if classes.iter().any(|(known, _)| *known == class) {
+            return Err(bad("a class that is there twice"));
+        }
         let rows = flat.chunks_exact(columns.max(1)).take(rows);
         let voxels = rows.map(|r| {
             let at = |i: usize| u32::try_from(r[i]).ok();

@@ -8,14 +8,15 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::StoredProperties;
-use super::case::StoredCase;
+use super::case::{Locations, StoredCase};
 use crate::error::{Error, Result};
 use crate::io::Geometry;
 use crate::io::boxes::{Boxes, Flat};
 use crate::io::sealed::{self, Held};
 use crate::io::weights::{Weights, printable};
 use crate::nnunet::preprocess::{PreprocessedCase, Properties};
-use crate::nnunet::training_case::{ClassKey, ClassLocations};
+use crate::nnunet::training_case::ClassKey;
+use crate::tensor::DType;
 
 /// The key of the description in the header.
 const TEXT: &str = "case";
@@ -108,6 +109,16 @@ impl OwnFile {
         if description.version != VERSION {
             return Err(bad(format!("version {}, expected {VERSION}: preprocess it again", description.version)));
         }
+        let (p, image) = (&description.properties, &description.image);
+        let boxed = (0..3).all(|k| {
+            let [lo, hi] = p.bbox[k];
+            lo < hi && hi <= p.shape_before_cropping[k] && p.shape_after_cropping[k] == hi - lo
+        });
+        let spacing = p.spacing_mm.iter().chain(&image.spacing_mm).all(|s| s.is_finite() && *s > 0.0);
+        let voxels = image.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d).filter(|n| *n > 0));
+        if !boxed || !spacing || voxels.is_none() {
+            return Err(bad("sizes, box and spacings do not fit each other: preprocess it again".into()));
+        }
         Ok(Self { weights: Arc::new(weights), description })
     }
 
@@ -137,26 +148,24 @@ impl OwnFile {
         StoredCase::new(self.weights.path(), array(&self.weights, "data")?, labels, self.locations()?)
     }
 
-    fn locations(&self) -> Result<ClassLocations> {
-        let bytes = self.weights.bytes("locations")?;
-        let voxels: Vec<[u32; 3]> = bytes
-            .as_chunks::<12>()
-            .0
-            .iter()
-            .map(|b| [0, 4, 8].map(|i| u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]])))
-            .collect();
-        let mut rest = &voxels[..];
-        let mut classes = Vec::new();
+    /// The locations stay in the file.
+    fn locations(&self) -> Result<Locations> {
+        let bad = |what: &str| Error::model(self.weights.path(), "locations", what);
+        let rows = match self.weights.shape("locations") {
+            Some([rows, 3]) if self.weights.dtype("locations") == Some(DType::I32) => *rows,
+            _ => return Err(bad("expected rows of three 32-bit integers")),
+        };
+        let (mut classes, mut first) = (Vec::new(), 0usize);
         for (labels, region, n) in &self.description.classes {
-            let (Some((mine, others)), Some(&first)) = (rest.split_at_checked(*n), labels.first()) else {
-                let what = "fewer voxels than the classes have by the description";
-                return Err(Error::model(self.weights.path(), "locations", what));
-            };
-            let key = if *region { ClassKey::Region(labels.clone()) } else { ClassKey::Label(first) };
-            classes.push((key, mine.to_vec()));
-            rest = others;
+            let one = labels.first().ok_or_else(|| bad("a class without labels"))?;
+            let key = if *region { ClassKey::Region(labels.clone()) } else { ClassKey::Label(*one) };
+            classes.push((key, first, *n));
+            first = first
+                .checked_add(*n)
+                .filter(|end| *end <= rows)
+                .ok_or_else(|| bad("fewer voxels than the classes have by the description"))?;
         }
-        Ok(ClassLocations { classes })
+        Ok(Locations::Mapped(Arc::clone(&self.weights), classes))
     }
 }
 

@@ -11,6 +11,7 @@ use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{read_segmentation, write_nifti};
 use crate::nnunet::augment::AugmentConfig;
+use crate::nnunet::cases::ENDINGS;
 use crate::nnunet::evaluate::{Class, Summary, compare};
 use crate::nnunet::loader::{Loader, LoaderConfig, Oversampling};
 use crate::nnunet::model::{Folds, ModelOptions};
@@ -115,6 +116,20 @@ impl Task {
         Trainer::new(plan, options.clone(), start, &folder, &self.fold.to_string(), data, device)
     }
 
+    /// Why the fold's cases cannot be predicted in the end, if they cannot: known before the first step.
+    ///
+    /// # Errors
+    /// Those of [`Task::plan`].
+    pub fn no_validation(&self, options: &TrainOptions) -> Result<Option<String>> {
+        let plan = self.plan(options)?;
+        let ending = plan.dataset.get("file_ending").and_then(|e| e.as_str()).unwrap_or(ENDINGS[0]);
+        Ok(match ENDINGS.contains(&ending) {
+            _ if plan.planar => Some("2D networks train, but there is no prediction with them yet".into()),
+            false => Some(format!("predictions of {ending} images are not there yet, NIfTI's are")),
+            true => None,
+        })
+    }
+
     /// Predicts the fold's validation cases with the checkpoint `checkpoint` ("checkpoint_final.pth"), writes them to
     /// `validation/` in the fold's folder and what [`compare`] finds to `summary.json` there (nnU-Net's
     /// `perform_actual_validation`). Every prediction is shown to `done`, which may write more of it.
@@ -148,13 +163,19 @@ impl Task {
             tell(progress, Event::Cases { done: i, total: split.val.len() })?;
             let case = stored.image(id, backward)?;
             let geometry = stored.properties(id, backward)?.geometry;
-            let prediction = predictor.predict_preprocessed(case, geometry, progress)?;
+            let named = |e: Error| match e {
+                Error::Input { what } => Error::usage(format!("case {id}: {what}")),
+                Error::Shape { op, what } => Error::shape(op, format!("case {id}: {what}")),
+                e => e,
+            };
+            let prediction = predictor.predict_preprocessed(case, geometry, progress).map_err(named)?;
             let path = out.join(format!("{id}.nii.gz"));
             write_nifti(&path, &prediction.segmentation)?;
             done(&path, &prediction)?;
             let truth_path = self.truth(id)?;
             let truth = read_segmentation(&truth_path)?;
-            let found = compare(&truth, &prediction.segmentation, summary.classes(), plan.labels.ignore())?;
+            let found =
+                compare(&truth, &prediction.segmentation, summary.classes(), plan.labels.ignore()).map_err(named)?;
             summary.add(&truth_path, &path, found);
         }
         summary.write(&out.join("summary.json"))?;

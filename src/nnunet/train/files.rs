@@ -21,6 +21,10 @@ const OWN_PREVIOUS: &str = "checkpoint_latest.safetensors.previous";
 const LATEST: &str = "checkpoint_latest.pth";
 const BEST: &str = "checkpoint_best.pth";
 const FINAL: &str = "checkpoint_final.pth";
+pub(super) const METRICS: &str = "metrics.jsonl";
+
+/// In the order in which they are looked for.
+const CHECKPOINTS: [&str; 5] = [OWN, OWN_PREVIOUS, FINAL, LATEST, BEST];
 
 /// How a training begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,9 +33,9 @@ pub enum Start {
     /// In a folder without checkpoints.
     #[default]
     New,
-    /// From the beginning, whatever checkpoints there are: the first new ones replace them.
+    /// From the beginning; checkpoints and metrics that are there are removed.
     Afresh,
-    /// From the last checkpoint: the final one, the latest, the best, as nnU-Net looks for them.
+    /// From the last checkpoint: our own, the final one, the latest, the best.
     Continue,
 }
 
@@ -43,9 +47,10 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Makes the folder and finds what to go on from.
-    pub(super) fn prepare(folder: &Path, start: Start) -> Result<Self> {
-        let found = [FINAL, OWN, OWN_PREVIOUS, LATEST, BEST].iter().map(|n| folder.join(n)).find(|p| p.is_file());
+    /// Finds what to go on from; changes nothing. Our own checkpoint comes first: it is there only as long as a training
+    /// runs, and then later than a final one.
+    pub(super) fn find(folder: &Path, start: Start) -> Result<Self> {
+        let found = CHECKPOINTS.iter().map(|n| folder.join(n)).find(|p| p.is_file());
         let resumed = match (start, found) {
             (Start::New, Some(path)) => {
                 let what = "a training is here already: go on with it by --continue, or replace it by --overwrite";
@@ -58,8 +63,33 @@ impl Files {
             (Start::Continue, found) => found.map(|p| if p.ends_with(OWN_PREVIOUS) { folder.join(OWN) } else { p }),
             (Start::New | Start::Afresh, _) => None,
         };
-        fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         Ok(Self { folder: folder.into(), resumed })
+    }
+
+    /// Makes the folder. A training that begins afresh first removes what another one would be taken for: checkpoints and
+    /// metrics.
+    pub(super) fn make(&self, start: Start) -> Result<()> {
+        fs::create_dir_all(&self.folder).map_err(|e| Error::io("create", &self.folder, e))?;
+        match start {
+            Start::Afresh => self.remove(&[&CHECKPOINTS[..], &[METRICS]].concat()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the training that is gone on with has come to its end.
+    pub(super) fn is_final(&self) -> bool {
+        self.resumed.as_ref().is_some_and(|p| p.ends_with(FINAL))
+    }
+
+    fn remove(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            let path = self.folder.join(name);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path, e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn folder(&self) -> &Path {
@@ -119,14 +149,7 @@ impl Files {
     /// The final checkpoint; those that only served to go on are removed, as nnU-Net does.
     pub(super) fn write_final(&self, net: &Network, optimizer: &Optimizer, state: &TrainingState) -> Result<()> {
         checkpoint::write_nnunet(self.folder.join(FINAL), net, optimizer, state)?;
-        for name in [OWN, OWN_PREVIOUS, LATEST] {
-            let path = self.folder.join(name);
-            match fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path, e)),
-                _ => {}
-            }
-        }
-        Ok(())
+        self.remove(&[OWN, OWN_PREVIOUS, LATEST])
     }
 }
 

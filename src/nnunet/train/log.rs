@@ -25,7 +25,7 @@ impl Log {
         let path = folder.join(name);
         let file =
             OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io("write", &path, e))?;
-        Ok(Self { path, file, metrics: folder.join("metrics.jsonl") })
+        Ok(Self { path, file, metrics: folder.join(super::files::METRICS) })
     }
 
     /// One line with the time before it.

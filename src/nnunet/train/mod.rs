@@ -186,7 +186,11 @@ impl Trainer {
     ) -> Result<Self> {
         options.validate()?;
         let config = plan.network(options.network)?;
-        let files = Files::prepare(folder, start)?;
+        let files = Files::find(folder, start)?;
+        let pass = Pass::new(&plan, &options)?;
+        if !device.is_cpu() {
+            return Err(Error::unsupported(format!("training on {}; on the processor it is", device.name())));
+        }
         let origin = Origin {
             trainer: options.trainer_name(),
             configuration: plan.configuration.clone(),
@@ -197,6 +201,7 @@ impl Trainer {
         };
         let mut state = TrainingState::new(options.seed, origin);
         state.schedule.initial = options.initial_rate();
+        state.settings = options.settings(&plan);
         let scheme = match options.network {
             NetworkChoice::Planned => Scheme::He,
             _ => Scheme::Torch,
@@ -208,8 +213,11 @@ impl Trainer {
                 if let Some(warning) = checkpoint.warning() {
                     tracing::warn!("{warning}");
                 }
+                check_settings(checkpoint.state(), &state)?;
                 let (net, optimizer, found) = resumed(&config, &checkpoint, device)?;
-                state = TrainingState { origin: state.origin, ..found };
+                // A file of nnU-Net knows no seed.
+                let seed = if found.settings.is_empty() { state.seed } else { found.seed };
+                state = TrainingState { origin: state.origin, settings: state.settings, seed, ..found };
                 if let Some(lr) = options.learning_rate {
                     state.schedule.initial = lr;
                 }
@@ -224,11 +232,15 @@ impl Trainer {
         };
         if let Some(epochs) = options.epochs {
             state.schedule = PolyLr { epochs, ..state.schedule };
+        } else if files.is_final() {
+            // Files of PyTorch do not tell how many epochs there were to be; a final one says that they are over.
+            state.schedule.epochs = state.epoch;
         }
-        let pass = Pass::new(&plan, &options)?;
+        let net = net.recomputing(options.recompute)?;
+        files.make(start)?;
         files.describe(&plan)?;
         let mut out = Self {
-            net: net.recomputing(options.recompute)?,
+            net,
             optimizer,
             log: Log::begin(folder)?,
             pass,
@@ -307,18 +319,19 @@ impl Trainer {
         let seconds_waiting = clock.elapsed().as_secs_f64();
         let rate = self.state.schedule.at(self.state.epoch);
         let at = (self.state.epoch, self.iteration());
+        let place = || {
+            let (epoch, step) = at;
+            let name = |i: &usize| self.data.cases.get(*i).cloned().unwrap_or_else(|| i.to_string());
+            let cases: Vec<String> = batch.cases.iter().map(name).collect();
+            format!("epoch {epoch}, step {step}, cases {}", cases.join(", "))
+        };
         let named = |e: Error| match e {
-            Error::NotFinite { what } => {
-                let (epoch, step) = at;
-                let name = |i: &usize| self.data.cases.get(*i).cloned().unwrap_or_else(|| i.to_string());
-                let cases: Vec<String> = batch.cases.iter().map(name).collect();
-                let cases = cases.join(", ");
-                Error::NotFinite { what: format!("epoch {epoch}, step {step}, cases {cases}: {what}") }
-            }
+            Error::NotFinite { what } => Error::NotFinite { what: format!("{}: {what}", place()) },
+            Error::Shape { op, what } => Error::Shape { op, what: format!("{}: {what}", place()) },
             e => e,
         };
-        let (loss, norms) =
-            self.pass.train(&mut self.net, &mut self.optimizer, &batch, rate, &self.device).map_err(named)?;
+        let done = self.pass.train(&mut self.net, &mut self.optimizer, &batch, rate, &self.device);
+        let (loss, norms) = done.map_err(named)?;
         self.state.step += 1;
         self.state.losses.push(loss);
         self.seen.waiting += seconds_waiting;
@@ -414,15 +427,16 @@ impl Trainer {
             self.log.line(&line)?;
         }
         self.log.metrics(report)?;
+        // Before the checkpoint that knows of it.
+        if report.is_best {
+            self.files.write_best(&self.net, &self.optimizer, &self.state)?;
+        }
         if !self.is_finished() {
             let is_due = self.state.epoch.is_multiple_of(self.options.save_every);
             if is_due || self.saved.elapsed().as_secs() >= SAVE_SECONDS {
                 self.save()?;
                 self.files.write_latest(&self.net, &self.optimizer, &self.state)?;
             }
-        }
-        if report.is_best {
-            self.files.write_best(&self.net, &self.optimizer, &self.state)?;
         }
         Ok(())
     }
@@ -471,6 +485,20 @@ impl Trainer {
     pub fn note(&mut self, line: &str) -> Result<()> {
         self.log.line(line)
     }
+}
+
+/// A training goes on with the same numbers only by the same rules.
+fn check_settings(found: &TrainingState, now: &TrainingState) -> Result<()> {
+    for (name, value) in &found.settings {
+        let here = now.settings.get(name);
+        if here != Some(value) {
+            let here = here.map_or("none".into(), |v| v.to_string());
+            let what =
+                format!("{name} is {here} here and {value} in the checkpoint: go on with the same, or --overwrite");
+            return Err(Error::usage(what));
+        }
+    }
+    Ok(())
 }
 
 fn build(config: &NetworkConfig, source: &(dyn ParamSource + Sync), device: &Device) -> Result<Network> {

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::nnunet::loss::Criterion;
-use crate::nnunet::train::NetworkChoice;
+use crate::nnunet::train::{NetworkChoice, TrainingPlan};
 use crate::tensor::Precision;
 
 /// Options of a training; what is `None` is as nnU-Net's trainer has it, or as the plans say.
@@ -28,6 +29,8 @@ pub struct TrainOptions {
     pub val_iterations: u32,
     /// Learning rate of the first epoch; 0.01, of a fine-tuning 0.001.
     pub learning_rate: Option<f64>,
+    /// Fine-tuning rates, whatever the training begins with: trainers named `_ft`.
+    pub fine_tuning: bool,
     /// Patches of a step.
     pub batch: Option<usize>,
     /// Voxels (z, y, x) of a patch.
@@ -70,6 +73,7 @@ impl Default for TrainOptions {
             iterations: 250,
             val_iterations: 50,
             learning_rate: None,
+            fine_tuning: false,
             batch: None,
             patch: None,
             oversample: 0.33,
@@ -105,7 +109,7 @@ impl TrainOptions {
         let unknown = || {
             let what = "STUNetTrainer_{tiny,small,base,large,huge} with _ft or _ep4k after it, and nnUNetTrainer with \
                         epochs, NoMirroring, NoDA, NoDeepSupervision, CELoss, DiceLoss, Topk10Loss, DiceTopK10Loss, \
-                        DiceCELoss_noSmooth or probabilisticOversampling are";
+                        DiceCELoss_noSmooth or probabilisticOversampling_033 are";
             Error::unsupported(format!("trainer {name:?}; {what}"))
         };
         if let Some(rest) = name.strip_prefix("STUNetTrainer_") {
@@ -120,7 +124,7 @@ impl TrainOptions {
             };
             for part in parts {
                 match part {
-                    "ft" => out.learning_rate = Some(FINE_TUNING),
+                    "ft" => out.fine_tuning = true,
                     "ep2k" => out.epochs = Some(2000),
                     "ep4k" => out.epochs = Some(4000),
                     _ => return Err(unknown()),
@@ -133,7 +137,6 @@ impl TrainOptions {
             let epochs = part.strip_suffix("epochs").or(part.strip_suffix("epoch")).and_then(|n| n.parse().ok());
             match part {
                 "NoMirroring" => out.mirror_axes = Some(Vec::new()),
-                "onlyMirror01" => out.mirror_axes = Some(vec![0, 1]),
                 "NoDA" => out.augmentation = false,
                 "NoDeepSupervision" => out.deep_supervision = false,
                 "CELoss" => out.criterion = Criterion::Ce,
@@ -142,11 +145,14 @@ impl TrainOptions {
                 "DiceTopK10Loss" => out.criterion = Criterion::DiceTopK10,
                 "DiceCELoss" | "noSmooth" => out.criterion = Criterion::DiceCeNoSmooth,
                 "probabilisticOversampling" => out.probabilistic = true,
-                "033" => out.oversample = 0.33,
-                "010" => out.oversample = 0.1,
+                "033" | "010" if out.probabilistic => out.oversample = if part == "033" { 0.33 } else { 0.1 },
                 _ if epochs.is_some() => out.epochs = epochs,
                 _ => return Err(unknown()),
             }
+        }
+        // Without a number nnU-Net takes the share that batches of the plan's size happen to have.
+        if out.probabilistic && !(rest.ends_with("_033") || rest.ends_with("_010")) {
+            return Err(unknown());
         }
         Ok(out)
     }
@@ -171,7 +177,28 @@ impl TrainOptions {
 
     /// Learning rate of the first epoch.
     pub(super) fn initial_rate(&self) -> f64 {
-        self.learning_rate.unwrap_or(if self.pretrained.is_some() { FINE_TUNING } else { FROM_SCRATCH })
+        let tuned = self.fine_tuning || self.pretrained.is_some();
+        self.learning_rate.unwrap_or(if tuned { FINE_TUNING } else { FROM_SCRATCH })
+    }
+
+    /// What batches and loss follow from.
+    pub(super) fn settings(&self, plan: &TrainingPlan) -> Map<String, Value> {
+        let value = json!({
+            "seed": self.seed,
+            "iterations": self.iterations,
+            "val_iterations": self.val_iterations,
+            "batch": plan.batch,
+            "patch": plan.patch,
+            "oversample": self.oversample,
+            "probabilistic": self.probabilistic,
+            "augmentation": self.augmentation,
+            "mirror_axes": self.mirror_axes,
+            "criterion": format!("{:?}", self.criterion),
+            "deep_supervision": self.deep_supervision,
+            "precision": format!("{:?}", self.precision),
+            "strict": self.strict,
+        });
+        value.as_object().cloned().unwrap_or_default()
     }
 
     /// Name of the trainer.

@@ -74,10 +74,9 @@ impl Pass {
                 let outputs = net.forward_all(&mut cx, x)?;
                 let logits = outputs.first().map(|y| y.value().clone());
                 let logits = logits.ok_or_else(|| Error::shape("validation", "a network without outputs"))?;
-                let counts = count(&logits, &target, &self.loss.outputs, self.loss.ignore)?;
-                drop(logits);
+                // The loss checks the labels.
                 let (_, value) = supervised(&mut cx, outputs, &self.weights, &target, &self.loss)?;
-                Ok((value, counts))
+                Ok((value, count(&logits, &target, &self.loss.outputs, self.loss.ignore)?))
             })
         })
     }
