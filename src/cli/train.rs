@@ -28,17 +28,22 @@ const RUN: &str = "Runs";
 /// progress.png, and at the end validation/summary.json. Ctrl-C and SIGTERM save what is done; --continue goes on from
 /// there with the same numbers as if nothing had happened. Not a medical device.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "\
+#[command(
+    override_usage = "\
+stunet train -d <DATASET> -c <CONFIG> -f <FOLD> [OPTIONS]
+       stunet train <DATASET> <CONFIG> <FOLD> [OPTIONS]",
+    after_help = "\
 Examples:
   stunet train -d 4 -c 3d_fullres -f 0 --network stunet-base
   stunet train -d 4 -c 3d_fullres -f 0 --network stunet-base --pretrained base_ep4k.model
   stunet train -d 4 -c 3d_fullres -f 0 --network stunet-base --continue
   stunet train 4 3d_fullres all -tr nnUNetTrainer_250epochs
 
-Exit codes: see 'stunet --help'.")]
+Exit codes: see 'stunet --help'."
+)]
 pub(super) struct Args {
     /// The same as -d, -c and -f, as nnUNetv2_train takes them
-    #[arg(value_name = "DATASET CONFIG FOLD", num_args = 3, conflicts_with_all = ["dataset", "configuration", "fold"])]
+    #[arg(value_names = ["DATASET", "CONFIG", "FOLD"], num_args = 3, conflicts_with_all = ["dataset", "configuration", "fold"])]
     positional: Vec<String>,
     /// Data set: a number such as 4, or a name such as Dataset004_Hippocampus
     #[arg(short, long, value_name = "DATASET", help_heading = WHAT, required_unless_present = "positional")]
