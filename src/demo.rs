@@ -2,7 +2,8 @@
 //! comparison with the truth.
 //!
 //! The model is an ordinary model folder of this project, so that the demonstration runs exactly what a user's model
-//! runs. It is a STU-Net of 1.07 million parameters for phantoms at 3 mm and of no use for patients.
+//! runs. It is a STU-Net of 1.07 million parameters for phantoms at 3 mm, trained by `stunet train` (README.md gives the
+//! commands), and of no use for patients.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -13,12 +14,12 @@ use crate::io::atomic::write_atomically;
 use crate::io::image::Segmentation;
 
 /// The seeds of the phantoms that the embedded model was trained on, both ends included; all others are new to it.
-pub const TRAINED_ON: [(u64, u64); 2] = [(1000, 1239), (2000, 2023)];
+pub const TRAINED_ON: [(u64, u64); 1] = [(1000, 1239)];
 
-/// The embedded model folder: the contents of `model.json` and of `fold_0.safetensors`.
+/// The embedded model folder: the contents of `model.json` and of `fold_all.safetensors`.
 #[must_use]
 pub fn model_files() -> (&'static [u8], &'static [u8]) {
-    (include_bytes!("demo/model/model.json"), include_bytes!("demo/model/fold_0.safetensors"))
+    (include_bytes!("demo/model/model.json"), include_bytes!("demo/model/fold_all.safetensors"))
 }
 
 /// Writes the embedded model as the folder `folder`, creating it and its parents if need be; files of the same names
@@ -31,7 +32,7 @@ pub fn write_model(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     let (manifest, weights) = model_files();
     // The manifest last: without it the folder is no model.
-    for (name, bytes) in [("fold_0.safetensors", weights), ("model.json", manifest)] {
+    for (name, bytes) in [("fold_all.safetensors", weights), ("model.json", manifest)] {
         let path = folder.join(name);
         write_atomically(&path, |file| file.write_all(bytes).map_err(|e| Error::io("write", &path, e)))?;
     }

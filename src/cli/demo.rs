@@ -66,7 +66,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let title = PreviewOptions::default().with_title(format!("synthetic CT, seed {}", args.seed));
     preview::render(&image, &prediction.segmentation, &title)?.write_png(picture)?;
 
-    let model_files = ["model.json", "fold_0.safetensors"].map(|n| model.join(n));
+    let model_files = ["model.json", "fold_all.safetensors"].map(|n| model.join(n));
     let mut report = RunReport::new(ModelRecord::of(&model, &model_files, predictor.plan())?, &device, &options);
     let dice = demo::dice_per_label(&truth, &prediction.segmentation)?;
     let mut case = CaseRecord::new("ct", Outcome::Done).with(&prediction.segmentation, &prediction.report);
