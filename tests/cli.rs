@@ -244,5 +244,5 @@ fn an_interrupt_leaves_nothing_half_written() {
     assert_eq!((out.status.code(), out.stderr.as_slice()), (Some(130), &b"error: cancelled\n"[..]));
     let names: Vec<String> =
         tree(dir.path()).iter().map(|p| p.file_name().unwrap().to_str().unwrap().to_owned()).collect();
-    assert_eq!(names, ["ct.nii.gz", "fold_0.safetensors", "model.json", "truth.nii.gz"]);
+    assert_eq!(names, ["ct.nii.gz", "fold_all.safetensors", "model.json", "truth.nii.gz"]);
 }
