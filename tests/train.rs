@@ -351,8 +351,8 @@ fn supervision_follows_the_plan_and_not_the_network() {
     let mut plan = TrainingPlan::read(&path, "3d_fullres").unwrap();
     plan.pools = vec![[2; 3]; 4];
     // A STU-Net has five outputs: three of them learn.
-    assert_eq!(plan.supervision(5), [4.0 / 7.0, 2.0 / 7.0, 1.0 / 7.0, 0.0]);
+    assert_eq!(plan.supervision(), [4.0 / 7.0, 2.0 / 7.0, 1.0 / 7.0, 0.0]);
+    // All five learn, weighted as if there were a sixth.
     plan.pools = vec![[2; 3]; 6];
-    let weights = plan.supervision(5);
-    assert_eq!(weights, [16.0, 8.0, 4.0, 2.0, 1.0].map(|w| w / 31.0));
+    assert_eq!(plan.supervision(), [16.0, 8.0, 4.0, 2.0, 1.0, 0.0].map(|w| w / 31.0));
 }

@@ -6,8 +6,8 @@ use clap::Subcommand;
 use stunet::nnunet::{dataset, model};
 use stunet::{Error, Result};
 
-use super::args::{DeviceArgs, ModelArgs, PrecisionChoice};
-use super::folders::RawArgs;
+use super::args::{ModelArgs, PrecisionChoice};
+use super::folders::RawWorkArgs;
 use super::progress::Bar;
 use super::{output, progress};
 
@@ -54,7 +54,7 @@ enum DatasetKind {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=999))]
         id: Option<u32>,
         #[command(flatten)]
-        common: DatasetArgs,
+        common: RawWorkArgs,
     },
     /// A raw task of nnU-Net 1 to a raw data set
     V1Dataset {
@@ -65,19 +65,8 @@ enum DatasetKind {
         #[arg(value_name = "NAME")]
         name: String,
         #[command(flatten)]
-        common: DatasetArgs,
+        common: RawWorkArgs,
     },
-}
-
-#[derive(Debug, clap::Args)]
-struct DatasetArgs {
-    #[command(flatten)]
-    raw: RawArgs,
-    /// No progress bar
-    #[arg(long)]
-    no_progress: bool,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -105,7 +94,7 @@ impl DatasetKind {
     fn convert(&self) -> Result<PathBuf> {
         let (Self::Msd { source, common, .. } | Self::V1Dataset { source, common, .. }) = self;
         let (device, raw) = (common.device.open()?, common.raw.folder()?);
-        let mut bar = Bar::new(&source.display().to_string(), !common.no_progress, false);
+        let mut bar = Bar::new(&source.display().to_string(), common.shows_progress(), false);
         match self {
             Self::Msd { id, .. } => dataset::convert_msd(source, &raw, *id, &device, &mut bar),
             Self::V1Dataset { name, .. } => dataset::convert_v1(source, &raw, name, &device, &mut bar),

@@ -4,16 +4,51 @@ use std::path::{Path, PathBuf};
 
 use stunet::nnunet::dataset::Dataset;
 use stunet::nnunet::lookup;
-use stunet::{Error, Result};
+use stunet::{Device, Error, Result};
+
+use super::args::DeviceArgs;
 
 const FOLDERS: &str = "Folders";
 
-/// Data sets by number or name.
+/// Work on raw data sets: where they are, on what device, and whether progress shows.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct RawWorkArgs {
+    /// No progress bar
+    #[arg(long, display_order = 100)]
+    no_progress: bool,
+    #[command(flatten)]
+    pub(super) raw: RawArgs,
+    #[command(flatten)]
+    pub(super) device: DeviceArgs,
+}
+
+/// Data sets by number or name, and the work on them.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct DatasetsArgs {
     /// Data sets: numbers such as 4, or names such as Dataset004_Hippocampus
     #[arg(short, long = "dataset", value_name = "DATASET", required = true, num_args = 1..)]
     datasets: Vec<String>,
+    #[command(flatten)]
+    work: RawWorkArgs,
+}
+
+/// Work that brings data sets from the raw to the preprocessed folder.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct PreparationArgs {
+    #[command(flatten)]
+    datasets: DatasetsArgs,
+    #[command(flatten)]
+    preprocessed: PreprocessedArgs,
+}
+
+/// [`PreparationArgs`] with all opened.
+#[derive(Debug)]
+pub(super) struct Preparation {
+    pub(super) datasets: Vec<Dataset>,
+    /// Where each has or gets a folder of its name.
+    pub(super) preprocessed: PathBuf,
+    pub(super) device: Device,
+    pub(super) show: bool,
 }
 
 /// The folder of raw data sets.
@@ -40,11 +75,32 @@ pub(super) struct ResultsArgs {
     results: Option<PathBuf>,
 }
 
+impl RawWorkArgs {
+    pub(super) fn shows_progress(&self) -> bool {
+        !self.no_progress
+    }
+}
+
 impl DatasetsArgs {
-    /// Opens each of them below `raw`, all before any work begins.
-    pub(super) fn open(&self, raw: &RawArgs) -> Result<Vec<Dataset>> {
-        let raw = raw.folder()?;
-        self.datasets.iter().map(|name| open(&lookup::dataset_folder(&raw, name)?)).collect()
+    /// Opens the device and each of the data sets, all before any work begins.
+    pub(super) fn open(&self) -> Result<(Vec<Dataset>, Device)> {
+        let device = self.work.device.open()?;
+        let raw = self.work.raw.folder()?;
+        let datasets = self.datasets.iter().map(|name| open(&lookup::dataset_folder(&raw, name)?));
+        Ok((datasets.collect::<Result<_>>()?, device))
+    }
+
+    pub(super) fn shows_progress(&self) -> bool {
+        self.work.shows_progress()
+    }
+}
+
+impl PreparationArgs {
+    /// Opens all before any work begins.
+    pub(super) fn open(&self) -> Result<Preparation> {
+        let (datasets, device) = self.datasets.open()?;
+        let preprocessed = self.preprocessed.folder()?;
+        Ok(Preparation { datasets, preprocessed, device, show: self.datasets.shows_progress() })
     }
 }
 

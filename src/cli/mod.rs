@@ -84,7 +84,7 @@ pub(crate) fn main() -> ExitCode {
             Parsed::Text(text) => return output::text(&text).map(|()| ExitCode::SUCCESS),
         };
         warnings.iter().for_each(|w| output::say_warning(w));
-        run(cli)
+        run(*cli)
     });
     result.unwrap_or_else(|e| {
         say_error(&e.to_string());
@@ -113,7 +113,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
 }
 
 enum Parsed {
-    Run(Cli),
+    Run(Box<Cli>),
     /// Help or version.
     Text(String),
 }
@@ -121,7 +121,7 @@ enum Parsed {
 /// Arguments to a command; clap's many-line complaint becomes one line.
 fn parse(argv: Vec<OsString>) -> Result<Parsed> {
     let e = match Cli::try_parse_from(argv) {
-        Ok(cli) => return Ok(Parsed::Run(cli)),
+        Ok(cli) => return Ok(Parsed::Run(Box::new(cli))),
         Err(e) => e,
     };
     let text = e.render().to_string();

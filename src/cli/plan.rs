@@ -1,15 +1,12 @@
 //! `stunet plan`.
 
-use std::path::{Path, PathBuf};
-
+use stunet::Result;
 use stunet::nnunet::dataset::Dataset;
 use stunet::nnunet::fingerprint::{self, Fingerprint};
 use stunet::nnunet::planner::{self, Configuration, PlanOptions, Planner};
-use stunet::{Device, Result};
 
-use super::args::DeviceArgs;
 use super::fingerprint::extract;
-use super::folders::{DatasetsArgs, PreprocessedArgs, RawArgs};
+use super::folders::{Preparation, PreparationArgs};
 use super::output;
 use super::progress;
 
@@ -26,7 +23,7 @@ Examples:
   stunet plan -d 4 -pl nnUNetPlannerResEncL --gpu-memory-target 16 --overwrite-plans-name ResEnc16")]
 pub(super) struct Args {
     #[command(flatten)]
-    datasets: DatasetsArgs,
+    pub(super) preparation: PreparationArgs,
     /// nnU-Net's planner: ExperimentPlanner, ResEncUNetPlanner, nnUNetPlannerResEncM, -L or -XL [-pl]
     #[arg(long, value_name = "PLANNER", default_value = "ExperimentPlanner", value_parser = planner)]
     planner: Planner,
@@ -42,15 +39,6 @@ pub(super) struct Args {
     /// Keep the order of the axes
     #[arg(long, help_heading = CHANGES)]
     suppress_transpose: bool,
-    /// No progress bar
-    #[arg(long)]
-    no_progress: bool,
-    #[command(flatten)]
-    raw: RawArgs,
-    #[command(flatten)]
-    preprocessed: PreprocessedArgs,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 fn planner(s: &str) -> Result<Planner, String> {
@@ -58,46 +46,24 @@ fn planner(s: &str) -> Result<Planner, String> {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let (device, preprocessed) = (args.device()?, args.preprocessed()?);
-    let datasets = args.datasets()?;
+    let work = args.preparation.open()?;
     progress::catch_interrupts();
     output::show_library_warnings();
-    datasets.iter().try_for_each(|d| args.plan(d, &preprocessed, &device).map(drop))
+    work.datasets.iter().try_for_each(|d| args.plan(d, &work).map(drop))
 }
 
 impl Args {
-    pub(super) fn device(&self) -> Result<Device> {
-        self.device.open()
-    }
-
-    pub(super) fn datasets(&self) -> Result<Vec<Dataset>> {
-        self.datasets.open(&self.raw)
-    }
-
-    /// The folder of preprocessed data.
-    pub(super) fn preprocessed(&self) -> Result<PathBuf> {
-        self.preprocessed.folder()
-    }
-
-    pub(super) fn shows_progress(&self) -> bool {
-        !self.no_progress
-    }
-
     /// Plans a data set, with its fingerprint where there is none; gives the plans' name.
-    pub(super) fn plan(&self, dataset: &Dataset, preprocessed: &Path, device: &Device) -> Result<String> {
+    pub(super) fn plan(&self, dataset: &Dataset, work: &Preparation) -> Result<String> {
         let options = PlanOptions {
             gpu_memory_gb: self.gpu_memory_target,
             target_spacing_mm: self.overwrite_target_spacing.as_deref().and_then(|s| s.try_into().ok()),
             plans_name: self.overwrite_plans_name.clone(),
             suppress_transpose: self.suppress_transpose,
         };
-        let folder = preprocessed.join(&dataset.name);
+        let folder = work.preprocessed.join(&dataset.name);
         let path = folder.join(fingerprint::FILE);
-        let fingerprint = if path.is_file() {
-            Fingerprint::read(&path)?
-        } else {
-            extract(dataset, preprocessed, device, self.shows_progress())?
-        };
+        let fingerprint = if path.is_file() { Fingerprint::read(&path)? } else { extract(dataset, work)? };
         let plans = planner::plan(&dataset.json, &dataset.name, dataset.reader, &fingerprint, self.planner, &options)?;
         planner::copy_descriptions(dataset, &folder)?;
         let path = plans.write(&folder)?;

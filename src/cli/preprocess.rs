@@ -1,14 +1,12 @@
 //! `stunet preprocess` and `stunet plan-and-preprocess`.
 
-use std::path::{Path, PathBuf};
-
+use stunet::Result;
 use stunet::nnunet::dataset::Dataset;
 use stunet::nnunet::store::{PreprocessOptions, preprocess_dataset};
-use stunet::{Device, Result};
 
-use super::args::{DeviceArgs, bytes};
+use super::args::bytes;
 use super::fingerprint::checked;
-use super::folders::{DatasetsArgs, PreprocessedArgs, RawArgs};
+use super::folders::{Preparation, PreparationArgs};
 use super::output;
 use super::plan;
 use super::progress::{self, Bar};
@@ -26,21 +24,12 @@ Examples:
   stunet preprocess -d 4 -c 3d_fullres --npz    (for nnU-Net to train on)")]
 pub(super) struct Args {
     #[command(flatten)]
-    datasets: DatasetsArgs,
+    preparation: PreparationArgs,
     /// Plans
     #[arg(short, long, value_name = "PLANS", default_value = "nnUNetPlans")]
     plans: String,
     #[command(flatten)]
     cases: CasesArgs,
-    /// No progress bar
-    #[arg(long)]
-    no_progress: bool,
-    #[command(flatten)]
-    raw: RawArgs,
-    #[command(flatten)]
-    preprocessed: PreprocessedArgs,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 /// Which cases are made, and how.
@@ -61,22 +50,20 @@ struct CasesArgs {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let device = args.device.open()?;
-    let datasets = args.datasets.open(&args.raw)?;
-    let folder = args.preprocessed.folder()?;
+    let work = args.preparation.open()?;
     progress::catch_interrupts();
     output::show_library_warnings();
-    datasets.iter().try_for_each(|d| args.cases.preprocess(d, &folder, &args.plans, &device, !args.no_progress))
+    work.datasets.iter().try_for_each(|d| args.cases.preprocess(d, &work, &args.plans))
 }
 
 impl CasesArgs {
-    fn preprocess(&self, dataset: &Dataset, folder: &Path, plans: &str, device: &Device, show: bool) -> Result<()> {
+    fn preprocess(&self, dataset: &Dataset, work: &Preparation, plans: &str) -> Result<()> {
         let mut options = PreprocessOptions::default();
         (options.npz, options.fresh) = (self.npz, self.fresh);
         options.memory_limit = self.memory_limit.or_else(most_of_what_is_free);
-        let folder: PathBuf = folder.join(&dataset.name);
-        let mut bar = Bar::new(&dataset.name, show, false);
-        let done = preprocess_dataset(dataset, &folder, plans, &self.configurations, &options, device, &mut bar)?;
+        let folder = work.preprocessed.join(&dataset.name);
+        let mut bar = Bar::new(&dataset.name, work.show, false);
+        let done = preprocess_dataset(dataset, &folder, plans, &self.configurations, &options, &work.device, &mut bar)?;
         drop(bar);
         done.iter().try_for_each(|d| {
             let (folder, written, kept) = (d.folder.display(), d.written, d.kept);
@@ -114,16 +101,14 @@ pub(super) struct PlanArgs {
 }
 
 pub(super) fn run_plan(args: &PlanArgs) -> Result<()> {
-    let show = args.plan.shows_progress();
-    let (device, folder) = (args.plan.device()?, args.plan.preprocessed()?);
-    let datasets = args.plan.datasets()?;
+    let work = args.plan.preparation.open()?;
     progress::catch_interrupts();
     output::show_library_warnings();
-    for dataset in &datasets {
-        checked(dataset, &folder, &device, show, args.verify, args.clean)?;
-        let plans = args.plan.plan(dataset, &folder, &device)?;
+    for dataset in &work.datasets {
+        checked(dataset, &work, args.verify, args.clean)?;
+        let plans = args.plan.plan(dataset, &work)?;
         if !args.no_preprocessing {
-            args.cases.preprocess(dataset, &folder, &plans, &device, show)?;
+            args.cases.preprocess(dataset, &work, &plans)?;
         }
     }
     Ok(())

@@ -4,8 +4,7 @@ use std::process::ExitCode;
 
 use stunet::Result;
 
-use super::args::DeviceArgs;
-use super::folders::{DatasetsArgs, RawArgs};
+use super::folders::DatasetsArgs;
 use super::output::{self, say_error};
 use super::progress::{self, Bar};
 
@@ -21,23 +20,15 @@ Examples:
 pub(super) struct Args {
     #[command(flatten)]
     datasets: DatasetsArgs,
-    #[command(flatten)]
-    raw: RawArgs,
-    /// No progress bar
-    #[arg(long)]
-    no_progress: bool,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let device = args.device.open()?;
-    let datasets = args.datasets.open(&args.raw)?;
+    let (datasets, device) = args.datasets.open()?;
     progress::catch_interrupts();
     output::show_library_warnings();
     let mut code = ExitCode::SUCCESS;
     for dataset in &datasets {
-        let mut bar = Bar::new(&dataset.name, !args.no_progress, false);
+        let mut bar = Bar::new(&dataset.name, args.datasets.shows_progress(), false);
         let faults = dataset.verify(&device, &mut bar)?;
         drop(bar);
         faults.iter().for_each(|f| say_error(&f.to_string()));

@@ -113,7 +113,7 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens a raw data set. No image is looked at.
+    /// Opens a raw data set. Of images only a first TIFF file is looked at: 2D or a stack.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Dataset`] naming the file and what is expected; [`Error::Unsupported`] for images of a kind

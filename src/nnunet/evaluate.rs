@@ -1,15 +1,13 @@
 //! How well segmentations agree with the truth: nnU-Net's `compute_metrics_on_folder` and its `summary.json`.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 
-use super::labels::LabelSet;
+use super::json;
+use super::labels::{GivenRegion, LabelSet};
 use crate::base::json::Json;
 use crate::error::{Error, Result};
-use crate::io::atomic::write_atomically;
 use crate::io::{LabelData, Segmentation};
-use crate::ops::Outputs;
 
 /// A label, or the labels of a region, that metrics are computed of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,15 +23,13 @@ impl Class {
     /// What nnU-Net evaluates of a data set: all labels but background, or all regions.
     #[must_use]
     pub fn of(labels: &LabelSet) -> Vec<Class> {
-        match labels.outputs() {
-            Outputs::Labels => (1..labels.heads() as u16).map(Class::label).collect(),
-            Outputs::Regions(regions) => {
-                let class = |(region, is_list): (Vec<u16>, bool)| match (is_list, region.as_slice()) {
-                    (false, [one]) => Class::label(*one),
-                    _ => Class::region(region),
-                };
-                regions.into_iter().zip(labels.are_lists()).map(class).collect()
-            }
+        let class = |region| match region {
+            GivenRegion::Number(label) => Class::label(label),
+            GivenRegion::List(labels) => Class::region(labels.to_vec()),
+        };
+        match labels.given_regions() {
+            None => labels.foreground_labels().iter().copied().map(Class::label).collect(),
+            Some(regions) => regions.into_iter().map(class).collect(),
         }
     }
 
@@ -206,6 +202,10 @@ impl Summary {
     /// The text of nnU-Net's `summary.json`.
     #[must_use]
     pub fn to_json(&self) -> String {
+        self.json().to_text(true)
+    }
+
+    fn json(&self) -> Json {
         let names = Metrics::default().all().map(|(name, _)| name);
         let means: Vec<Vec<f64>> = (0..names.len()).map(|n| self.means(n)).collect();
         let table = |of: &dyn Fn(usize) -> Json| {
@@ -227,12 +227,11 @@ impl Summary {
             ])
         };
         let mean_of = |n: usize| Json::Float(means[n].iter().sum::<f64>() / means[n].len() as f64);
-        let all = Json::object([
+        Json::object([
             ("foreground_mean", table(&mean_of)),
             ("mean", classes(&|i| table(&|n| Json::Float(means[n][i])))),
             ("metric_per_case", Json::List(self.cases.iter().map(case).collect())),
-        ]);
-        all.to_text(true)
+        ])
     }
 
     /// Writes `summary.json`.
@@ -240,8 +239,7 @@ impl Summary {
     /// # Errors
     /// [`Error::Io`].
     pub fn write(&self, path: &Path) -> Result<()> {
-        let text = self.to_json();
-        write_atomically(path, |file| file.write_all(text.as_bytes()).map_err(|e| Error::io("write", path, e)))
+        json::write(path, &self.json(), true)
     }
 }
 

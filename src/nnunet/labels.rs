@@ -24,6 +24,16 @@ pub struct LabelSet {
     ignore: Option<u16>,
 }
 
+/// A region as `dataset.json` gives it. To the network both are the same; nnU-Net's own files call a number as they call a
+/// label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GivenRegion<'a> {
+    /// `"core": 3`
+    Number(u16),
+    /// `"core": [3]`
+    List(&'a [u16]),
+}
+
 impl LabelSet {
     /// The labels of a `dataset.json`.
     ///
@@ -131,10 +141,15 @@ impl LabelSet {
         Some(self.regions.as_ref()?.iter().map(|(_, labels)| labels.as_slice()).collect())
     }
 
-    /// For each of [`LabelSet::regions`], whether the file gives it as a list; one given as a number is called as a label is.
+    /// [`LabelSet::regions`] as the file gives them.
     #[must_use]
-    pub fn are_lists(&self) -> Vec<bool> {
-        self.regions.iter().flatten().map(|(name, _)| !self.numbers.contains(name)).collect()
+    pub fn given_regions(&self) -> Option<Vec<GivenRegion<'_>>> {
+        let regions = self.regions.as_ref()?.iter();
+        let given = regions.map(|(name, labels)| match labels.as_slice() {
+            [one] if self.numbers.contains(name) => GivenRegion::Number(*one),
+            _ => GivenRegion::List(labels),
+        });
+        Some(given.collect())
     }
 
     /// The label that each region writes into a segmentation, empty without regions.
@@ -218,6 +233,8 @@ mod tests {
         assert_eq!((set.heads(), set.entries(), set.ignore()), (3, 5, Some(4)));
         assert_eq!(set.regions().unwrap(), [&[1, 2, 3][..], &[3], &[2, 3]]);
         assert_eq!(set.outputs(), Outputs::Regions(vec![vec![1, 2, 3], vec![3], vec![2, 3]]));
+        let given = [GivenRegion::List(&[1, 2, 3]), GivenRegion::Number(3), GivenRegion::List(&[2, 3])];
+        assert_eq!(set.given_regions().unwrap(), given);
         assert_eq!(set.names(), [(1, "whole".into()), (3, "enh".into()), (2, "core".into())]);
         assert_eq!(set.labels(), [0, 1, 2, 3]);
     }

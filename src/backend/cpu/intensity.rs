@@ -242,33 +242,20 @@ fn normals<S: Simd>(s: S, key: Key, place: u32) -> [[f32; BLOCK]; 4] {
 
 #[inline(always)]
 fn put_values<S: Simd>(_: S, flip: Flip, map: Map, from: &[f32], outside: Option<&[i16]>, to: &mut [f32]) {
-    let Flip { shape: [d, h, w], axes } = flip;
-    if w == 0 {
-        return;
-    }
-    for (row, to) in to.chunks_exact_mut(w).enumerate().take(d * h) {
-        let at = source_row(flip, row);
-        let from = &from[at..at + w];
-        if axes[2] {
-            for (to, x) in to.iter_mut().zip(from.iter().rev()) {
-                *to = map.of(*x);
-            }
-        } else {
-            for (to, x) in to.iter_mut().zip(from) {
-                *to = map.of(*x);
-            }
-        }
-        if let Some(outside) = outside {
-            let outside = &outside[at..at + w];
-            for (x, to) in to.iter_mut().enumerate() {
-                *to = if outside[if axes[2] { w - 1 - x } else { x }] < 0 { 0.0 } else { *to };
-            }
-        }
+    put_rows(flip, from, to, |to, x| *to = map.of(x));
+    if let Some(outside) = outside {
+        put_rows(flip, outside, to, |to, label| *to = if label < 0 { 0.0 } else { *to });
     }
 }
 
 #[inline(always)]
 fn put_only<S: Simd>(_: S, flip: Flip, from: &[i16], to: &mut [u16]) {
+    put_rows(flip, from, to, |to, label| *to = label.max(0) as u16);
+}
+
+/// Meets each value with the one that comes to lie in its place.
+#[inline(always)]
+fn put_rows<A: Copy, B>(flip: Flip, from: &[A], to: &mut [B], put: impl Fn(&mut B, A)) {
     let Flip { shape: [d, h, w], axes } = flip;
     if w == 0 {
         return;
@@ -277,13 +264,9 @@ fn put_only<S: Simd>(_: S, flip: Flip, from: &[i16], to: &mut [u16]) {
         let at = source_row(flip, row);
         let from = &from[at..at + w];
         if axes[2] {
-            for (to, x) in to.iter_mut().zip(from.iter().rev()) {
-                *to = (*x).max(0) as u16;
-            }
+            to.iter_mut().zip(from.iter().rev()).for_each(|(to, x)| put(to, *x));
         } else {
-            for (to, x) in to.iter_mut().zip(from) {
-                *to = (*x).max(0) as u16;
-            }
+            to.iter_mut().zip(from).for_each(|(to, x)| put(to, *x));
         }
     }
 }

@@ -76,11 +76,12 @@ fn blosclz(packed: &[u8], out: &mut [u8]) -> Option<usize> {
 /// Undoes the byte shuffle: all first bytes of the elements lie before all second ones.
 pub(super) fn unshuffle(size: usize, from: &[u8], to: &mut [u8]) {
     let n = from.len() / size;
-    for b in 0..if n == 0 { 0 } else { size } {
-        let plane = &from[b * n..(b + 1) * n];
-        to[b..].iter_mut().step_by(size).zip(plane).for_each(|(t, f)| *t = *f);
-    }
     let whole = n * size;
+    if whole > 0 {
+        for (b, plane) in from[..whole].chunks_exact(n).enumerate() {
+            to[b..].iter_mut().step_by(size).zip(plane).for_each(|(t, f)| *t = *f);
+        }
+    }
     to[whole..].copy_from_slice(&from[whole..]);
 }
 
@@ -133,6 +134,10 @@ mod tests {
         let mut to = [0; 7];
         unshuffle(2, &[1, 3, 5, 2, 4, 6, 7], &mut to);
         assert_eq!(to, [1, 2, 3, 4, 5, 6, 7]);
+        // An element larger than all there is: the bytes are as they were.
+        let mut to = [0; 3];
+        unshuffle(255, &[1, 2, 3], &mut to);
+        assert_eq!(to, [1, 2, 3]);
         // Eight elements of two bytes, of which the k-th has bit k set, and one more.
         let elements: Vec<u8> = (0..8).flat_map(|k| (1u16 << (2 * k)).to_le_bytes()).chain([7, 8]).collect();
         let mut planes = vec![0; 18];

@@ -28,6 +28,7 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
+pub(in crate::nnunet) use v2::pools;
 pub(in crate::nnunet) use v2::resolve as resolve_configuration;
 pub use v2::{planned_architecture, preprocess_plan};
 

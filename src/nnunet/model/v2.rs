@@ -193,16 +193,32 @@ pub(in crate::nnunet) fn resolve(configurations: &Field<'_>, name: &str) -> Resu
     Ok(out)
 }
 
-/// Strides of the poolings: the plan's list without the first stage, which never pools.
+/// Strides of the poolings of a 3D configuration, as many as a STU-Net has.
 fn strides(conf: &Field<'_>) -> Result<[[usize; 3]; 5]> {
+    cut_strides(pools(conf, false)?.into_iter().map(Ok))
+}
+
+/// Strides of the poolings: the plan's list without the first stage, which never pools. Those of a 2D configuration
+/// (`planar`) get a first axis of 1.
+pub(in crate::nnunet) fn pools(conf: &Field<'_>, planar: bool) -> Result<Vec<[usize; 3]>> {
     let list = match conf.get("architecture") {
         Some(a) => a.need("arch_kwargs")?.need("strides")?,
         // nnU-Net 2.2 and before
         None => conf.need("pool_op_kernel_sizes")?,
     };
     let all = list.items()?;
-    let pools = all.get(1..).ok_or_else(|| list.error("empty, expected one stride per stage"))?;
-    cut_strides(pools.iter().map(|s| s.three(|v| v.usize(64))))
+    let pools = all.get(1..).filter(|p| !p.is_empty());
+    let pools = pools.ok_or_else(|| list.error("expected the strides of at least two stages"))?;
+    let stride = |s: &Field<'_>| {
+        if !planar {
+            return s.three(|v| v.usize(64));
+        }
+        match s.items()?.as_slice() {
+            [y, x] => Ok([1, y.usize(64)?, x.usize(64)?]),
+            _ => Err(s.error("expected two strides")),
+        }
+    };
+    pools.iter().map(stride).collect()
 }
 
 fn channels(plans: &Field<'_>, conf: &Field<'_>, dataset: &Field<'_>) -> Result<Vec<Channel>> {

@@ -17,7 +17,7 @@ use crate::io::read_nifti_header;
 use crate::io::weights::sha256;
 use crate::nnunet::dataset::{Dataset, RawCase};
 use crate::nnunet::json::{self, Field};
-use crate::nnunet::labels::LabelSet;
+use crate::nnunet::labels::{GivenRegion, LabelSet};
 use crate::nnunet::model::preprocess_plan;
 use crate::nnunet::planner::copy_descriptions;
 use crate::nnunet::preprocess::{PreprocessPlan, preprocess_case};
@@ -128,14 +128,12 @@ pub fn location_classes(labels: &LabelSet) -> Vec<ClassKey> {
     // Labels beyond what a preprocessed case can hold are found in no case.
     let label = |l: &u16| i16::try_from(*l).unwrap_or(i16::MAX);
     let list = |l: &[u16]| l.iter().map(label).collect::<Vec<i16>>();
-    let mut classes: Vec<ClassKey> = match labels.regions() {
-        Some(regions) => {
-            let class = |(r, is_list): (&[u16], bool)| match (is_list, r) {
-                (false, [one]) => ClassKey::Label(label(one)),
-                _ => ClassKey::Region(list(r)),
-            };
-            regions.into_iter().zip(labels.are_lists()).map(class).collect()
-        }
+    let class = |region| match region {
+        GivenRegion::Number(l) => ClassKey::Label(label(&l)),
+        GivenRegion::List(l) => ClassKey::Region(list(l)),
+    };
+    let mut classes: Vec<ClassKey> = match labels.given_regions() {
+        Some(regions) => regions.into_iter().map(class).collect(),
         None => labels.foreground_labels().iter().map(|l| ClassKey::Label(label(l))).collect(),
     };
     if labels.ignore().is_some() {

@@ -14,6 +14,7 @@ use crate::io::atomic::write_atomically;
 use crate::models::{Network, NetworkConfig};
 use crate::nn::Optimizer;
 use crate::nnunet::checkpoint::{self, TrainingState};
+use crate::nnunet::json::write as write_json;
 
 /// What a training goes on from to the bit.
 const OWN: &str = "checkpoint_latest.safetensors";
@@ -105,11 +106,14 @@ impl Files {
     pub(super) fn describe(&self, plan: &TrainingPlan) -> Result<()> {
         let Some(model) = self.folder.parent() else { return Ok(()) };
         for (name, value) in [("plans.json", &plan.plans), ("dataset.json", &plan.dataset)] {
-            write_text(&model.join(name), &Json::from(&Value::Object(value.clone())).to_text(false))?;
+            write_json(&model.join(name), &Json::from(&Value::Object(value.clone())), false)?;
         }
         let fingerprint = plan.path.with_file_name("dataset_fingerprint.json");
         match fs::read(&fingerprint) {
-            Ok(bytes) => write_bytes(&model.join("dataset_fingerprint.json"), &bytes),
+            Ok(bytes) => {
+                let path = model.join("dataset_fingerprint.json");
+                write_atomically(&path, |file| file.write_all(&bytes).map_err(|e| Error::io("write", &path, e)))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
             Err(e) => Err(Error::io("read", &fingerprint, e)),
         }
@@ -130,7 +134,7 @@ impl Files {
             "inference_allowed_mirroring_axes": state.origin.mirror_axes,
             "options": options,
         });
-        write_text(&self.folder.join("debug.json"), &Json::from(value).to_text(false))
+        write_json(&self.folder.join("debug.json"), &Json::from(value), false)
     }
 
     pub(super) fn write_own(&self, net: &Network, optimizer: &Optimizer, state: &TrainingState) -> Result<()> {
@@ -151,12 +155,4 @@ impl Files {
         checkpoint::write_nnunet(self.folder.join(FINAL), net, optimizer, state)?;
         self.remove(&[OWN, OWN_PREVIOUS, LATEST])
     }
-}
-
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    write_bytes(path, text.as_bytes())
-}
-
-fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_atomically(path, |file| file.write_all(bytes).map_err(|e| Error::io("write", path, e)))
 }

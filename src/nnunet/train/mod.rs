@@ -156,7 +156,7 @@ pub struct Trainer {
     log: Log,
     saved: Instant,
     epoch_began: f64,
-    seconds_before: f64,
+    seconds_of_steps: f64,
     seen: Seen,
 }
 
@@ -252,7 +252,7 @@ impl Trainer {
             options,
             saved: Instant::now(),
             epoch_began: seconds_since_1970(),
-            seconds_before: 0.0,
+            seconds_of_steps: 0.0,
             seen: Seen::default(),
         };
         for line in out.summary() {
@@ -347,13 +347,12 @@ impl Trainer {
     /// As [`Trainer::step`]; [`Error::Cancelled`], after which [`Trainer::save`] keeps the steps that are over;
     /// [`Error::Io`].
     pub fn epoch(&mut self, progress: &mut dyn Progress) -> Result<EpochReport> {
-        let clock = Instant::now();
         let epoch = self.state.epoch;
         let learning_rate = self.state.schedule.at(epoch);
         let total = (self.options.iterations + self.options.val_iterations) as usize;
         if self.iteration() == 0 {
             self.epoch_began = seconds_since_1970();
-            self.seconds_before = 0.0;
+            self.seconds_of_steps = 0.0;
             self.device.reset_peak();
             self.log.line(&format!("Epoch {epoch}"))?;
             self.log.line(&format!("Current learning rate: {learning_rate}"))?;
@@ -361,8 +360,12 @@ impl Trainer {
         tell(progress, Event::Stage("training"))?;
         while self.iteration() < self.options.iterations {
             tell(progress, Event::Steps { epoch, done: self.iteration() as usize, total })?;
-            self.step().inspect_err(|_| self.seconds_before += clock.elapsed().as_secs_f64())?;
+            let clock = Instant::now();
+            let stepped = self.step();
+            self.seconds_of_steps += clock.elapsed().as_secs_f64();
+            stepped?;
         }
+        let clock = Instant::now();
         let (mut counts, mut losses) = (Counts::default(), Vec::new());
         tell(progress, Event::Stage("validation"))?;
         self.data.val.seek(epoch, 0)?;
@@ -389,7 +392,7 @@ impl Trainer {
             is_best: false,
             max_gradient_norm: seen.norm,
             clipped: seen.clipped,
-            seconds: self.seconds_before + clock.elapsed().as_secs_f64(),
+            seconds: self.seconds_of_steps + clock.elapsed().as_secs_f64(),
             seconds_waiting: seen.waiting,
             peak_tensor_bytes: self.device.memory().peak,
         };

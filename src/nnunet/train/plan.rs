@@ -9,7 +9,7 @@ use crate::models::{NetworkConfig, StuNetConfig};
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 use crate::nnunet::loss::deep_supervision_weights;
-use crate::nnunet::model::{cut_strides, planned_architecture, resolve_configuration};
+use crate::nnunet::model::{cut_strides, planned_architecture, pools, resolve_configuration};
 
 /// Which network is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -198,34 +198,11 @@ impl TrainingPlan {
         Ok(config)
     }
 
-    /// How much each of the network's `outputs` counts, the largest first. nnU-Net derives targets from the plan's poolings,
-    /// whatever the network's: a STU-Net on a plan of four poolings has an output without a target.
+    /// How much each of a network's outputs counts, the largest first. nnU-Net derives targets from the plan's poolings,
+    /// whatever the network's: a STU-Net on a plan of four poolings has an output without a target, and on one of six
+    /// poolings a target without an output.
     #[must_use]
-    pub fn supervision(&self, outputs: usize) -> Vec<f64> {
-        let mut weights = deep_supervision_weights(self.pools.len());
-        weights.truncate(outputs);
-        weights
+    pub fn supervision(&self) -> Vec<f64> {
+        deep_supervision_weights(self.pools.len())
     }
-}
-
-/// The plan's strides without the first stage, which never pools.
-fn pools(conf: &Field<'_>, planar: bool) -> Result<Vec<[usize; 3]>> {
-    let list = match conf.get("architecture") {
-        Some(a) => a.need("arch_kwargs")?.need("strides")?,
-        // nnU-Net 2.2 and before
-        None => conf.need("pool_op_kernel_sizes")?,
-    };
-    let all = list.items()?;
-    let pools = all.get(1..).filter(|p| !p.is_empty());
-    let pools = pools.ok_or_else(|| list.error("expected the strides of at least two stages"))?;
-    let stride = |s: &Field<'_>| {
-        if !planar {
-            return s.three(|v| v.usize(64));
-        }
-        match s.items()?.as_slice() {
-            [y, x] => Ok([1, y.usize(64)?, x.usize(64)?]),
-            _ => Err(s.error("expected two strides")),
-        }
-    };
-    pools.iter().map(stride).collect()
 }

@@ -29,7 +29,7 @@ pub(super) struct Pass {
 impl Pass {
     pub(super) fn new(plan: &TrainingPlan, options: &TrainOptions) -> Result<Self> {
         let loss = options.criterion.loss(plan.labels.outputs(), plan.labels.ignore(), plan.batch_dice)?;
-        let weights = if options.deep_supervision { plan.supervision(usize::MAX) } else { vec![1.0] };
+        let weights = if options.deep_supervision { plan.supervision() } else { vec![1.0] };
         Ok(Self { loss, weights, precision: options.precision, strict: options.strict })
     }
 
