@@ -11,6 +11,7 @@ mod avg_pool;
 mod bad_dataset;
 mod bad_input;
 mod blur;
+mod cascade;
 mod checkpoint;
 mod cli;
 mod cohort;

@@ -308,7 +308,7 @@ fn v2_plans_are_checked() {
         ("2D", |p, _| p["configurations"]["3d_fullres"]["patch_size"] = json!([32, 32])),
         ("spacing", |p, _| p["configurations"]["3d_fullres"]["spacing"] = json!([1.0, 1.0])),
         ("spacing[1]", |p, _| p["configurations"]["3d_fullres"]["spacing"] = json!([1.0, null, 1.0])),
-        ("cascade", |p, _| p["configurations"]["3d_fullres"]["previous_stage"] = json!("3d_lowres")),
+        ("resampling_fn_seg", |p, _| p["configurations"]["3d_fullres"]["previous_stage"] = json!("3d_lowres")),
         ("normalization_schemes", |p, _| {
             p["configurations"]["3d_fullres"]["normalization_schemes"] = json!(["ZScoreNormalization"])
         }),

@@ -94,7 +94,7 @@ fn every_form_of_nnunets_is_read() {
             assert!(locations[k].1.iter().all(|v| wanted.contains(&label(v.map(|n| n as usize)))));
         }
 
-        let whole = stored.image("a", [2, 0, 1]).unwrap();
+        let whole = stored.image("a", [2, 0, 1], &[]).unwrap();
         assert_eq!((whole.channels, whole.shape), (2, SHAPE));
         assert_eq!(whole.data[13], value(0, [0, 1, 0]));
         let p = stored.properties("a", [2, 0, 1]).unwrap();
@@ -111,7 +111,7 @@ fn every_form_of_nnunets_is_read() {
 #[test]
 fn chunks_packed_in_any_way_are_read() {
     let seg = ("blosc_seg.b2nd", "a_seg.b2nd");
-    for name in ["lz4_plain", "lz4_bits", "zlib_bytes", "lz_bytes", "split"] {
+    for name in ["lz4_plain", "lz4_bits", "zlib_bytes", "lz_bytes", "zstd_bytes", "split"] {
         let dir = folder(&[(&format!("{name}.b2nd"), "a.b2nd"), seg, ("numpy.pkl", "a.pkl")]);
         check(&*store::open(dir.path()).unwrap().case("a").unwrap(), value, label);
     }
@@ -122,7 +122,7 @@ fn chunks_packed_in_any_way_are_read() {
     }
     let dir = folder(&[("nan.b2nd", "a.b2nd"), ("stored.b2nd", "a_seg.b2nd"), ("numpy.pkl", "a.pkl")]);
     let stored = store::open(dir.path()).unwrap();
-    assert!(stored.image("a", [0, 1, 2]).unwrap().data.iter().all(|v| v.is_nan()));
+    assert!(stored.image("a", [0, 1, 2], &[]).unwrap().data.iter().all(|v| v.is_nan()));
     let (mut data, mut labels) = (vec![0.0; 2002], vec![0; 2002]);
     stored.case("a").unwrap().crop([0; 3], SHAPE, &mut data, &mut labels).unwrap();
     assert!(labels.iter().enumerate().all(|(i, l)| *l == label([i / 182, i / 13 % 14, i % 13])));
@@ -146,7 +146,8 @@ fn message(dir: &Path) -> String {
 /// memory that the file does not need.
 #[test]
 fn damaged_files_are_errors() {
-    for names in [&NPZ[..], &NPY, &BLOSC] {
+    let zstd = [("zstd_bytes.b2nd", "a.b2nd"), BLOSC[1], BLOSC[2]];
+    for names in [&NPZ[..], &NPY, &BLOSC, &zstd] {
         for (_, name) in names {
             let dir = folder(names);
             let path = dir.path().join(name);
@@ -247,28 +248,40 @@ fn what_is_written_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     store::write_case(dir.path(), "own.1", &case, &geometry, "made so").unwrap();
     store::write_npz_case(dir.path(), "numpy", &case, &geometry, "made so").unwrap();
-    store::write_labels(dir.path(), "labels", &vec![300; case.labels.len()], case.image.shape).unwrap();
     let stored = store::open(dir.path()).unwrap();
-    assert_eq!(stored.identifiers(), ["labels", "numpy", "own.1"]);
+    assert_eq!(stored.identifiers(), ["numpy", "own.1"]);
     for id in ["numpy", "own.1"] {
         let back = stored.case(id).unwrap();
         let [_, ny, nx] = case.image.shape;
         let at = |[z, y, x]: [usize; 3]| (z * ny + y) * nx + x;
         check(&*back, |_, v| case.image.data[at(v)], |v| case.labels[at(v)]);
         assert_eq!(locations(&*back), case.locations);
-        assert_eq!(stored.image(id, [1, 0, 2]).unwrap(), case.image);
+        assert_eq!(stored.image(id, [1, 0, 2], &[]).unwrap(), case.image);
         let p = stored.properties(id, [1, 0, 2]).unwrap();
         assert_eq!((p.preprocessing, p.geometry), (case.image.properties.clone(), geometry.clone()), "{id}");
         stored.check(id).unwrap();
     }
-    std::fs::rename(dir.path().join("labels.safetensors"), dir.path().join("before.safetensors")).unwrap();
     let previous = tempfile::tempdir().unwrap();
-    std::fs::rename(dir.path().join("before.safetensors"), previous.path().join("own.1.safetensors")).unwrap();
-    let two = store::open(dir.path()).unwrap().with_previous_stage(previous.path()).case("own.1").unwrap();
-    assert_eq!(two.label_channels(), 2);
-    let (mut data, mut labels) = (vec![0.0; 2], vec![0; 4]);
-    two.crop([1, 1, 1], [1, 1, 2], &mut data, &mut labels).unwrap();
-    assert_eq!(labels[2..], [300, 300]);
+    let n = case.labels.len();
+    let predicted: Vec<u16> = (0..n).map(|i| if i % 2 == 0 { 300 } else { 2 }).collect();
+    for (id, file) in [("own.1", "own.1.safetensors"), ("numpy", "numpy.npz")] {
+        assert!(stored.write_previous_stage(previous.path(), id, &LabelData::U8(vec![0; n - 1])).is_err());
+        assert!(stored.write_previous_stage(previous.path(), id, &LabelData::U16(vec![40_000; n])).is_err());
+        stored.write_previous_stage(previous.path(), id, &LabelData::U16(predicted.clone())).unwrap();
+        assert!(previous.path().join(file).is_file());
+        let cascade = stored.clone().with_previous_stage(previous.path());
+        let two = cascade.case(id).unwrap();
+        assert_eq!(two.label_channels(), 2);
+        let (mut data, mut labels) = (vec![0.0; 2], vec![0; 4]);
+        two.crop([0, 0, 0], [1, 1, 2], &mut data, &mut labels).unwrap();
+        assert_eq!(labels[2..], [300, 2]);
+        // A channel of zeros and ones for each label that is asked for.
+        let image = cascade.image(id, [1, 0, 2], &[2, 300]).unwrap();
+        assert_eq!((image.channels, image.shape), (case.image.channels + 2, case.image.shape));
+        assert_eq!(image.data[..case.image.data.len()], case.image.data);
+        let tail = &image.data[case.image.data.len()..];
+        assert!((0..n).all(|i| tail[i] == (i % 2) as f32 && tail[n + i] == 1.0 - (i % 2) as f32));
+    }
 }
 
 #[test]

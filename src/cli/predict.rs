@@ -10,11 +10,12 @@ use half::f16;
 use stunet::nnunet::cases::{self, Case};
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::ModelFolder;
-use stunet::nnunet::plans::{Channel, Rules};
-use stunet::nnunet::predict::{Finished, Probabilities, Sink, Source};
+use stunet::nnunet::plans::{Channel, InferencePlan, Rules};
+use stunet::nnunet::predict::{Finished, Sink, Source};
 use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
+use stunet::nnunet::store;
 use stunet::preview::{self, PreviewOptions};
-use stunet::{Error, Geometry, Image, Mode, PredictOptions, Prediction, Predictor, Progress, Result, io};
+use stunet::{Error, Geometry, Image, Mode, PredictOptions, Prediction, Predictor, Progress, Result, Segmentation, io};
 
 use super::args::{DeviceArgs, ModelArgs, PrecisionChoice, bytes, step_size};
 use super::folders::ResultsArgs;
@@ -70,6 +71,10 @@ pub(super) struct Args {
     /// Segmentation file (.nii.gz or .nii), or a folder for CASE.nii.gz
     #[arg(short, long, value_name = "FILE|FOLDER")]
     output: PathBuf,
+
+    /// Second stage of a cascade: what the first predicted, a file, or a folder of CASE.nii.gz [-prev_stage_predictions]
+    #[arg(long, value_name = "FILE|FOLDER")]
+    previous_stage: Option<PathBuf>,
 
     /// Distance of neighbouring windows as a fraction of the window
     #[arg(long, value_name = "0..1", default_value = "0.5", value_parser = step_size, help_heading = RESULT)]
@@ -182,6 +187,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let opening = args.opening.options().precision(precision);
     let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
     predictor.validate()?;
+    args.check_previous_stage(predictor.plan())?;
 
     let report = if args.report.is_some() || args.json {
         let files = ModelFolder::open(&model, &opening)?.sources;
@@ -237,6 +243,29 @@ impl Args {
             Some(path) => output::path(path),
             None => Ok(()),
         }
+    }
+
+    /// What the stage before predicted of a case, if it was given.
+    fn previous_of(&self, case: &Case) -> Option<PathBuf> {
+        self.previous_stage.as_ref().map(|p| case.previous(p))
+    }
+
+    /// A cascade's second stage has to be told where the predictions of the first are.
+    fn check_previous_stage(&self, plan: &InferencePlan) -> Result<()> {
+        let what = match (&plan.previous, &self.previous_stage) {
+            (Some(first), None) => format!(
+                "the model is the second stage of a cascade: predict with {} first and give what it wrote with \
+                 --previous-stage",
+                first.configuration
+            ),
+            (None, Some(path)) => format!("{}: --previous-stage is for cascades, this model is none", path.display()),
+            (Some(_), Some(path)) if path.is_dir() != self.is_cohort() => {
+                let expected = if self.is_cohort() { "a folder, as the input is one" } else { "a file" };
+                format!("{}: --previous-stage has to be {expected}", path.display())
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::Usage { what })
     }
 
     fn is_cohort(&self) -> bool {
@@ -298,7 +327,8 @@ impl Args {
 
     /// No output may overwrite an input or another output.
     fn check_outputs(&self, jobs: &[Job]) -> Result<()> {
-        let inputs: HashSet<PathBuf> = jobs.iter().flat_map(|j| &j.case.files).map(|(_, p)| real(p)).collect();
+        let of_job = |j: &Job| j.case.paths().into_iter().chain(self.previous_of(&j.case));
+        let inputs: HashSet<PathBuf> = jobs.iter().flat_map(of_job).map(|p| real(&p)).collect();
         let described = ["plans.json", "dataset.json"].map(|n| self.output.join(n));
         let described = described.iter().filter(|_| self.is_cohort());
         let mut outputs = HashSet::new();
@@ -381,15 +411,16 @@ impl Args {
 
     /// Writes a case's files, the segmentation last: where it is, the others are too.
     fn write(&self, job: &Job, image: &Image, prediction: &Prediction, rules: Rules) -> Result<Vec<PathBuf>> {
-        if let (Some(p), Some(path)) = (&prediction.probabilities, &job.probabilities) {
-            write_probabilities(path, p, rules)?;
+        let mut written: Vec<PathBuf> = job.outputs().cloned().collect();
+        if let Some(path) = &job.probabilities {
+            written.extend(write_probabilities(path, prediction, rules)?);
         }
         if let Some(path) = &job.preview {
             let how = PreviewOptions::default().with_title(&job.case.name);
             preview::render(image, &prediction.segmentation, &how)?.write_png(path)?;
         }
         io::write_nifti(&job.output, &prediction.segmentation)?;
-        Ok(job.outputs().cloned().collect())
+        Ok(written)
     }
 }
 
@@ -418,6 +449,13 @@ impl Source for Images<'_> {
     fn read(&self, case: usize) -> Result<Image> {
         self.jobs[case].case.read(&self.channels)
     }
+
+    fn previous(&self, case: usize) -> Result<Segmentation> {
+        let case = &self.jobs[case].case;
+        let path =
+            self.args.previous_of(case).ok_or_else(|| Error::Usage { what: "--previous-stage is missing".into() })?;
+        case.read_segmentation(&path)
+    }
 }
 
 /// Where the results go, and what is said of them.
@@ -443,7 +481,8 @@ impl Results<'_> {
         if self.report.is_some() {
             prediction.report.seconds.push(("write".into(), write));
             record = record.with(&prediction.segmentation, &prediction.report);
-            record.inputs = job.case.paths().iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
+            let inputs = job.case.paths().into_iter().chain(self.args.previous_of(&job.case));
+            record.inputs = inputs.map(|f| FileRecord::of(&f)).collect::<Result<_>>()?;
             record.outputs = written.iter().map(|f| FileRecord::of(f)).collect::<Result<_>>()?;
         }
         Ok(record)
@@ -480,8 +519,10 @@ impl Sink for Results<'_> {
 }
 
 /// nnU-Net's names and types: `softmax` in float16 (v1 `save_segmentation_nifti_from_softmax`), `probabilities` in
-/// float32 (v2 `export_prediction_from_logits`).
-pub(super) fn write_probabilities(path: &Path, p: &Probabilities, rules: Rules) -> Result<()> {
+/// float32 (v2 `export_prediction_from_logits`). Of a v2 model its ensembles also look for what preprocessing did: the path
+/// of that file comes back.
+pub(super) fn write_probabilities(path: &Path, prediction: &Prediction, rules: Rules) -> Result<Option<PathBuf>> {
+    let Some(p) = &prediction.probabilities else { return Ok(None) };
     let [z, y, x] = p.shape;
     let shape = [p.channels, z, y, x];
     io::write_npz(path, |npz| match rules {
@@ -494,7 +535,13 @@ pub(super) fn write_probabilities(path: &Path, p: &Probabilities, rules: Rules) 
             })
         }),
         _ => npz.array("probabilities", &shape, |array| array.push(&p.values)),
-    })
+    })?;
+    if rules == Rules::NnunetV1 {
+        return Ok(None);
+    }
+    let properties = path.with_extension("pkl");
+    store::write_properties(&properties, &prediction.properties, &prediction.segmentation.geometry)?;
+    Ok(Some(properties))
 }
 
 /// The path behind links, also of a file or folders that are yet to be made.

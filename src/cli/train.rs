@@ -294,9 +294,8 @@ impl Args {
         let checkpoint = if self.val_best { BEST } else { FINAL };
         let mut bar = Bar::new("validation", !self.no_progress, self.quiet);
         let predict = PredictOptions::default().probabilities(self.npz);
-        let mut keep = |path: &Path, prediction: &Prediction| match &prediction.probabilities {
-            Some(p) => predict::write_probabilities(&path.with_file_name(npz_name(path)), p, Rules::NnunetV2),
-            None => Ok(()),
+        let mut keep = |path: &Path, prediction: &Prediction| {
+            predict::write_probabilities(&path.with_file_name(npz_name(path)), prediction, Rules::NnunetV2).map(drop)
         };
         task.validate(options, checkpoint, predict, device, &mut bar, &mut keep)
     }

@@ -17,7 +17,7 @@ const MAX_HEADER: usize = 64 << 10;
 /// Deflate makes at most this many bytes of one.
 const MAX_RATIO: usize = 1032;
 
-/// Opens a `.npy` file of four axes, mapped.
+/// Opens a `.npy` file of four axes, or of three as a single channel, mapped.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Model`] when it is damaged, of another type or of another number of axes.
@@ -113,8 +113,14 @@ impl Header {
     }
 
     fn flat(self, path: &Path, bytes: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Flat> {
-        let shape = <[usize; 4]>::try_from(self.shape)
-            .map_err(|s| Error::model(path, "shape", format!("{} axes, expected 4 (channel, z, y, x)", s.len())))?;
+        let shape = match *self.shape.as_slice() {
+            [z, y, x] => [1, z, y, x],
+            [c, z, y, x] => [c, z, y, x],
+            _ => {
+                let what = format!("{} axes, expected (channel, z, y, x) or (z, y, x)", self.shape.len());
+                return Err(Error::model(path, "shape", what));
+            }
+        };
         Flat::new(bytes, self.start, self.dtype, shape)
             .ok_or_else(|| Error::model(path, "shape", format!("{shape:?}, more elements than the file holds")))
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::plans::Channel;
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
-use crate::io::{Geometry, Image, read_nifti, read_nifti_header, read_segmentation};
+use crate::io::{Geometry, Image, Segmentation, read_nifti, read_nifti_header, read_segmentation};
 
 /// File name endings of images that can be read, in any case of letters, the longer first.
 pub const ENDINGS: [&str; 2] = [".nii.gz", ".nii"];
@@ -187,6 +187,35 @@ impl Case {
         let image = self.files.first().and_then(|(_, p)| read_nifti_header(p).ok());
         let done = read_segmentation(output).ok();
         matches!((image, done), (Some(i), Some(d)) if same_place(&i, &d.geometry))
+    }
+
+    /// What the stage before of a cascade predicted of this case: `path`, or the file of the case's name in the folder `path`.
+    #[must_use]
+    pub fn previous(&self, path: &Path) -> PathBuf {
+        if !path.is_dir() {
+            return path.into();
+        }
+        let names = ENDINGS.map(|ending| path.join(format!("{}{ending}", self.name)));
+        let [usual, _] = &names;
+        names.iter().find(|p| p.is_file()).unwrap_or(usual).clone()
+    }
+
+    /// Reads a segmentation of this case.
+    ///
+    /// # Errors
+    /// Those of [`read_segmentation`]; [`Error::Image`] when it does not lie where the image lies, voxel for voxel.
+    pub fn read_segmentation(&self, path: &Path) -> Result<Segmentation> {
+        let found = read_segmentation(path)?;
+        let image = self.files.first().map(|(_, p)| read_nifti_header(p)).transpose()?;
+        match image {
+            Some(image) if !same_place(&image, &found.geometry) => {
+                let (own, image) = (found.geometry.shape, image.shape);
+                let what =
+                    format!("{own:?} voxels that lie elsewhere than the {image:?} of the image; expected its grid");
+                Err(Error::image(path, "grid", what))
+            }
+            _ => Ok(found),
+        }
     }
 
     /// What is wrong with an image in memory, said of the file it came from.

@@ -128,6 +128,21 @@ pub struct InferencePlan {
     /// v1 only: labels of which the largest component is kept, as its postprocessing.json says; usually empty.
     #[serde(default)]
     pub keep_largest: Vec<u16>,
+    /// Of a cascade's second stage: the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<PreviousStage>,
+}
+
+/// The stage of a cascade before this one: what it predicts becomes input channels.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct PreviousStage {
+    /// Name of its configuration, "3d_lowres".
+    pub configuration: String,
+    /// Label values, each of which is a channel of zeros and ones after those of the image.
+    pub labels: Vec<u16>,
+    /// Resampling of its label map.
+    pub resampling: Resampling,
 }
 
 /// Larger than any patch that fits a machine; keeps products of sizes far from overflow.
@@ -137,6 +152,12 @@ const MAX_PATCH: usize = 4096;
 const MAX_PATCH_VOXELS: usize = 1 << 28;
 
 impl InferencePlan {
+    /// Input channels of the network: the image's, and those of the stage before.
+    #[must_use]
+    pub fn inputs(&self) -> usize {
+        self.channels.len() + self.previous.as_ref().map_or(0, |p| p.labels.len())
+    }
+
     /// Checks that the parts fit each other, whatever file they came from.
     pub(crate) fn validate(&self, file: &Path) -> Result<()> {
         let bad = |field: &str, what: String| Err(Error::model(file, field, what));
@@ -165,6 +186,13 @@ impl InferencePlan {
         }
         check_resampling(self.resampling_data, file)?;
         check_resampling(self.resampling_probabilities, file)?;
+        if let Some(previous) = &self.previous {
+            check_resampling(previous.resampling, file)?;
+            if self.rules != Rules::NnunetV2 || previous.labels.is_empty() || previous.labels.contains(&0) {
+                let what = "a stage before without labels, with background among them, or of nnU-Net v1";
+                return bad("previous", what.into());
+            }
+        }
         let heads = match &self.decision {
             Decision::Argmax => self.labels.len() + 1,
             Decision::Regions { paint } => paint.len(),

@@ -75,7 +75,8 @@ fn probabilities_picture_and_report() {
     assert_eq!(report["cases"][0]["outcome"], "done");
     assert_eq!(report["interrupted"], false);
     let outputs = report["cases"][0]["outputs"].as_array().unwrap();
-    assert_eq!(outputs.iter().map(|o| o["path"].as_str().unwrap()).collect::<Vec<_>>(), ["o.nii.gz", "o.npz", "o.png"]);
+    let paths: Vec<_> = outputs.iter().map(|o| o["path"].as_str().unwrap()).collect();
+    assert_eq!(paths, ["o.nii.gz", "o.npz", "o.png", "o.pkl"]);
     assert!(std::fs::read(bench.path("o.png")).unwrap().starts_with(b"\x89PNG\r\n\x1a\n"));
     let (name, header, bytes) = bench.array("o.npz");
     assert_eq!(name, "probabilities.npy");
@@ -208,7 +209,7 @@ fn only_all_that_was_asked_for_is_complete() {
         |more: &[&str]| bench.predict(&[&["-i", "in", "-o", "out", "--continue"], more].concat()).ok().to_owned();
     assert_eq!(again(&[]), "out/a.nii.gz\n");
     assert_eq!(again(&[]), "");
-    assert_eq!(again(&["--save-probabilities"]), "out/a.nii.gz\nout/a.npz\n");
+    assert_eq!(again(&["--save-probabilities"]), "out/a.nii.gz\nout/a.npz\nout/a.pkl\n");
     assert_eq!(again(&["--save-probabilities"]), "");
     // Another image of the same name and shape, elsewhere in space.
     let moved = crate::common::files::with(nifti([12, 11, 10]), 280 + 12, &7f32.to_le_bytes());

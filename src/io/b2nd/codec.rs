@@ -4,6 +4,7 @@
 use std::io::Read;
 
 use flate2::read::ZlibDecoder;
+use ruzstd::decoding::StreamingDecoder;
 
 /// Unpacks `packed` into all of `out`.
 ///
@@ -19,8 +20,13 @@ pub(super) fn unpack(codec: u8, packed: &[u8], out: &mut [u8]) -> Result<(), Str
             decoder.read_exact(out).map_err(|e| format!("damaged zlib data: {e}"))?;
             out.len()
         }
-        4 => return Err("packed with Zstandard; BloscLZ, LZ4, LZ4HC and zlib are read".into()),
-        other => return Err(format!("packed with codec {other}; BloscLZ, LZ4, LZ4HC and zlib are read")),
+        4 => {
+            let damaged = |e: &dyn std::fmt::Display| format!("damaged Zstandard data: {e}");
+            let mut decoder = StreamingDecoder::new(packed).map_err(|e| damaged(&e))?;
+            decoder.read_exact(out).map_err(|e| damaged(&e))?;
+            out.len()
+        }
+        other => return Err(format!("packed with codec {other}; BloscLZ, LZ4, LZ4HC, zlib and Zstandard are read")),
     };
     if n == out.len() { Ok(()) } else { Err(format!("a block of {n} bytes, expected {}", out.len())) }
 }

@@ -28,7 +28,7 @@ const METALAYERS: usize = 91;
 const MAX_CHUNKS: usize = 1 << 24;
 const MAX_BYTES: usize = 1 << 30;
 
-/// An array of four axes in a mapped file.
+/// An array of four axes in a mapped file; one of three is a single channel.
 pub(crate) struct B2nd {
     path: PathBuf,
     map: Mmap,
@@ -49,7 +49,7 @@ impl B2nd {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Model`] when it is damaged or no array of four axes.
+    /// [`Error::Io`]; [`Error::Model`] when it is damaged or no array of three or four axes.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let map = map_file(path)?;
         Self::read(path, map).map_err(|what| Error::model(path, "b2nd", what))
@@ -206,7 +206,7 @@ fn meta(head: &[u8]) -> Result<Meta, String> {
         }
         let mut content = Packed(head.get(at..).ok_or(short)?);
         let content = content.binary().ok_or(short)?;
-        return array(Packed(content)).ok_or("a metalayer b2nd that is not one of an array of four axes")?;
+        return array(Packed(content)).ok_or("a metalayer b2nd that is not one of an array of three or four axes")?;
     }
     Err("no metalayer b2nd: not an array".into())
 }
@@ -215,13 +215,14 @@ fn meta(head: &[u8]) -> Result<Meta, String> {
 fn array(mut m: Packed<'_>) -> Option<Result<Meta, String>> {
     let items = m.list_len()?;
     let _version = m.integer()?;
-    if items < 5 || m.integer()? != 4 {
+    let axes = m.integer()?;
+    if items < 5 || !matches!(axes, 3 | 4) {
         return None;
     }
     let mut four = || -> Option<[usize; 4]> {
-        (m.list_len()? == 4).then_some(())?;
+        (m.list_len()? == axes as usize).then_some(())?;
         let mut next = || usize::try_from(m.integer()?).ok();
-        Some([next()?, next()?, next()?, next()?])
+        Some([if axes == 3 { 1 } else { next()? }, next()?, next()?, next()?])
     };
     let (shape, chunk, block) = (four()?, four()?, four()?);
     // Files before Blosc2 2.8 do not tell the type.

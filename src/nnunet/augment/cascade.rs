@@ -49,15 +49,6 @@ fn draw_channels(rng: &mut Rng, gate: f64, labels: usize) -> Vec<usize> {
     order
 }
 
-/// One channel per label of `wanted`: 1 where it is, 0 elsewhere.
-pub(super) fn one_hot(labels: &[u16], wanted: &[u16], out: &mut [f32]) {
-    for (&label, out) in wanted.iter().zip(out.chunks_exact_mut(labels.len().max(1))) {
-        for (out, &l) in out.iter_mut().zip(labels) {
-            *out = if l == label { 1.0 } else { 0.0 };
-        }
-    }
-}
-
 /// `ApplyRandomBinaryOperatorTransform`, then `RemoveRandomConnectedComponentFromOneHotEncodingTransform`.
 pub(super) fn apply(
     operations: &[Operation],

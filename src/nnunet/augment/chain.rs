@@ -3,6 +3,7 @@
 use super::intensity::Memory;
 use super::{AugmentConfig, Parameters, cascade, intensity, spatial};
 use crate::error::{Error, Result};
+use crate::nnunet::preprocess::labels;
 use crate::nnunet::training_case::TrainingCase;
 use crate::ops::intensity::{Flip, put_labels};
 use crate::tensor::Isa;
@@ -130,7 +131,7 @@ impl Augmenter {
         if cascade == 1 {
             scratch.previous.resize(volume, 0);
             put_labels(self.isa, flip, &scratch.labels[volume..2 * volume], &mut scratch.previous);
-            cascade::one_hot(&scratch.previous, &self.previous, one_hot);
+            labels::one_hot(&scratch.previous, &self.previous, one_hot);
             let flat = self.config.as_ref().is_some_and(|c| c.two_d);
             cascade::apply(&parameters.operations, &parameters.removals, self.patch, flat, one_hot);
         }

@@ -108,8 +108,8 @@ impl Architecture {
         let (in_channels, classes, names) = (config.in_channels(), config.classes(), config.parameters());
         let first = names.first().map_or("state_dict", |(n, _)| n.as_str());
         let last = names.iter().rev().map(|(n, _)| n.as_str()).find(|n| n.ends_with(".weight")).unwrap_or("state_dict");
-        if in_channels != plan.channels.len() {
-            let what = format!("{in_channels} input channels, the plan has {}", plan.channels.len());
+        if in_channels != plan.inputs() {
+            let what = format!("{in_channels} input channels, the plan has {}", plan.inputs());
             return Err(Error::model(weights.path(), first, what));
         }
         if classes != plan.heads {

@@ -80,6 +80,7 @@ fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<Infe
         resampling_data: Resampling { order: 3, order_z: 0, force_separate_z: None },
         resampling_probabilities: export(&plans)?,
         keep_largest: keep_largest(folder, heads)?,
+        previous: None,
     })
 }
 

@@ -11,7 +11,7 @@ use crate::io::weights::printable;
 use crate::models::UnetConfig;
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
-use crate::nnunet::plans::{Channel, InferencePlan, Intensity, Normalization, Resampling, Rules};
+use crate::nnunet::plans::{Channel, InferencePlan, Intensity, Normalization, PreviousStage, Resampling, Rules};
 use crate::nnunet::preprocess::PreprocessPlan;
 
 /// What a checkpoint says beside its weights.
@@ -63,9 +63,6 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
     let resolved = Value::Object(resolve(&plans.need("configurations")?, name)?);
     let at = format!("configurations.{name}");
     let conf = Field::at(&plans_path, &at, &resolved);
-    if conf.get("previous_stage").is_some() {
-        return Err(Error::unsupported(format!("configuration {name:?}: a cascade, which needs its previous stage")));
-    }
     let patch = conf.need("patch_size")?;
     if patch.items()?.len() == 2 {
         return Err(Error::unsupported(format!("configuration {name:?}: a 2D network; 3D configurations are")));
@@ -91,9 +88,31 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
         resampling_data: resampling(&conf, "resampling_fn_data", false)?,
         resampling_probabilities: resampling(&conf, "resampling_fn_probabilities", false)?,
         keep_largest: Vec::new(),
+        previous: previous_stage(&conf, &labels)?,
     };
     plan.validate(&plans_path)?;
     Ok(plan)
+}
+
+/// The stage of a cascade before the configuration `conf`.
+fn previous_stage(conf: &Field<'_>, labels: &LabelSet) -> Result<Option<PreviousStage>> {
+    let Some(name) = previous_name(conf)? else { return Ok(None) };
+    let resampling = resampling(conf, "resampling_fn_seg", true)?;
+    Ok(Some(PreviousStage { configuration: name, labels: labels.foreground_labels().to_vec(), resampling }))
+}
+
+/// Name of the configuration that predicts what `conf` takes as input, if there is one.
+pub(in crate::nnunet) fn previous_name(conf: &Field<'_>) -> Result<Option<String>> {
+    conf.get("previous_stage").map(|p| p.str().map(str::to_string)).transpose()
+}
+
+/// Names of the configurations that take as input what `conf` predicts.
+pub(in crate::nnunet) fn next_names(conf: &Field<'_>) -> Result<Vec<String>> {
+    let Some(next) = conf.get("next_stage") else { return Ok(Vec::new()) };
+    match next.value {
+        Value::String(one) => Ok(vec![one.clone()]),
+        _ => next.items()?.iter().map(|n| n.str().map(str::to_string)).collect(),
+    }
 }
 
 /// Other classes of these names do other things, which their names do not tell.

@@ -13,7 +13,8 @@ use std::time::Instant;
 use super::{Needs, Prediction, Predictor, Prepared, Segmented, Standing};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::io::{Geometry, Image};
+use crate::io::{Geometry, Image, Segmentation};
+use crate::nnunet::preprocess::NEEDS_PREVIOUS;
 use crate::tensor::Device;
 
 /// Where the images of a cohort come from. Cases are asked for in rising order, from another thread ahead of the network.
@@ -33,6 +34,15 @@ pub trait Source: Sync {
     /// # Errors
     /// As [`Source::grid`].
     fn read(&self, case: usize) -> Result<Image>;
+
+    /// What the stage before predicted of a case, on the image's grid: asked for where the model is the second stage of a
+    /// cascade.
+    ///
+    /// # Errors
+    /// As [`Source::grid`].
+    fn previous(&self, case: usize) -> Result<Segmentation> {
+        Err(Error::usage(format!("case {case}: {NEEDS_PREVIOUS}")))
+    }
 }
 
 /// Where the predictions of a cohort go.
@@ -227,6 +237,8 @@ impl Cohort<'_> {
     fn input(&self, ticket: &Ticket<'_>) -> Result<Input> {
         let clock = Instant::now();
         let image = self.source.read(ticket.case)?;
+        let cascaded = self.predictor.plan.previous.is_some();
+        let previous = cascaded.then(|| self.source.previous(ticket.case)).transpose()?;
         let read_seconds = clock.elapsed().as_secs_f64();
         let (found, expected) = (&image.geometry, &ticket.grid);
         if found.shape != expected.shape || found.spacing_mm != expected.spacing_mm {
@@ -234,7 +246,7 @@ impl Cohort<'_> {
             return Err(Error::input(format!("{} were announced, {} came", of(expected), of(found))));
         }
         ticket.flight.unless_stopped()?;
-        let prepared = self.predictor.prepare(&image)?;
+        let prepared = self.predictor.prepare(&image, previous.as_ref())?;
         Ok(Input { image, prepared, read_seconds })
     }
 
@@ -262,7 +274,7 @@ impl Cohort<'_> {
         };
         let Input { image, prepared, read_seconds } = input;
         let geometry = image.geometry.clone();
-        let mut segmented = device.install(|| self.predictor.segment(&prepared, geometry, progress))?;
+        let mut segmented = device.install(|| self.predictor.segment(&prepared, geometry, &[], progress))?;
         segmented.report.seconds.insert(0, ("read".into(), read_seconds));
         Ok(Some(Done { _ticket: ticket, image, segmented }))
     }

@@ -114,6 +114,22 @@ impl Export<'_> {
         })
     }
 
+    /// Labels on a grid of `to` voxels (z, y, x) over the nonzero region, its axes transposed as the plan says: what the next
+    /// stage of a cascade gets (nnU-Net `resample_and_save`).
+    ///
+    /// # Errors
+    /// As [`Export::labels`].
+    pub(crate) fn labels_on(&self, planes: &mut dyn Planes, to: [usize; 3]) -> Result<LabelData> {
+        // nnU-Net takes the other grid's spacing for this one's.
+        let (rule, spacing) = (&self.plan.resampling_probabilities, self.plan.spacing_mm);
+        let grid = Grid::new(planes.shape(), to, rule, separate_axis(rule, spacing, spacing))?;
+        let whole = View::whole(to);
+        Ok(match self.max_label() {
+            0..256 => LabelData::U8(self.in_frame(planes, &grid, &whole, to)?),
+            _ => LabelData::U16(self.in_frame(planes, &grid, &whole, to)?),
+        })
+    }
+
     /// v1's `--mode fast` (`order` 1) and `fastest` (`order` 0): labels are decided on the network's grid and
     /// resampled as labels.
     ///
@@ -217,9 +233,19 @@ impl Export<'_> {
     fn on_image<T: Label>(&self, planes: &mut dyn Planes) -> Result<Vec<T>> {
         let target = self.properties.shape_after_cropping;
         let grid = Grid::new(planes.shape(), target, &self.plan.resampling_probabilities, self.apart())?;
-        let mut labels = zeros(self.image_shape().iter().product(), "the segmentation")?;
-        let frame = self.frame();
-        self.each_plane(planes, &grid, |z, plane| write_plane(&frame, z, plane, &mut labels))?;
+        self.in_frame(planes, &grid, &self.frame(), self.image_shape())
+    }
+
+    /// Labels on `grid`, written to their `frame` in an array of `shape`.
+    fn in_frame<T: Label>(
+        &self,
+        planes: &mut dyn Planes,
+        grid: &Grid,
+        frame: &View,
+        shape: [usize; 3],
+    ) -> Result<Vec<T>> {
+        let mut labels = zeros(shape.iter().product(), "the segmentation")?;
+        self.each_plane(planes, grid, |z, plane| write_plane(frame, z, plane, &mut labels))?;
         Ok(labels)
     }
 
@@ -227,10 +253,8 @@ impl Export<'_> {
     fn fast<T: Label>(&self, planes: &mut dyn Planes, order: u8) -> Result<Vec<T>> {
         let (from, to) = (planes.shape(), self.properties.shape_after_cropping);
         let rule = Resampling { order, order_z: 0, force_separate_z: None };
-        let mut coarse: Vec<T> = zeros(from.iter().product(), "the segmentation")?;
         let grid = Grid::new(from, from, &rule, None)?;
-        let whole = View::whole(from);
-        self.each_plane(planes, &grid, |z, plane| write_plane(&whole, z, plane, &mut coarse))?;
+        let coarse: Vec<T> = self.in_frame(planes, &grid, &View::whole(from), from)?;
         let apart = if order == 0 { None } else { self.apart() };
         let fine = resample_labels(&coarse, from, to, &rule, apart, Vote::Half)?;
         let frame = self.frame();

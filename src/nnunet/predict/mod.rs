@@ -3,6 +3,7 @@
 mod cohort;
 mod export;
 mod held;
+mod options;
 mod preprocessed;
 pub(super) mod scores;
 mod stand_in;
@@ -18,109 +19,22 @@ use std::time::Instant;
 
 pub use cohort::{Finished, Sink, Source};
 pub use export::Probabilities;
+pub use options::{Mode, PredictOptions};
 pub use scores::labels_from_scores;
 
 use self::export::{Export, Planes, Scores};
-use self::scores::Stored;
+use self::scores::{Kept, Stored};
 use self::sweep::{Gather, Sweep, SweepPlan};
 use super::model::{FoldWeights, ModelFolder, ModelOptions};
 use super::plans::{Decision, InferencePlan, Rules};
 use super::postprocess::keep_largest_components;
-use super::preprocess::{Preprocessed, plan_shape, preprocess_by};
+use super::preprocess::{Preprocessed, Properties, plan_shape, preprocess_by};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{Geometry, Image, LabelData, Segmentation};
 use crate::models::Network;
 use crate::ops::head::{Activation, LinearHead};
 use crate::tensor::Device;
-
-/// How a v1 model's result is brought back to the image's grid (`--mode` of nnU-Net v1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Mode {
-    /// Resample probabilities, then decide. The only mode of v2 models.
-    #[default]
-    Normal,
-    /// v1: decide on the network's grid, then resample the label map linearly per label.
-    Fast,
-    /// v1: decide on the network's grid, then take the nearest label.
-    Fastest,
-}
-
-/// Options of a prediction.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct PredictOptions {
-    /// Distance of neighbouring windows as a fraction of the patch, in (0, 1].
-    pub step_size: f64,
-    /// Average over mirrored copies, along the axes the model was trained to mirror.
-    pub mirroring: bool,
-    /// Export of v1 models.
-    pub mode: Mode,
-    /// Also return class probabilities; takes classes x volume of memory.
-    pub probabilities: bool,
-    /// Only kernels as accurate as adding up all products one after the other: see [`Ctx::strict`](crate::autograd::Ctx::strict).
-    pub strict: bool,
-    /// Refuse to start when more bytes than this would be needed, everything counted; live tensors never exceed it.
-    pub memory_limit: Option<usize>,
-}
-
-impl Default for PredictOptions {
-    fn default() -> Self {
-        Self {
-            step_size: 0.5,
-            mirroring: true,
-            mode: Mode::Normal,
-            probabilities: false,
-            strict: false,
-            memory_limit: None,
-        }
-    }
-}
-
-impl PredictOptions {
-    /// Sets [`PredictOptions::step_size`].
-    #[must_use]
-    pub fn step_size(mut self, step: f64) -> Self {
-        self.step_size = step;
-        self
-    }
-
-    /// Sets [`PredictOptions::mirroring`].
-    #[must_use]
-    pub fn mirroring(mut self, on: bool) -> Self {
-        self.mirroring = on;
-        self
-    }
-
-    /// Sets [`PredictOptions::mode`].
-    #[must_use]
-    pub fn mode(mut self, mode: Mode) -> Self {
-        self.mode = mode;
-        self
-    }
-
-    /// Sets [`PredictOptions::probabilities`].
-    #[must_use]
-    pub fn probabilities(mut self, on: bool) -> Self {
-        self.probabilities = on;
-        self
-    }
-
-    /// Sets [`PredictOptions::strict`].
-    #[must_use]
-    pub fn strict(mut self, on: bool) -> Self {
-        self.strict = on;
-        self
-    }
-
-    /// Sets [`PredictOptions::memory_limit`].
-    #[must_use]
-    pub fn memory_limit(mut self, bytes: Option<usize>) -> Self {
-        self.memory_limit = bytes;
-        self
-    }
-}
 
 /// What a prediction took.
 #[derive(Debug, Clone, PartialEq)]
@@ -144,6 +58,8 @@ pub struct Prediction {
     pub segmentation: Segmentation,
     /// Class probabilities, if they were asked for.
     pub probabilities: Option<Probabilities>,
+    /// What preprocessing did to the image's grid.
+    pub properties: Properties,
     /// Time and memory.
     pub report: Report,
 }
@@ -213,13 +129,37 @@ impl Predictor {
     /// # Errors
     /// As [`Predictor::predict`], and [`Error::Cancelled`].
     pub fn predict_with(&mut self, image: &Image, progress: &mut dyn Progress) -> Result<Prediction> {
+        self.predict_case(image, None, progress)
+    }
+
+    /// Segments an image with the second stage of a cascade, to which `previous` is what the first predicted of it, on the
+    /// image's grid.
+    ///
+    /// # Errors
+    /// As [`Predictor::predict_with`]; [`Error::Usage`] when the model is no such stage, [`Error::Input`] for a segmentation
+    /// on another grid.
+    pub fn predict_cascade(
+        &mut self,
+        image: &Image,
+        previous: &Segmentation,
+        progress: &mut dyn Progress,
+    ) -> Result<Prediction> {
+        self.predict_case(image, Some(previous), progress)
+    }
+
+    fn predict_case(
+        &mut self,
+        image: &Image,
+        previous: Option<&Segmentation>,
+        progress: &mut dyn Progress,
+    ) -> Result<Prediction> {
         self.validate()?;
         self.check_memory(&image.geometry, image.channels.len())?;
         self.limited(|this| {
             this.device.install(|| {
                 tell(progress, Event::Stage("preprocess"))?;
-                let prepared = this.prepare(image)?;
-                this.finish(this.segment(&prepared, image.geometry.clone(), progress)?)
+                let prepared = this.prepare(image, previous)?;
+                this.finish(this.segment(&prepared, image.geometry.clone(), &[], progress)?)
             })
         })
     }
@@ -243,7 +183,7 @@ impl Predictor {
         self.validate()?;
         let this = &*self;
         this.device.install(|| {
-            let case = preprocess_by(this.device.isa(), image, &this.plan)?;
+            let case = preprocess_by(this.device.isa(), image, None, &this.plan)?;
             let plan = this.plan_sweep(case.shape, this.card_room()?)?;
             let head = this.combined_head(&plan)?;
             let (inputs, channels) = (plan.channels(), this.plan.heads);
@@ -304,14 +244,21 @@ impl Predictor {
         Ok(())
     }
 
-    fn prepare(&self, image: &Image) -> Result<Prepared> {
+    fn prepare(&self, image: &Image, previous: Option<&Segmentation>) -> Result<Prepared> {
         let clock = Instant::now();
-        let case = preprocess_by(self.device.isa(), image, &self.plan)?;
+        let case = preprocess_by(self.device.isa(), image, previous, &self.plan)?;
         Ok(Prepared { case, seconds: clock.elapsed().as_secs_f64() })
     }
 
-    /// The network, and its output on the grid of the image.
-    fn segment(&self, prepared: &Prepared, geometry: Geometry, progress: &mut dyn Progress) -> Result<Segmented> {
+    /// The network, and its output on the grid of the image and on those of the stages of a cascade that follow, which have
+    /// the shapes `next`.
+    fn segment(
+        &self,
+        prepared: &Prepared,
+        geometry: Geometry,
+        next: &[[usize; 3]],
+        progress: &mut dyn Progress,
+    ) -> Result<Segmented> {
         self.device.reset_peak();
         let clock = Instant::now();
         let case = &prepared.case;
@@ -320,14 +267,12 @@ impl Predictor {
         tell(progress, Event::Stage("network"))?;
         let mut sweep = Sweep::new(sweep, &self.nets, &self.device, &case.data, progress)?;
         let export = self.export(case, head.as_ref());
-        let (labels, probabilities) = match self.options.mode {
-            Mode::Normal if self.options.probabilities => {
-                let (labels, p) = export.labels_and_probabilities(&mut sweep)?;
-                (labels, Some(p))
-            }
-            Mode::Normal => (export.labels(&mut sweep)?, None),
-            Mode::Fast => (export.labels_fast(&mut sweep, 1)?, None),
-            Mode::Fastest => (export.labels_fast(&mut sweep, 0)?, None),
+        let ((labels, probabilities), stages) = if next.is_empty() {
+            (self.on_image(&export, &mut sweep)?, Vec::new())
+        } else {
+            let mut kept = Kept::new(&mut sweep)?;
+            let result = self.on_image(&export, &mut kept)?;
+            (result, next.iter().map(|to| export.labels_on(&mut kept, *to)).collect::<Result<_>>()?)
         };
         let network = sweep.network_seconds();
         let export = clock.elapsed().as_secs_f64() - network;
@@ -338,19 +283,33 @@ impl Predictor {
             seconds: seconds.map(|(n, s)| (n.to_string(), s)).to_vec(),
             peak_tensor_bytes: self.device.memory().peak,
         };
-        Ok(Segmented { labels, probabilities, geometry, report })
+        let properties = case.properties.clone();
+        Ok(Segmented { labels, probabilities, stages, properties, geometry, report })
+    }
+
+    /// Labels on the image's own grid, and probabilities if they are asked for.
+    fn on_image(&self, export: &Export<'_>, planes: &mut dyn Planes) -> Result<(LabelData, Option<Probabilities>)> {
+        Ok(match self.options.mode {
+            Mode::Normal if self.options.probabilities => {
+                let (labels, p) = export.labels_and_probabilities(planes)?;
+                (labels, Some(p))
+            }
+            Mode::Normal => (export.labels(planes)?, None),
+            Mode::Fast => (export.labels_fast(planes, 1)?, None),
+            Mode::Fastest => (export.labels_fast(planes, 0)?, None),
+        })
     }
 
     /// What looks at the whole label map.
     fn finish(&self, segmented: Segmented) -> Result<Prediction> {
         let clock = Instant::now();
-        let Segmented { mut labels, probabilities, geometry, mut report } = segmented;
+        let Segmented { mut labels, probabilities, properties, geometry, mut report, .. } = segmented;
         keep_largest_components(&mut labels, geometry.shape, &self.plan.keep_largest);
         let segmentation = Segmentation::new(labels, geometry, self.plan.labels.clone())?;
         if let Some((_, seconds)) = report.seconds.iter_mut().find(|(stage, _)| stage == "export") {
             *seconds += clock.elapsed().as_secs_f64();
         }
-        Ok(Prediction { segmentation, probabilities, report })
+        Ok(Prediction { segmentation, probabilities, properties, report })
     }
 
     /// With `room` on the card, if it is one.
@@ -441,6 +400,13 @@ impl Predictor {
         let sum = |parts: &[usize]| parts.iter().fold(0usize, |n, b| n.saturating_add(*b));
         let both = [0, 1, 2].map(|a| from[a].max(to[a]));
         let images = channels.saturating_mul(product(from).saturating_add(product(to)));
+        // Of a cascade: the label map as it is read and cropped, and a channel for each label.
+        let previous = self
+            .plan
+            .previous
+            .as_ref()
+            .map_or(0, |p| product(from).saturating_add(p.labels.len().saturating_mul(product(to))));
+        let images = images.saturating_add(previous);
         // What a card holds is not the machine's memory.
         let activations = if self.device.is_cpu() { self.activations() } else { 0 };
         let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
@@ -448,7 +414,7 @@ impl Predictor {
         let features = self.nets.iter().map(|n| n.head_features().next_multiple_of(16)).max().unwrap_or(0);
         let travels = !self.device.is_cpu() && !sweep.sums_on_card;
         let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
-        let patch = product(self.plan.patch).saturating_mul(channels + 1);
+        let patch = product(self.plan.patch).saturating_mul(self.plan.inputs() + 1);
         // The window that is computed and the next, page-locked, in buffers of a power of two.
         let staged = if self.device.is_cpu() { 0 } else { patch.saturating_mul(4).min(64 << 20) };
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
@@ -504,6 +470,9 @@ struct Prepared {
 struct Segmented {
     labels: LabelData,
     probabilities: Option<Probabilities>,
+    /// Labels on the grids of the stages that follow.
+    stages: Vec<LabelData>,
+    properties: Properties,
     geometry: Geometry,
     report: Report,
 }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::io::LabelData;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Normalization, Resampling, Rules};
 use crate::nnunet::preprocess::Properties;
+use crate::nnunet::preprocess::resample::zeros;
 use crate::ops::head::LinearHead;
 use crate::tensor::Device;
 
@@ -27,6 +28,43 @@ impl Planes for Stored<'_> {
 
     fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
         out.copy_from_slice(&self.scores[z * out.len()..][..out.len()]);
+        Ok(())
+    }
+}
+
+/// Passes planes on and keeps them, so that they can be asked for again.
+pub(super) struct Kept<'a> {
+    source: &'a mut dyn Planes,
+    planes: Vec<f32>,
+    /// Planes that are there.
+    done: usize,
+}
+
+impl<'a> Kept<'a> {
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(super) fn new(source: &'a mut dyn Planes) -> Result<Self> {
+        let values = source.shape().iter().fold(source.channels(), |n, &d| n.saturating_mul(d));
+        Ok(Self { planes: zeros(values, "the network's output")?, source, done: 0 })
+    }
+}
+
+impl Planes for Kept<'_> {
+    fn channels(&self) -> usize {
+        self.source.channels()
+    }
+
+    fn shape(&self) -> [usize; 3] {
+        self.source.shape()
+    }
+
+    fn plane(&mut self, z: usize, out: &mut [f32]) -> Result<()> {
+        let n = out.len();
+        while self.done <= z {
+            self.source.plane(self.done, &mut self.planes[self.done * n..][..n])?;
+            self.done += 1;
+        }
+        out.copy_from_slice(&self.planes[z * n..][..n]);
         Ok(())
     }
 }
@@ -135,6 +173,7 @@ fn plain(heads: usize) -> InferencePlan {
         resampling_data: resampling,
         resampling_probabilities: resampling,
         keep_largest: Vec::new(),
+        previous: None,
     }
 }
 

@@ -45,6 +45,7 @@ impl Predictor {
             resampling_data: resampling(3),
             resampling_probabilities: resampling(1),
             keep_largest: Vec::new(),
+            previous: None,
         };
         plan.validate(std::path::Path::new("stand-in"))?;
         Ok(Self { plan, nets: vec![net], device: device.clone(), options: PredictOptions::default() })

@@ -45,14 +45,40 @@ pub fn preprocess_case(
     if plan.rules != Rules::NnunetV2 {
         return Err(Error::unsupported("preprocessing for training by the rules of nnU-Net v1; those of v2 are"));
     }
-    let (shape, own) = (image.geometry.shape, truth.geometry.shape);
+    let (image, labels) = with_labels(Isa::detect(), image, truth, plan)?;
+    let locations = class_locations(&labels, image.shape, classes);
+    Ok(PreprocessedCase { image, labels, locations })
+}
+
+/// An image for the second stage of a cascade, and what the first one predicted of it as further channels: one of zeros and
+/// ones for each of `values` (nnU-Net `preprocess_fromfiles_save_to_queue`).
+pub(crate) fn preprocess_with_previous(
+    isa: Isa,
+    image: &Image,
+    predicted: &Segmentation,
+    plan: &PreprocessPlan,
+    values: &[u16],
+) -> Result<Preprocessed> {
+    let (mut case, labels) = with_labels(isa, image, predicted, plan)?;
+    case.append_one_hot(&labels, values)?;
+    Ok(case)
+}
+
+/// An image and a label map of it on the network's grid.
+fn with_labels(
+    isa: Isa,
+    image: &Image,
+    labels: &Segmentation,
+    plan: &PreprocessPlan,
+) -> Result<(Preprocessed, Vec<i16>)> {
+    let (shape, own) = (image.geometry.shape, labels.geometry.shape);
     if shape != own {
         let what = format!("{shape:?} voxels (z, y, x), its segmentation has {own:?}: they must lie on one grid");
         return Err(Error::input(what));
     }
     let grids = Grids::of(image, plan)?;
     let rule = &plan.resampling_labels;
-    let cropped = cropped(image, &truth.labels, &grids)?;
+    let cropped = cropped(image, &labels.labels, &grids)?;
     let masked = plan.channels.iter().any(|c| c.use_mask);
     // Labelled voxels count as inside even where the image is 0.
     let mask = masked.then(|| {
@@ -67,9 +93,8 @@ pub fn preprocess_case(
     } else {
         resample_labels(&cropped, grids.view.shape, grids.shape, rule, grids.apart(rule), Vote::Largest)?
     };
-    let locations = class_locations(&labels, grids.shape, classes);
-    let image = Job { plan, grids, mask, isa: Isa::detect() }.run(image)?;
-    Ok(PreprocessedCase { image, labels, locations })
+    let image = Job { plan, grids, mask, isa }.run(image)?;
+    Ok((image, labels))
 }
 
 /// The truth in the nonzero box; background outside of the nonzero region becomes [`OUTSIDE`].

@@ -113,6 +113,15 @@ impl<T: Copy + Default + Ord> Eight<T> {
     }
 }
 
+/// One channel per label of `wanted`: 1 where it is, 0 elsewhere (nnU-Net `convert_labelmap_to_one_hot`).
+pub(crate) fn one_hot<L: Copy + Into<i32>>(labels: &[L], wanted: &[u16], out: &mut [f32]) {
+    for (&label, out) in wanted.iter().zip(out.chunks_exact_mut(labels.len().max(1))) {
+        for (out, &l) in out.iter_mut().zip(labels) {
+            *out = if l.into() == i32::from(label) { 1.0 } else { 0.0 };
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::resample::{Held, View, resample};

@@ -12,9 +12,10 @@ pub(crate) mod spline;
 
 use crate::base::par;
 use crate::error::{Error, Result};
-use crate::io::Image;
+use crate::io::{Image, Segmentation};
 use crate::nnunet::plans::{Channel, InferencePlan, Normalization, Resampling, Rules};
 use crate::tensor::Isa;
+use case::preprocess_with_previous;
 pub use case::{PreprocessedCase, preprocess_case};
 use crop::{Mask, Scan};
 pub use locations::class_locations;
@@ -34,6 +35,29 @@ pub struct Preprocessed {
     pub shape: [usize; 3],
     /// How to come back to the image's own grid.
     pub properties: Properties,
+}
+
+impl Preprocessed {
+    /// Appends a channel of zeros and ones for each of `values`, from a label map on the same grid.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are not as many labels as voxels, [`Error::OutOfMemory`].
+    pub(crate) fn append_one_hot(&mut self, map: &[i16], values: &[u16]) -> Result<()> {
+        let voxels: usize = self.shape.iter().product();
+        if map.len() != voxels {
+            return Err(Error::shape("preprocess", format!("{} labels for {voxels} voxels", map.len())));
+        }
+        let before = self.data.len();
+        let asked = voxels.saturating_mul(values.len());
+        if self.data.try_reserve_exact(asked).is_err() {
+            let what = "the labels of the stage before".into();
+            return Err(Error::OutOfMemory { what, asked: 4 * asked, in_use: 4 * before, limit: isize::MAX as usize });
+        }
+        self.data.resize(before + asked, 0.0);
+        labels::one_hot(map, values, &mut self.data[before..]);
+        self.channels += values.len();
+        Ok(())
+    }
 }
 
 /// What preprocessing did to the grid (nnU-Net's `properties` dictionary).
@@ -63,16 +87,33 @@ pub struct Properties {
 /// [`Error::Usage`] for a plan whose parts do not fit each other; [`Error::Unsupported`] for spline orders other than 0,
 /// 1 and 3; [`Error::OutOfMemory`].
 pub fn preprocess(image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
-    preprocess_by(Isa::detect(), image, plan)
+    preprocess_by(Isa::detect(), image, None, plan)
 }
 
-/// [`preprocess`] with the kernels of one instruction set.
-pub(crate) fn preprocess_by(isa: Isa, image: &Image, plan: &InferencePlan) -> Result<Preprocessed> {
+/// [`preprocess`] with the kernels of one instruction set, and with what the stage before of a cascade predicted.
+pub(crate) fn preprocess_by(
+    isa: Isa,
+    image: &Image,
+    predicted: Option<&Segmentation>,
+    plan: &InferencePlan,
+) -> Result<Preprocessed> {
+    let previous = plan.previous.as_ref();
     let plan = &PreprocessPlan::from(plan);
+    match (previous, predicted) {
+        (Some(p), Some(predicted)) => return preprocess_with_previous(isa, image, predicted, plan, &p.labels),
+        (Some(p), None) => return Err(Error::usage(format!("{NEEDS_PREVIOUS}: those of {}", p.configuration))),
+        (None, Some(_)) => {
+            return Err(Error::usage("a segmentation of a stage before, for a model that is no cascade"));
+        }
+        (None, None) => {}
+    }
     let grids = Grids::of(image, plan)?;
     let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &grids.view));
     Job { plan, grids, mask, isa }.run(image)
 }
+
+/// What is missing where a cascade's second stage has no first.
+pub(crate) const NEEDS_PREVIOUS: &str = "the second stage of a cascade needs the segmentations of the first";
 
 /// Largest shape that an image of `shape` voxels and `spacing_mm`, both (z, y, x), can have on the network's grid
 /// (transposed axes): that of the whole image, of which [`preprocess`] keeps the nonzero region.

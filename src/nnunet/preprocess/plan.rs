@@ -41,8 +41,11 @@ impl From<&InferencePlan> for PreprocessPlan {
             transpose_backward: plan.transpose_backward,
             spacing_mm: plan.spacing_mm.map(Some),
             resampling_data: plan.resampling_data,
-            // Of inference no label map is asked; nnU-Net's default.
-            resampling_labels: Resampling { order: 1, order_z: 0, force_separate_z: None },
+            // Without a stage before no label map is asked; nnU-Net's default.
+            resampling_labels: plan
+                .previous
+                .as_ref()
+                .map_or(Resampling { order: 1, order_z: 0, force_separate_z: None }, |p| p.resampling),
         }
     }
 }

@@ -187,6 +187,11 @@ pub(super) fn made_by(folder: &Path, identifier: &str) -> Option<String> {
     file(folder, identifier, ".npz").is_file().then(|| made.to_string())
 }
 
+/// Writes what a stage of a cascade predicted for the next as nnU-Net's `save_seg` does.
+pub(super) fn write_labels(path: &Path, labels: &[i16], shape: [usize; 3]) -> Result<()> {
+    write_npz(path, |npz| npz.array("seg", &shape, |a| a.push(labels)))
+}
+
 /// Writes the archive, by which cases are found, last; an old one must not be taken for what the new pickle tells of.
 pub(super) fn write(
     folder: &Path,
@@ -199,9 +204,10 @@ pub(super) fn write(
     if archive.exists() {
         std::fs::remove_file(&archive).map_err(|e| Error::io("remove", &archive, e))?;
     }
-    let bytes = pickled(&python_properties(case, image, fingerprint))?;
-    let path = file(folder, identifier, ".pkl");
-    write_atomically(&path, |file| file.write_all(&bytes).map_err(|e| Error::io("write", &path, e)))?;
+    let mut properties = python_properties(&case.image.properties, image);
+    properties.push(("class_locations", python_locations(case)));
+    properties.push((MADE_BY, Py::Str(fingerprint.into())));
+    write_pickle(&file(folder, identifier, ".pkl"), properties)?;
     let [z, y, x] = case.image.shape;
     write_npz(&archive, |npz| {
         npz.array("data", &[case.image.channels, z, y, x], |a| a.push(&case.image.data))?;
@@ -209,8 +215,33 @@ pub(super) fn write(
     })
 }
 
-fn python_properties(case: &PreprocessedCase, image: &Geometry, fingerprint: &str) -> Py {
-    let p = &case.image.properties;
+/// Writes what a prediction's `.npz` needs beside it to be brought back to the image: nnU-Net's `properties`.
+pub(super) fn write_properties(path: &Path, properties: &Properties, image: &Geometry) -> Result<()> {
+    write_pickle(path, python_properties(properties, image))
+}
+
+fn write_pickle(path: &Path, entries: Vec<(&str, Py)>) -> Result<()> {
+    let entries = entries.into_iter().map(|(key, value)| (Py::Str(key.into()), value)).collect();
+    let bytes = pickled(&Py::Dict(entries))?;
+    write_atomically(path, |file| file.write_all(&bytes).map_err(|e| Error::io("write", path, e)))
+}
+
+/// Voxels by class.
+fn python_locations(case: &PreprocessedCase) -> Py {
+    let classes = case.locations.classes.iter().map(|(class, voxels)| {
+        let key = match class {
+            ClassKey::Label(label) => Py::Int(i64::from(*label)),
+            ClassKey::Region(labels) => Py::Tuple(labels.iter().map(|l| Py::Int(i64::from(*l))).collect()),
+        };
+        let rows = voxels.iter().map(|&[z, y, x]| [0, i64::from(z), i64::from(y), i64::from(x)]);
+        // nnU-Net's own form of a class that is not there.
+        (key, if voxels.is_empty() { Py::List(Vec::new()) } else { Py::Rows(rows.collect()) })
+    });
+    Py::Dict(classes.collect())
+}
+
+/// What the reader of the image noted of its grid (`SimpleITKIO`), and what preprocessing did to it.
+fn python_properties(p: &Properties, image: &Geometry) -> Vec<(&'static str, Py)> {
     let int = |n: &usize| Py::Int(*n as i64);
     let ints = |n: &[usize]| n.iter().map(int).collect::<Vec<_>>();
     let floats = |f: &[f64]| f.iter().map(|f| Py::Float(*f)).collect::<Vec<_>>();
@@ -226,22 +257,11 @@ fn python_properties(case: &PreprocessedCase, image: &Geometry, fingerprint: &st
         ("origin", Py::Tuple(floats(&origin))),
         ("direction", Py::Tuple(floats(&direction))),
     ]);
-    let classes = case.locations.classes.iter().map(|(class, voxels)| {
-        let key = match class {
-            ClassKey::Label(label) => Py::Int(i64::from(*label)),
-            ClassKey::Region(labels) => Py::Tuple(labels.iter().map(|l| Py::Int(i64::from(*l))).collect()),
-        };
-        let rows = voxels.iter().map(|&[z, y, x]| [0, i64::from(z), i64::from(y), i64::from(x)]);
-        // nnU-Net's own form of a class that is not there.
-        (key, if voxels.is_empty() { Py::List(Vec::new()) } else { Py::Rows(rows.collect()) })
-    });
-    dict([
+    vec![
         ("sitk_stuff", itk),
         ("spacing", Py::List(floats(&image.spacing_mm))),
         ("shape_before_cropping", Py::Tuple(ints(&p.shape_before_cropping))),
         ("bbox_used_for_cropping", Py::List(p.bbox.iter().map(|b| Py::List(ints(b))).collect())),
         ("shape_after_cropping_and_before_resampling", Py::Tuple(ints(&p.shape_after_cropping))),
-        ("class_locations", Py::Dict(classes.collect())),
-        (MADE_BY, Py::Str(fingerprint.into())),
-    ])
+    ]
 }

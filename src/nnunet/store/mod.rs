@@ -16,8 +16,8 @@ use self::own::OwnFile;
 use super::preprocess::{Preprocessed, PreprocessedCase, Properties};
 use super::training_case::TrainingCase;
 use crate::error::{Error, Result};
-use crate::io::Geometry;
 use crate::io::boxes::Boxes;
+use crate::io::{Geometry, LabelData};
 
 /// Forms in which a case may be stored. Where there are several of one case, the first of these is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -120,15 +120,21 @@ impl Stored {
         Ok(Box::new(self.stored(identifier)?))
     }
 
-    /// A whole case as preprocessing made it, without its truth: what the final validation predicts.
+    /// A whole case as preprocessing made it, without its truth: what the final validation predicts. In a cascade the labels
+    /// `previous` of the stage before are further channels of zeros and ones.
     ///
     /// # Errors
     /// Those of [`Stored::case`], [`Error::OutOfMemory`].
-    pub fn image(&self, identifier: &str, transpose_backward: [usize; 3]) -> Result<Preprocessed> {
+    pub fn image(&self, identifier: &str, transpose_backward: [usize; 3], previous: &[u16]) -> Result<Preprocessed> {
         let case = self.stored(identifier)?;
-        let (data, _) = case.whole(&self.folder.join(identifier))?;
+        let (data, labels) = case.whole(&self.folder.join(identifier))?;
         let properties = self.properties(identifier, transpose_backward)?.preprocessing;
-        Ok(Preprocessed { data, channels: case.channels(), shape: case.shape(), properties })
+        let mut image = Preprocessed { data, channels: case.channels(), shape: case.shape(), properties };
+        if !previous.is_empty() {
+            let predicted = labels.chunks_exact(case.shape().iter().product()).nth(1).unwrap_or_default();
+            image.append_one_hot(predicted, previous)?;
+        }
+        Ok(image)
     }
 
     /// How to bring a case back to its image's grid, and that grid.
@@ -156,6 +162,29 @@ impl Stored {
         }
     }
 
+    /// Writes what the stage before of a cascade predicted of a case, on the case's grid, to `folder`:
+    /// [`Stored::with_previous_stage`] reads it. Beside a case in one of nnU-Net's archives it is one, too.
+    ///
+    /// # Errors
+    /// Those of [`Stored::case`]; [`Error::Shape`] when there are not as many labels as voxels or one is above 32767;
+    /// [`Error::Io`].
+    pub fn write_previous_stage(&self, folder: &Path, identifier: &str, labels: &LabelData) -> Result<()> {
+        let shape = self.stored(identifier)?.shape();
+        let narrow = |l: u16| i16::try_from(l).ok();
+        let labels: Option<Vec<i16>> = match labels {
+            LabelData::U8(l) => Some(l.iter().map(|&l| i16::from(l)).collect()),
+            LabelData::U16(l) => l.iter().map(|&l| narrow(l)).collect(),
+        };
+        let labels = labels.filter(|l| l.len() == shape.iter().product::<usize>());
+        let labels = labels.ok_or_else(|| {
+            Error::shape("predicted_next_stage", format!("expected labels up to 32767 for {shape:?} voxels"))
+        })?;
+        match self.form(identifier)? {
+            Form::Npz | Form::Npy => foreign::write_labels(&file(folder, identifier, ".npz"), &labels, shape),
+            _ => own::write_labels(&file(folder, identifier, ".safetensors"), &labels, shape),
+        }
+    }
+
     fn form(&self, identifier: &str) -> Result<Form> {
         match self.identifiers.binary_search_by(|i| i.as_str().cmp(identifier)) {
             Ok(i) => Ok(self.forms[i]),
@@ -170,6 +199,11 @@ impl Stored {
             form => foreign::case(&self.folder, identifier, form, previous),
         }
     }
+}
+
+/// Whether the folder of a stage before holds a case.
+pub(super) fn has_labels(folder: &Path, identifier: &str) -> bool {
+    [".safetensors", ".b2nd", ".npy", ".npz"].iter().any(|ending| file(folder, identifier, ending).is_file())
 }
 
 /// The labels that the stage before predicted of a case.
@@ -208,13 +242,13 @@ pub fn write_npz_case(
     foreign::write(folder, identifier, case, image, fingerprint)
 }
 
-/// Writes what a stage of a cascade predicted of a case for the next one, on that one's grid, which has `shape` voxels (z, y,
-/// x): read through [`Stored::with_previous_stage`].
+/// Writes to `path` what nnU-Net asks for beside a prediction's probabilities: the grid of the image and what preprocessing
+/// did to it, as a pickle of plain Python (nnU-Net `export_prediction_from_logits`).
 ///
 /// # Errors
-/// [`Error::Shape`] when there are not as many labels as voxels, [`Error::Io`].
-pub fn write_labels(folder: &Path, identifier: &str, labels: &[i16], shape: [usize; 3]) -> Result<()> {
-    own::write_labels(&file(folder, identifier, ".safetensors"), labels, shape)
+/// [`Error::Io`].
+pub fn write_properties(path: &Path, properties: &Properties, image: &Geometry) -> Result<()> {
+    foreign::write_properties(path, properties, image)
 }
 
 /// The fingerprint with which a case was written in one of the two forms that are written; `None` where there is none that

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::files::Start;
 use super::options::TrainOptions;
 use super::plan::TrainingPlan;
-use super::{Data, Trainer, fold_folder, mirror_axes};
+use super::{Data, Trainer, fold_folder, mirror_axes, stage_folder};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::{read_segmentation, write_nifti};
@@ -57,9 +57,24 @@ impl Task {
         Ok(fold_folder(&self.results, &self.plan(options)?, options, &self.fold.to_string()))
     }
 
-    fn open(&self, plan: &TrainingPlan) -> Result<(Stored, Split)> {
-        let stored = store::open(&self.preprocessed.join(&plan.data_identifier))?;
+    fn open(&self, plan: &TrainingPlan, options: &TrainOptions) -> Result<(Stored, Split)> {
+        let mut stored = store::open(&self.preprocessed.join(&plan.data_identifier))?;
         let split = split::fold(&self.preprocessed, stored.identifiers(), self.fold)?;
+        if let Some(first) = &plan.previous {
+            let folder = stage_folder(&self.results, plan, options, first, &plan.configuration);
+            let all = || split.train.iter().chain(&split.val);
+            let missing: Vec<&String> = all().filter(|id| !store::has_labels(&folder, id)).collect();
+            if let Some(case) = missing.first() {
+                return Err(Error::usage(format!(
+                    "{}: {case} and {} more of {} cases are missing, which the final validation of {first} predicts: train \
+                     all its folds with the same trainer and plans first",
+                    folder.display(),
+                    missing.len() - 1,
+                    all().count(),
+                )));
+            }
+            stored = stored.with_previous_stage(&folder);
+        }
         Ok((stored, split))
     }
 
@@ -72,7 +87,7 @@ impl Task {
         options.validate()?;
         // Before cases are opened: a network that cannot be is told from the plans alone.
         plan.network(options.network)?;
-        let (stored, split) = self.open(&plan)?;
+        let (stored, split) = self.open(&plan, options)?;
         let open = |names: &[String]| -> Result<Vec<Arc<dyn TrainingCase>>> {
             names.iter().map(|id| stored.case(id).map(Arc::from)).collect()
         };
@@ -91,7 +106,10 @@ impl Task {
             }
             false => None,
         };
-        let base = LoaderConfig::validation(plan.patch, plan.batch);
+        let base = LoaderConfig {
+            previous: plan.previous_labels().to_vec(),
+            ..LoaderConfig::validation(plan.patch, plan.batch)
+        };
         let train = LoaderConfig {
             iterations: options.iterations,
             oversampling,
@@ -131,8 +149,9 @@ impl Task {
     }
 
     /// Predicts the fold's validation cases with the checkpoint `checkpoint` ("checkpoint_final.pth"), writes them to
-    /// `validation/` in the fold's folder and what [`compare`] finds to `summary.json` there (nnU-Net's
-    /// `perform_actual_validation`). Every prediction is shown to `done`, which may write more of it.
+    /// `validation/` in the fold's folder and what [`compare`] finds to `summary.json` there, and what the next stages of a
+    /// cascade take as input to `predicted_next_stage/` (nnU-Net's `perform_actual_validation`). Every prediction is shown to
+    /// `done`, which may write more of it.
     ///
     /// # Errors
     /// Those of [`Task::plan`] and of the predictor; [`Error::Usage`] when a case's true segmentation is missing;
@@ -149,7 +168,8 @@ impl Task {
         let plan = self.plan(options)?;
         let folder = fold_folder(&self.results, &plan, options, &self.fold.to_string());
         let model = folder.parent().unwrap_or(&folder);
-        let (stored, split) = self.open(&plan)?;
+        let (stored, split) = self.open(&plan, options)?;
+        let stages = self.stages(&plan, options)?;
         let opening = ModelOptions::new()
             .folds(Folds::Named(vec![self.fold.to_string()]))
             .checkpoint(checkpoint)
@@ -161,14 +181,25 @@ impl Task {
         let mut summary = Summary::new(Class::of(&plan.labels));
         for (i, id) in split.val.iter().enumerate() {
             tell(progress, Event::Cases { done: i, total: split.val.len() })?;
-            let case = stored.image(id, backward)?;
+            let case = stored.image(id, backward, plan.previous_labels())?;
             let geometry = stored.properties(id, backward)?.geometry;
             let named = |e: Error| match e {
                 Error::Input { what } => Error::usage(format!("case {id}: {what}")),
                 Error::Shape { op, what } => Error::shape(op, format!("case {id}: {what}")),
                 e => e,
             };
-            let prediction = predictor.predict_preprocessed(case, geometry, progress).map_err(named)?;
+            let mut next = Vec::new();
+            for stage in &stages {
+                match stage.cases.identifiers().contains(id) {
+                    true => next.push((stage, stage.cases.case(id)?.shape())),
+                    false => tracing::warn!("case {id} is not preprocessed for {}: not predicted for it", stage.name),
+                }
+            }
+            let shapes: Vec<[usize; 3]> = next.iter().map(|(_, shape)| *shape).collect();
+            let (prediction, labels) = predictor.predict_stages(case, geometry, &shapes, progress).map_err(named)?;
+            for ((stage, _), labels) in next.into_iter().zip(&labels) {
+                stage.cases.write_previous_stage(&stage.folder, id, labels)?;
+            }
             let path = out.join(format!("{id}.nii.gz"));
             write_nifti(&path, &prediction.segmentation)?;
             done(&path, &prediction)?;
@@ -180,6 +211,23 @@ impl Task {
         }
         summary.write(&out.join("summary.json"))?;
         Ok(summary)
+    }
+
+    /// The configurations that take what this one predicts as input, as far as their cases are preprocessed.
+    fn stages(&self, plan: &TrainingPlan, options: &TrainOptions) -> Result<Vec<NextStage>> {
+        let mut out = Vec::new();
+        for name in &plan.next {
+            let next = TrainingPlan::read(&plan.path, name)?;
+            let cases = self.preprocessed.join(&next.data_identifier);
+            if !cases.is_dir() {
+                tracing::warn!("{}: missing, so nothing is predicted for {name}", cases.display());
+                continue;
+            }
+            let folder = stage_folder(&self.results, plan, options, &plan.configuration, name);
+            std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+            out.push(NextStage { name: name.clone(), cases: store::open(&cases)?, folder });
+        }
+        Ok(out)
     }
 
     /// The true segmentation of a case.
@@ -194,4 +242,13 @@ impl Task {
             ))
         })
     }
+}
+
+/// A configuration that takes what another predicts as input.
+struct NextStage {
+    name: String,
+    /// Its preprocessed cases, on whose grids it takes labels.
+    cases: Stored,
+    /// Where it looks for them.
+    folder: PathBuf,
 }

@@ -533,6 +533,15 @@ fn mirror_axes(plan: &TrainingPlan, options: &TrainOptions) -> Option<Vec<usize>
 /// The fold's folder of a training below `results`, the folder of a data set in nnU-Net's `nnUNet_results`.
 #[must_use]
 pub fn fold_folder(results: &Path, plan: &TrainingPlan, options: &TrainOptions, fold: &str) -> PathBuf {
-    let model = format!("{}__{}__{}", options.trainer_name(), plan.plans_name, plan.configuration);
-    results.join(model).join(format!("fold_{fold}"))
+    model_folder(results, plan, options, &plan.configuration).join(format!("fold_{fold}"))
+}
+
+/// The folder of all folds of a configuration.
+fn model_folder(results: &Path, plan: &TrainingPlan, options: &TrainOptions, configuration: &str) -> PathBuf {
+    results.join(format!("{}__{}__{configuration}", options.trainer_name(), plan.plans_name))
+}
+
+/// Where the first stage of a cascade leaves what the configuration `next` takes as input.
+fn stage_folder(results: &Path, plan: &TrainingPlan, options: &TrainOptions, first: &str, next: &str) -> PathBuf {
+    model_folder(results, plan, options, first).join("predicted_next_stage").join(next)
 }

@@ -9,7 +9,9 @@ use crate::models::{NetworkConfig, StuNetConfig};
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 use crate::nnunet::loss::deep_supervision_weights;
-use crate::nnunet::model::{cut_strides, planned_architecture, pools, resolve_configuration};
+use crate::nnunet::model::{
+    cut_strides, next_names, planned_architecture, pools, previous_name, resolve_configuration,
+};
 
 /// Which network is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,6 +91,10 @@ pub struct TrainingPlan {
     pub data_identifier: String,
     /// Strides into all stages but the first.
     pub pools: Vec<[usize; 3]>,
+    /// Of a cascade's second stage: the configuration of the first, whose labels are input channels.
+    pub previous: Option<String>,
+    /// Of a cascade's first stage: configurations that take its predictions as input.
+    pub next: Vec<String>,
     /// The contents of `plans.json`, with what was changed.
     pub plans: Map<String, Value>,
     /// The contents of `dataset.json`.
@@ -103,18 +109,13 @@ impl TrainingPlan {
     /// Reads the configuration `name` of the plans at `path`; `dataset.json` lies beside them.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Model`] naming file and field; [`Error::Unsupported`] for a cascade's second stage.
+    /// [`Error::Io`]; [`Error::Model`] naming file and field.
     pub fn read(path: &Path, name: &str) -> Result<Self> {
         let dataset_path = path.with_file_name("dataset.json");
         let (plans, dataset) = (json::read(path)?, json::read(&dataset_path)?);
         let root = Field::root(path, &plans);
         let resolved = Value::Object(resolve_configuration(&root.need("configurations")?, name)?);
         let conf = Field::at(path, format!("configurations.{name}"), &resolved);
-        if conf.get("previous_stage").is_some() {
-            return Err(Error::unsupported(format!(
-                "configuration {name:?}: a cascade; one without previous_stage is"
-            )));
-        }
         let sizes = conf.need("patch_size")?;
         let list = sizes.items()?.iter().map(|p| p.usize(MAX_PATCH)).collect::<Result<Vec<_>>>()?;
         let (patch, planar) = match *list.as_slice() {
@@ -139,6 +140,8 @@ impl TrainingPlan {
             labels: LabelSet::of(&Field::root(&dataset_path, &dataset))?,
             data_identifier: text(&conf, "data_identifier")?.unwrap_or_else(|| format!("{plans_name}_{name}")),
             pools: pools(&conf, planar)?,
+            previous: previous_name(&conf)?,
+            next: next_names(&conf)?,
             plans: object(&plans),
             dataset: object(&dataset),
             plans_name,
@@ -180,7 +183,7 @@ impl TrainingPlan {
     /// [`Error::Model`], [`Error::Unsupported`] when the plans describe none that there is; [`Error::Usage`] for a patch
     /// that it cannot pool.
     pub fn network(&self, choice: NetworkChoice) -> Result<NetworkConfig> {
-        let (channels, classes) = (self.use_mask.len(), self.labels.heads());
+        let (channels, classes) = (self.use_mask.len() + self.previous_labels().len(), self.labels.heads());
         let config = match choice.stunet(channels, classes) {
             Some(_) if self.planar => {
                 return Err(Error::unsupported(
@@ -196,6 +199,12 @@ impl TrainingPlan {
             return Err(Error::usage(what));
         }
         Ok(config)
+    }
+
+    /// Labels of the stage before that are input channels; none but in a cascade's second stage.
+    #[must_use]
+    pub fn previous_labels(&self) -> &[u16] {
+        if self.previous.is_some() { self.labels.foreground_labels() } else { &[] }
     }
 
     /// How much each of a network's outputs counts, the largest first. nnU-Net derives targets from the plan's poolings,

@@ -69,6 +69,7 @@ fn plan(rules: Rules, forward: [usize; 3], spacing: [f64; 3], heads: usize, deci
         resampling_data: linear,
         resampling_probabilities: linear,
         keep_largest: Vec::new(),
+        previous: None,
     }
 }
 
