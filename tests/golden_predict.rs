@@ -39,7 +39,7 @@ pub fn cases(folder: &Path) -> Vec<String> {
 }
 
 /// How far the reference itself is from another decision at voxel `i`.
-fn margin(p: &[f32], n: usize, i: usize, decision: &Decision) -> f32 {
+pub fn margin(p: &[f32], n: usize, i: usize, decision: &Decision) -> f32 {
     let scores = (0..p.len() / n).map(|c| p[c * n + i]);
     match decision {
         Decision::Regions { .. } => scores.map(|s| (s - 0.5).abs()).fold(f32::INFINITY, f32::min),

@@ -28,8 +28,8 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
-pub(in crate::nnunet) use v2::pools;
 pub(in crate::nnunet) use v2::resolve as resolve_configuration;
+pub(in crate::nnunet) use v2::{patch_size, pools};
 pub use v2::{planned_architecture, preprocess_plan};
 
 const V1_CHECKPOINT: &str = "model_final_checkpoint";
