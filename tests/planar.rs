@@ -11,8 +11,10 @@ use stunet::{Device, PredictOptions, Predictor};
 
 use crate::golden_predict::{f16_tensor, largest_difference, margin};
 
-/// Folder, case, ending of its files, channels that have a file, spacing of the image, windows.
-const CASES: [(&str, &str, &str, usize, [f64; 3], usize); 4] = [
+/// A case's folder, name and ending of its files, channels that have a file, spacing of the image, windows.
+type Sample = (&'static str, &'static str, &'static str, usize, [f64; 3], usize);
+
+const CASES: [Sample; 4] = [
     ("volume", "case", ".nii.gz", 2, [1.7, 6.0, 1.1], 6 * 2),
     ("picture", "small", ".png", 1, [999.0, 1.0, 1.0], 4),
     ("picture", "large", ".png", 1, [999.0, 1.0, 1.0], 2 * 2),
