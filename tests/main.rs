@@ -47,6 +47,8 @@ mod params;
 mod phantom;
 #[cfg(feature = "natural")]
 mod picture;
+#[cfg(feature = "natural")]
+mod planar;
 mod planner;
 mod prepare;
 mod preprocess;

@@ -144,7 +144,7 @@ fn v1_stages() {
     for (stage, spacing, name) in [(0, 1.5, "3d_lowres"), (1, 0.75, "3d_fullres")] {
         two(Py::Int(stage));
         let plan = open(&folder).plan;
-        assert_eq!((plan.spacing_mm, plan.configuration.as_str()), ([spacing; 3], name));
+        assert_eq!((plan.spacing_mm, plan.configuration.as_str()), ([Some(spacing); 3], name));
     }
     two(Py::None);
     assert!(refusal(&folder).to_string().contains("init[5]"));
@@ -305,7 +305,7 @@ fn v2_plans_are_checked() {
         ("inherits from itself", |p, _| p["configurations"]["3d_fullres"]["inherits_from"] = json!("3d_fullres")),
         ("patch_size", |p, _| p["configurations"]["3d_fullres"]["patch_size"] = json!([32, 32, -1])),
         ("patch_size", |p, _| p["configurations"]["3d_fullres"]["patch_size"] = json!([32, 32, 4_000_000_000_000u64])),
-        ("2D", |p, _| p["configurations"]["3d_fullres"]["patch_size"] = json!([32, 32])),
+        ("expected two lengths", |p, _| p["configurations"]["3d_fullres"]["patch_size"] = json!([32, 32])),
         ("spacing", |p, _| p["configurations"]["3d_fullres"]["spacing"] = json!([1.0, 1.0])),
         ("spacing[1]", |p, _| p["configurations"]["3d_fullres"]["spacing"] = json!([1.0, null, 1.0])),
         ("resampling_fn_seg", |p, _| p["configurations"]["3d_fullres"]["previous_stage"] = json!("3d_lowres")),
@@ -492,7 +492,7 @@ fn golden_model_folder_v1() {
     let Some(folder) = golden_v1() else { return };
     let m = open(&folder);
     assert_eq!((m.kind, m.plan.heads, m.plan.patch), (ModelKind::NnunetV1, 9, [64; 3]));
-    assert_eq!((m.plan.spacing_mm, m.plan.dataset.as_str()), ([1.5; 3], "Task101_TotalSegmentator"));
+    assert_eq!((m.plan.spacing_mm, m.plan.dataset.as_str()), ([Some(1.5); 3], "Task101_TotalSegmentator"));
     assert_eq!(m.plan.strides, [[2; 3], [2; 3], [2; 3], [2; 3], [1, 1, 2]]);
     assert_eq!((m.plan.trainer.as_str(), bits(&m).len()), ("STUNetTrainer_small", 130));
     let dir = tempfile::tempdir().unwrap();
@@ -518,7 +518,7 @@ fn golden_published_v1_plans() {
         let p = &m.plan;
         assert_eq!(
             (p.trainer.as_str(), p.patch, p.spacing_mm),
-            (&*format!("STUNetTrainer_{size}"), [128; 3], [1.5; 3])
+            (&*format!("STUNetTrainer_{size}"), [128; 3], [Some(1.5); 3])
         );
         assert_eq!((p.heads, p.labels.len(), p.labels[39].1.as_str()), (105, 104, "liver"));
         assert_eq!((p.channels[0].normalization, p.channels[0].use_mask), (Normalization::ZScore, false));

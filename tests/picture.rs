@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use serde_json::json;
-use stunet::io::{picture_pages, read_pictures, read_tiff_stacks};
+use stunet::io::{picture_size, read_pictures, read_tiff_stacks};
 use stunet::nnunet::dataset::{Dataset, Reader};
 use stunet::nnunet::fingerprint::Fingerprint;
 use stunet::nnunet::planner::{PlanOptions, Planner, plan};
@@ -39,7 +39,7 @@ fn pictures_of_every_depth() {
 
     write_stack(&at("one.tif"), [1, 2, 3], &[5, 6, 7, 8, 9, 60000]);
     write_stack(&at("two.tif"), [2, 1, 3], &[5, 6, 7, 8, 9, 60000]);
-    assert_eq!((picture_pages(&at("one.tif")).unwrap(), picture_pages(&at("two.tif")).unwrap()), (1, 2));
+    assert_eq!((picture_size(&at("one.tif")).unwrap()[0], picture_size(&at("two.tif")).unwrap()[0]), (1, 2));
     let values = vec![5.0, 6.0, 7.0, 8.0, 9.0, 60000.0];
     assert_eq!(read_pictures(&[at("one.tif")]).unwrap().channels[0], values);
     let stack = read_tiff_stacks(&[at("two.tif")], [2.0, 1.0, 0.5]).unwrap();

@@ -212,7 +212,7 @@ fn threads_change_nothing() {
     let shape = [20, 33, 41];
     let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| ((i * 7919) % 1009) as f32).collect();
     let mut plan = plan("nnunet_v2", json!([channel("z_score", true)]), [1, 0, 2]);
-    plan.spacing_mm = [0.7, 1.3, 1.1];
+    plan.spacing_mm = [0.7, 1.3, 1.1].map(Some);
     let image = image(vec![values], shape);
     let run = |threads| {
         stunet::Device::cpu_with_threads(threads).unwrap().install(|| preprocess(&image, &plan)).unwrap().data

@@ -8,9 +8,10 @@ use std::time::Instant;
 use clap::ValueEnum;
 use half::f16;
 use stunet::nnunet::cases::{self, Case};
+use stunet::nnunet::dataset::Reader;
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::ModelFolder;
-use stunet::nnunet::plans::{Channel, InferencePlan, Rules};
+use stunet::nnunet::plans::{InferencePlan, Rules};
 use stunet::nnunet::predict::{Finished, Sink, Source};
 use stunet::nnunet::report::{CaseRecord, FileRecord, ModelRecord, Outcome, RunReport};
 use stunet::nnunet::store;
@@ -31,7 +32,7 @@ const COHORT: &str = "Folders of images";
 /// Segment an image, or every case of a folder
 ///
 /// Takes models of nnU-Net v1 and v2 as they are, and those that 'stunet convert' writes. A folder of images is in
-/// nnU-Net's form: case_0000.nii.gz, where the digits number the channel. nnU-Net's own spellings of the options
+/// nnU-Net's form: case_0000.nii.gz (.png, .tif), where the digits number the channel. nnU-Net's own spellings of the options
 /// (-step_size, --disable_tta, -chk ...) are understood. Not a medical device.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -68,7 +69,8 @@ pub(super) struct Args {
     /// Image files, one per channel, or a folder of them
     #[arg(short, long, value_name = "FILE|FOLDER", required = true, num_args = 1..)]
     input: Vec<PathBuf>,
-    /// Segmentation file (.nii.gz or .nii), or a folder for CASE.nii.gz
+    /// Segmentation file, or a folder for CASE.nii.gz; of PNG and TIFF images
+    /// with their ending
     #[arg(short, long, value_name = "FILE|FOLDER")]
     output: PathBuf,
 
@@ -161,8 +163,8 @@ impl Job {
     }
 
     /// Whether nothing is left to do.
-    fn is_complete(&self) -> bool {
-        self.case.is_complete(&self.output) && self.outputs().all(|p| p.is_file())
+    fn is_complete(&self, reader: Reader) -> bool {
+        self.case.is_complete(&self.output, reader) && self.outputs().all(|p| p.is_file())
     }
 }
 
@@ -202,9 +204,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.is_cohort() {
         cases::copy_descriptions(&model, &args.output)?;
     }
-    let source = Images { args, jobs: &jobs, channels: predictor.plan().channels.clone() };
-    let rules = predictor.plan().rules;
-    let mut results = Results { args, jobs: &jobs, rules, report, failed: Vec::new() };
+    let plan = predictor.plan().clone();
+    let source = Images { args, jobs: &jobs, plan: &plan };
+    let mut results = Results { args, jobs: &jobs, plan: &plan, report, failed: Vec::new() };
     let mut bar = |i: usize| -> Box<dyn Progress> {
         let title = format!("{}/{} {}", i + 1, jobs.len(), jobs[i].case.name);
         Box::new(Bar::new(&title, !args.no_progress, args.quiet))
@@ -388,9 +390,11 @@ impl Args {
         }
         let case = Case::from_files(&self.input)?;
         let output = if self.output.is_dir() { case.output(&self.output) } else { self.output.clone() };
-        let writable = output.to_str().is_some_and(|name| cases::ENDINGS.iter().any(|e| name.ends_with(e)));
+        let endings = cases::endings_like(&self.input[0]);
+        let writable = output.to_str().is_some_and(|name| endings.iter().any(|e| name.ends_with(e)));
         if !writable || cases::stem(&output).is_none() {
-            let what = format!("{}: the output has to end in .nii.gz or .nii, or be a folder", output.display());
+            let endings = endings.join(" or ");
+            let what = format!("{}: the output has to end in {endings}, or be a folder", output.display());
             return Err(Error::Usage { what });
         }
         check_parent(&output)?;
@@ -410,16 +414,16 @@ impl Args {
     }
 
     /// Writes a case's files, the segmentation last: where it is, the others are too.
-    fn write(&self, job: &Job, image: &Image, prediction: &Prediction, rules: Rules) -> Result<Vec<PathBuf>> {
+    fn write(&self, job: &Job, image: &Image, prediction: &Prediction, plan: &InferencePlan) -> Result<Vec<PathBuf>> {
         let mut written: Vec<PathBuf> = job.outputs().cloned().collect();
         if let Some(path) = &job.probabilities {
-            written.extend(write_probabilities(path, prediction, rules)?);
+            written.extend(write_probabilities(path, prediction, plan.rules)?);
         }
         if let Some(path) = &job.preview {
             let how = PreviewOptions::default().with_title(&job.case.name);
             preview::render(image, &prediction.segmentation, &how)?.write_png(path)?;
         }
-        io::write_nifti(&job.output, &prediction.segmentation)?;
+        plan.reader.write(&job.output, &prediction.segmentation)?;
         Ok(written)
     }
 }
@@ -428,7 +432,7 @@ impl Args {
 struct Images<'a> {
     args: &'a Args,
     jobs: &'a [Job],
-    channels: Vec<Channel>,
+    plan: &'a InferencePlan,
 }
 
 impl Source for Images<'_> {
@@ -438,23 +442,21 @@ impl Source for Images<'_> {
 
     fn grid(&self, case: usize) -> Result<Option<Geometry>> {
         let job = &self.jobs[case];
-        if self.args.resume && job.is_complete() {
+        if self.args.resume && job.is_complete(self.plan.reader) {
             return Ok(None);
         }
-        let paths = job.case.paths();
-        let first = paths.first().ok_or_else(|| Error::Usage { what: "a case without a file".into() })?;
-        io::read_nifti_header(first).map(Some)
+        job.case.grid(self.plan.reader).map(Some)
     }
 
     fn read(&self, case: usize) -> Result<Image> {
-        self.jobs[case].case.read(&self.channels)
+        self.jobs[case].case.read(self.plan)
     }
 
     fn previous(&self, case: usize) -> Result<Segmentation> {
         let case = &self.jobs[case].case;
         let path =
             self.args.previous_of(case).ok_or_else(|| Error::Usage { what: "--previous-stage is missing".into() })?;
-        case.read_segmentation(&path)
+        case.read_segmentation(&path, self.plan.reader)
     }
 }
 
@@ -462,7 +464,7 @@ impl Source for Images<'_> {
 struct Results<'a> {
     args: &'a Args,
     jobs: &'a [Job],
-    rules: Rules,
+    plan: &'a InferencePlan,
     report: Option<RunReport>,
     failed: Vec<&'a str>,
 }
@@ -472,7 +474,7 @@ impl Results<'_> {
     fn write(&self, job: &Job, done: Finished) -> Result<CaseRecord> {
         let Finished { image, mut prediction, .. } = done;
         let begin = Instant::now();
-        let written = self.args.write(job, &image, &prediction, self.rules)?;
+        let written = self.args.write(job, &image, &prediction, self.plan)?;
         let write = begin.elapsed().as_secs_f64();
         if !self.args.json {
             written.iter().try_for_each(|f| output::path(f))?;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use stunet::nnunet::cases;
 use stunet::nnunet::checkpoint::Logs;
 use stunet::nnunet::evaluate::Summary;
 use stunet::nnunet::lookup;
@@ -301,10 +302,9 @@ impl Args {
     }
 }
 
-/// `CASE.npz` beside `CASE.nii.gz`.
+/// `CASE.npz` beside the segmentation `CASE.nii.gz`.
 fn npz_name(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    format!("{}.npz", name.strip_suffix(".nii.gz").unwrap_or(&name))
+    format!("{}.npz", cases::stem(path).unwrap_or_default())
 }
 
 /// Draws `progress.png`.

@@ -19,4 +19,4 @@ pub use nifti::{
 };
 pub use npz::write_npz;
 #[cfg(feature = "natural")]
-pub use picture::{picture_pages, read_pictures, read_tiff_stacks};
+pub use picture::{picture_grid, picture_size, read_pictures, read_tiff_stacks, write_picture, write_tiff_stack};

@@ -1,12 +1,16 @@
-//! Pictures as images: PNG and TIFF in 2D (nnU-Net `NaturalImage2DIO`), stacks of TIFF pages in 3D (`Tiff3DIO`).
+//! Pictures as images and label maps: PNG and TIFF in 2D (nnU-Net `NaturalImage2DIO`), stacks of TIFF pages in 3D (`Tiff3DIO`).
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 
 use tiff::decoder::{DecodingResult, Limits};
+use tiff::encoder::colortype::{ColorType, Gray8, Gray16};
+use tiff::encoder::{Compression, DeflateLevel, TiffEncoder, TiffValue};
+use tiff::tags::Tag;
 
-use super::image::{Geometry, Image};
+use super::atomic::write_atomically;
+use super::image::{Geometry, Image, LabelData, Segmentation};
 use crate::error::{Error, Result};
 
 /// DEFLATE and LZW expand no more than this; a header that asks for more cannot be honest.
@@ -85,15 +89,130 @@ pub fn read_tiff_stacks<P: AsRef<Path>>(paths: &[P], spacing_mm: [f64; 3]) -> Re
     Image::new(channels, Geometry::new(shape, spacing_mm))
 }
 
-/// Number of pages of a picture: 1 of a PNG file.
+/// Pages of a picture, 1 of a PNG file, and the pixels (y, x) of the first. No pixel is read.
 ///
 /// # Errors
 /// As [`read_pictures`].
-pub fn picture_pages(path: &Path) -> Result<usize> {
-    Ok(match pages(path)? {
-        Pages::One(_) => 1,
-        Pages::Many(n) => n,
+pub fn picture_size(path: &Path) -> Result<[usize; 3]> {
+    if is_png(path)? {
+        let (file, len) = open(path)?;
+        let (_, size) = png_header(path, len, file)?;
+        return Ok([1, size[0], size[1]]);
+    }
+    let mut decoder = tiff_decoder(path)?;
+    let size = tiff_size(path, &mut decoder)?;
+    let mut n = 1;
+    while decoder.more_images() {
+        decoder.next_image().map_err(|e| bad_tiff(path, e))?;
+        n += 1;
+    }
+    Ok([n, size[0], size[1]])
+}
+
+/// The grid that [`read_pictures`] gives the image of this picture, of which no pixel is read.
+///
+/// # Errors
+/// As [`read_pictures`].
+pub fn picture_grid(path: &Path) -> Result<Geometry> {
+    match picture_size(path)? {
+        [1, y, x] => Ok(Geometry::new([1, y, x], SPACING)),
+        [n, ..] => Err(Error::image(path, "pages", format!("{n}, expected a picture of one"))),
+    }
+}
+
+/// Writes the label map of a 2D image as a grey picture, a PNG or by its ending a TIFF file: of 8 bits where every label is
+/// below 255, else of 16, as nnU-Net does. Whole or not at all.
+///
+/// # Errors
+/// [`Error::Usage`] for more than one slice; [`Error::Io`].
+pub fn write_picture(path: &Path, segmentation: &Segmentation) -> Result<()> {
+    let [z, y, x] = segmentation.geometry.shape;
+    if z != 1 {
+        return Err(Error::usage(format!("{}: {z} slices, a picture has one", path.display())));
+    }
+    let png = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
+    if !png {
+        return write_tiff(path, segmentation, None);
+    }
+    let (depth, bytes) = match grey(&segmentation.labels) {
+        LabelData::U8(labels) => (png::BitDepth::Eight, labels),
+        LabelData::U16(labels) => (png::BitDepth::Sixteen, labels.iter().flat_map(|l| l.to_be_bytes()).collect()),
+    };
+    let bad = |e: png::EncodingError| Error::io("write", path, e.into());
+    let [width, height] = sides(path, [y, x])?;
+    write_atomically(path, |file| {
+        let mut encoder = png::Encoder::new(file, width, height);
+        encoder.set_color(png::ColorType::Grayscale);
+        encoder.set_depth(depth);
+        let mut writer = encoder.write_header().map_err(bad)?;
+        writer.write_image_data(&bytes).map_err(bad)?;
+        writer.finish().map_err(bad)
     })
+}
+
+/// Writes the label map of a 3D image as a stack of grey TIFF pages, compressed; bits as those of [`write_picture`]. The
+/// spacing has no place in it. Whole or not at all.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_tiff_stack(path: &Path, segmentation: &Segmentation) -> Result<()> {
+    // By which tifffile, nnU-Net's reader, knows a stack of one page.
+    let shape = format!("{{\"shape\": {:?}}}", segmentation.geometry.shape);
+    write_tiff(path, segmentation, Some(&shape))
+}
+
+/// A page for each plane, the first with a description.
+fn write_tiff(path: &Path, segmentation: &Segmentation, description: Option<&str>) -> Result<()> {
+    let [_, y, x] = segmentation.geometry.shape;
+    let sides = sides(path, [y, x])?;
+    let labels = grey(&segmentation.labels);
+    write_atomically(path, |file| {
+        let written = match &labels {
+            LabelData::U8(labels) => write_pages::<Gray8>(file, labels, sides, description),
+            LabelData::U16(labels) => write_pages::<Gray16>(file, labels, sides, description),
+        };
+        written.map_err(|e| match e {
+            tiff::TiffError::IoError(e) => Error::io("write", path, e),
+            e => Error::io("write", path, std::io::Error::other(e)),
+        })
+    })
+}
+
+fn write_pages<C: ColorType>(
+    file: &mut BufWriter<File>,
+    labels: &[C::Inner],
+    [width, height]: [u32; 2],
+    mut description: Option<&str>,
+) -> tiff::TiffResult<()>
+where
+    [C::Inner]: TiffValue,
+{
+    let mut encoder = TiffEncoder::new(&mut *file)?.with_compression(Compression::Deflate(DeflateLevel::Balanced));
+    for plane in labels.chunks(width as usize * height as usize) {
+        let mut image = encoder.new_image::<C>(width, height)?;
+        if let Some(text) = description.take() {
+            image.encoder().write_tag(Tag::ImageDescription, text)?;
+        }
+        image.write_data(plane)?;
+    }
+    file.flush().map_err(Into::into)
+}
+
+/// The labels in as many bits as nnU-Net writes.
+fn grey(labels: &LabelData) -> LabelData {
+    if labels.iter().all(|l| l < 255) {
+        LabelData::U8(labels.iter().map(|l| l as u8).collect())
+    } else {
+        LabelData::U16(labels.iter().collect())
+    }
+}
+
+/// Width and height as pictures tell them.
+fn sides(path: &Path, [y, x]: [usize; 2]) -> Result<[u32; 2]> {
+    match (u32::try_from(x), u32::try_from(y)) {
+        (Ok(x), Ok(y)) => Ok([x, y]),
+        _ => Err(Error::usage(format!("{}: {y} x {x} pixels are more than a picture can have", path.display()))),
+    }
 }
 
 enum Pages {
@@ -102,7 +221,7 @@ enum Pages {
 }
 
 fn pages(path: &Path) -> Result<Pages> {
-    if starts_with(path, b"\x89PNG\r\n\x1a\n")? {
+    if is_png(path)? {
         return read_png(path).map(Pages::One);
     }
     let (mut first, mut n) = (None, 0);
@@ -126,8 +245,9 @@ fn open(path: &Path) -> Result<(BufReader<File>, u64)> {
     Ok((BufReader::new(File::open(path).map_err(failed)?), meta.len()))
 }
 
-fn starts_with(path: &Path, magic: &[u8]) -> Result<bool> {
+fn is_png(path: &Path) -> Result<bool> {
     use std::io::Read;
+    let magic = b"\x89PNG\r\n\x1a\n";
     let (file, _) = open(path)?;
     let mut found = Vec::new();
     file.take(magic.len() as u64).read_to_end(&mut found).map_err(|e| Error::io("read", path, e))?;
@@ -150,19 +270,30 @@ fn apart<T: Copy>(values: &[T], samples: usize, to: impl Fn(T) -> f32) -> Vec<Ve
     (0..samples).map(|c| values.iter().skip(c).step_by(samples).map(|&v| to(v)).collect()).collect()
 }
 
-fn read_png(path: &Path) -> Result<Page> {
-    let bad = |e: png::DecodingError| match e {
+fn bad_png(path: &Path, e: png::DecodingError) -> Error {
+    match e {
         png::DecodingError::IoError(e) if e.kind() != std::io::ErrorKind::UnexpectedEof => Error::io("read", path, e),
         e => Error::image(path, "PNG", e.to_string()),
-    };
-    let (file, len) = open(path)?;
+    }
+}
+
+/// A file whose header is read, and its pixels (y, x).
+fn png_header(path: &Path, len: u64, file: BufReader<File>) -> Result<(png::Decoder<BufReader<File>>, [usize; 2])> {
     let mut decoder = png::Decoder::new_with_limits(file, png::Limits { bytes: MAX_BYTES as usize });
     // A palette becomes its colours, fewer than eight bits become eight.
     decoder.set_transformations(png::Transformations::EXPAND);
-    let info = decoder.read_header_info().map_err(bad)?;
+    let info = decoder.read_header_info().map_err(|e| bad_png(path, e))?;
     let size = [info.height as usize, info.width as usize];
-    let one_bit = info.bit_depth == png::BitDepth::One && info.color_type == png::ColorType::Grayscale;
     check(path, len, size, info.color_type.samples())?;
+    Ok((decoder, size))
+}
+
+fn read_png(path: &Path) -> Result<Page> {
+    let bad = |e| bad_png(path, e);
+    let (file, len) = open(path)?;
+    let (mut decoder, size) = png_header(path, len, file)?;
+    let info = decoder.read_header_info().map_err(bad)?;
+    let one_bit = info.bit_depth == png::BitDepth::One && info.color_type == png::ColorType::Grayscale;
     let mut reader = decoder.read_info().map_err(bad)?;
     let bytes = reader.output_buffer_size().ok_or_else(|| Error::image(path, "size", "too large"))?;
     let mut raw = vec![0; bytes];
@@ -182,21 +313,37 @@ fn read_png(path: &Path) -> Result<Page> {
     Ok(Page { channels, size })
 }
 
-/// Calls `page` for every page of a TIFF file.
-fn read_tiff(path: &Path, page: &mut dyn FnMut(Page) -> Result<()>) -> Result<()> {
-    let bad = |e: tiff::TiffError| match e {
+fn bad_tiff(path: &Path, e: tiff::TiffError) -> Error {
+    match e {
         tiff::TiffError::IoError(e) if e.kind() != std::io::ErrorKind::UnexpectedEof => Error::io("read", path, e),
         e => Error::image(path, "TIFF", e.to_string()),
-    };
-    let (file, len) = open(path)?;
+    }
+}
+
+type TiffDecoder = tiff::decoder::Decoder<BufReader<File>>;
+
+fn tiff_decoder(path: &Path) -> Result<TiffDecoder> {
+    let (file, _) = open(path)?;
     let mut limits = Limits::default();
     limits.decoding_buffer_size = MAX_BYTES as usize;
     limits.intermediate_buffer_size = MAX_BYTES as usize;
-    let mut decoder = tiff::decoder::Decoder::new(file).map_err(bad)?.with_limits(limits);
+    Ok(tiff::decoder::Decoder::new(file).map_err(|e| bad_tiff(path, e))?.with_limits(limits))
+}
+
+/// Pixels (y, x) of a page.
+fn tiff_size(path: &Path, decoder: &mut TiffDecoder) -> Result<[usize; 2]> {
+    let (x, y) = decoder.dimensions().map_err(|e| bad_tiff(path, e))?;
+    Ok([y as usize, x as usize])
+}
+
+/// Calls `page` for every page of a TIFF file.
+fn read_tiff(path: &Path, page: &mut dyn FnMut(Page) -> Result<()>) -> Result<()> {
+    let bad = |e| bad_tiff(path, e);
+    let (_, len) = open(path)?;
+    let mut decoder = tiff_decoder(path)?;
     let mut total = 0u64;
     loop {
-        let (x, y) = decoder.dimensions().map_err(bad)?;
-        let size = [y as usize, x as usize];
+        let size = tiff_size(path, &mut decoder)?;
         let samples = match decoder.colortype().map_err(bad)? {
             tiff::ColorType::Gray(_) => 1,
             tiff::ColorType::RGB(_) => 3,

@@ -197,7 +197,7 @@ impl StuNetConfig {
             let w = [self.dims[s], channels.iter().sum(), 3, 3, 3];
             let input = space[s - usize::from(strided)];
             let how = ops::Conv3d { stride, padding: [1; 3] };
-            let m = ops::conv3d_memory(device, strict, precision, channels, w, input, how, owned).ok()?;
+            let m = ops::conv3d_memory(device, strict, precision, channels, w, 1, input, how, owned).ok()?;
             // Memory that is used again may be a quarter larger.
             kept = kept.checked_add(m.kept + m.kept / 4)?;
             let output = if m.in_place { 0 } else { t(s, s)? };

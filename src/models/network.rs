@@ -67,6 +67,12 @@ impl NetworkConfig {
         }
     }
 
+    /// A 2D network, which takes slices: samples of depth 1.
+    #[must_use]
+    pub fn is_planar(&self) -> bool {
+        matches!(self, NetworkConfig::Unet(c) if c.planar)
+    }
+
     /// Name and shape of every parameter, in the order of PyTorch's state dict.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
@@ -188,6 +194,12 @@ impl Network {
     #[must_use]
     pub fn classes(&self) -> usize {
         each!(Network, self, n => n.config().classes)
+    }
+
+    /// A 2D network, which takes slices: samples of depth 1.
+    #[must_use]
+    pub fn is_planar(&self) -> bool {
+        matches!(self, Network::Unet(n) if n.config().planar)
     }
 
     /// Channels that the full-resolution head reads.

@@ -269,7 +269,8 @@ impl UnetConfig {
     }
 
     /// Bytes of tensors that a forward pass on `device` takes at its peak beside the parameters, up to the last features
-    /// and with the input; see [`StuNetConfig::activation_bytes`](super::StuNetConfig::activation_bytes).
+    /// and with the input; see [`StuNetConfig::activation_bytes`](super::StuNetConfig::activation_bytes). The first size of a
+    /// 2D network's patch is the number of its slices, each a sample of depth 1.
     #[must_use]
     pub fn activation_bytes(&self, patch: [usize; 3], device: &Device, strict: bool, precision: Precision) -> usize {
         self.plan_memory(patch, device, strict, precision).map_or(usize::MAX, |(peak, kept)| peak.saturating_add(kept))
@@ -302,7 +303,8 @@ impl UnetConfig {
             let [kd, kh, kw] = k;
             let w = [f[s], channels.iter().sum(), kd, kh, kw];
             let how = ops::Conv3d { stride, padding: k.map(|k| k / 2) };
-            let m = ops::conv3d_memory(device, strict, precision, channels, w, input, how, owned).ok()?;
+            let (batch, input) = if self.planar { (input[0], [1, input[1], input[2]]) } else { (1, input) };
+            let m = ops::conv3d_memory(device, strict, precision, channels, w, batch, input, how, owned).ok()?;
             // Memory that is used again may be a quarter larger.
             kept = kept.checked_add(m.kept + m.kept / 4)?;
             let output = if m.in_place { 0 } else { t(s)? };

@@ -5,13 +5,25 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::plans::Channel;
+use super::dataset::Reader;
+use super::plans::{Channel, InferencePlan};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
-use crate::io::{Geometry, Image, Segmentation, read_nifti, read_nifti_header, read_segmentation};
+use crate::io::{Geometry, Image, Segmentation};
 
-/// File name endings of images that can be read, in any case of letters, the longer first.
-pub const ENDINGS: [&str; 2] = [".nii.gz", ".nii"];
+/// Endings of images of one kind, the longer first, and of their segmentations.
+const KINDS: [&[&str]; 3] = [&[".nii.gz", ".nii"], &[".png"], &[".tiff", ".tif"]];
+
+/// File name endings of images that can be read, in any case of letters.
+pub fn endings() -> impl Iterator<Item = &'static str> {
+    KINDS.into_iter().flatten().copied()
+}
+
+/// Endings that the segmentation of the image at `path` may have: those of its kind, NIfTI if nothing tells.
+#[must_use]
+pub fn endings_like(path: &Path) -> &'static [&'static str] {
+    KINDS[kind(path).unwrap_or(0)]
+}
 
 /// One patient's image files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,32 +41,39 @@ pub struct Case {
 pub struct Found {
     /// Cases by name, in the order nnU-Net goes through them.
     pub cases: Vec<Case>,
-    /// Files that belong to no case: no channel number, another ending, a name that is not UTF-8. Hidden files and
-    /// folders are not listed.
+    /// Files that belong to no case: no channel number, another ending, a name that is not UTF-8, pictures among images
+    /// of another kind. Hidden files and folders are not listed.
     pub ignored: Vec<PathBuf>,
 }
 
-/// Groups the images of `folder` by case.
+/// Groups the images of `folder` by case. They are of one kind: NIfTI where there is one such image, else PNG, else TIFF.
 ///
 /// # Errors
 /// [`Error::Io`] when the folder cannot be listed; [`Error::Image`] when it holds no image of the form
 /// `case_0000.nii.gz`.
 pub fn find(folder: &Path) -> Result<Found> {
     let entries = std::fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
-    let mut cases: BTreeMap<String, Vec<(usize, PathBuf)>> = BTreeMap::new();
+    let mut of_kind: [BTreeMap<String, Vec<(usize, PathBuf)>>; KINDS.len()] = Default::default();
     let mut ignored = Vec::new();
     for entry in entries {
         let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
-        match stem(&path).as_deref().and_then(split_channel) {
-            Some((name, channel)) => cases.entry(name.into()).or_default().push((channel, path)),
+        let stem = stem(&path);
+        match kind(&path).zip(stem.as_deref().and_then(split_channel)) {
+            Some((kind, (name, channel))) => of_kind[kind].entry(name.into()).or_default().push((channel, path)),
             None if is_hidden(&path) || path.is_dir() => {}
             None => ignored.push(path),
         }
     }
+    let mut kinds = of_kind.into_iter().skip_while(BTreeMap::is_empty);
+    let cases = kinds.next().unwrap_or_default();
+    ignored.extend(kinds.flatten().flat_map(|(_, files)| files).map(|(_, path)| path));
     if cases.is_empty() {
         let what = "no image named like case_0000.nii.gz (four digits: the channel) is in this folder";
         return Err(Error::image(folder, "folder", what));
     }
+    // The spacing of a stack of pages stands in CASE.json.
+    let of_case = |p: &PathBuf| p.file_stem().and_then(|s| s.to_str()).is_some_and(|s| cases.contains_key(s));
+    ignored.retain(|p| p.extension().is_none_or(|e| e != "json") || !of_case(p));
     ignored.sort();
     let sorted = |(name, mut files): (String, Vec<(usize, PathBuf)>)| {
         files.sort();
@@ -123,16 +142,44 @@ impl Case {
     /// Reads the channels a model needs, in its order: a file for each, or one file with all of them.
     ///
     /// # Errors
-    /// [`Error::Image`] naming the file of the first channel that is missing, there twice or not the model's, and all
-    /// errors of [`read_nifti`].
-    pub fn read(&self, expected: &[Channel]) -> Result<Image> {
+    /// [`Error::Image`] naming the file of the first channel that is missing, there twice or not the model's, and the file
+    /// that is of another kind than the model's images or cannot be read; [`Error::Io`].
+    pub fn read(&self, plan: &InferencePlan) -> Result<Image> {
+        let expected = plan.channels.as_slice();
         let all_in_one = matches!(self.files.as_slice(), [(0, _)]) && expected.len() > 1;
         let files = if all_in_one { self.paths() } else { self.file_per_channel(expected)? };
-        let image = read_nifti(&files)?;
+        self.check_kind(plan.reader)?;
+        let image = plan.reader.image(&files)?;
         match (all_in_one, image.channels.len()) {
             (_, n) if n == expected.len() => Ok(image),
             (true, 1) => self.file_per_channel(expected).and(Ok(image)),
             (_, n) => Err(Error::image(&files[0], "channels", format!("found {n}, {}", needs(expected)))),
+        }
+    }
+
+    /// The grid of the case's image, without its voxels.
+    ///
+    /// # Errors
+    /// As [`Case::read`].
+    pub fn grid(&self, reader: Reader) -> Result<Geometry> {
+        self.check_kind(reader)?;
+        reader.grid(&self.paths())
+    }
+
+    /// Checks that files of the case's kind are what a model is for.
+    fn check_kind(&self, reader: Reader) -> Result<()> {
+        let kinds: &[usize] = match reader {
+            Reader::SimpleItkIo | Reader::NibabelIo => &[0],
+            Reader::NaturalImage2dIo => &[1, 2],
+            Reader::Tiff3dIo => &[2],
+        };
+        match self.files.iter().find(|(_, p)| !kinds.contains(&kind(p).unwrap_or(0))) {
+            Some((_, path)) => {
+                let expected = kinds.iter().flat_map(|&k| KINDS[k]).copied().collect::<Vec<_>>().join(", ");
+                let what = format!("the model is for images read by {}, expected {expected}", reader.name());
+                Err(Error::image(path, "file", what))
+            }
+            None => Ok(()),
         }
     }
 
@@ -168,24 +215,25 @@ impl Case {
     /// What the file of a channel would be called.
     fn file_of(&self, channel: usize) -> PathBuf {
         let first = self.files.first().map_or(Path::new(""), |(_, p)| p.as_path());
-        let name = first.to_string_lossy();
-        let ending = ENDINGS.into_iter().find(|e| without(&name, e).is_some()).unwrap_or(ENDINGS[0]);
+        let ending = ending(first).unwrap_or(KINDS[0][0]);
         first.with_file_name(format!("{}_{channel:04}{ending}", self.name))
     }
 
-    /// Where the case's segmentation lies in an output folder.
+    /// Where the case's segmentation lies in an output folder: of NIfTI always compressed, of pictures with the image's
+    /// ending.
     #[must_use]
     pub fn output(&self, folder: &Path) -> PathBuf {
-        folder.join(format!("{}.nii.gz", self.name))
+        let ending = self.files.first().and_then(|(_, p)| ending(p)).filter(|e| !KINDS[0].contains(e));
+        folder.join(format!("{}{}", self.name, ending.unwrap_or(KINDS[0][0])))
     }
 
     /// Whether `output` already holds a whole segmentation of this case: it decodes to its last byte and lies where the
     /// image lies, voxel for voxel. Neither a leftover of a killed run nor the result of another image of the same name
     /// is complete (nnU-Net only asks whether the file exists).
     #[must_use]
-    pub fn is_complete(&self, output: &Path) -> bool {
-        let image = self.files.first().and_then(|(_, p)| read_nifti_header(p).ok());
-        let done = read_segmentation(output).ok();
+    pub fn is_complete(&self, output: &Path, reader: Reader) -> bool {
+        let image = self.grid(reader).ok();
+        let done = output.is_file().then(|| reader.label(output).ok()).flatten();
         matches!((image, done), (Some(i), Some(d)) if same_place(&i, &d.geometry))
     }
 
@@ -195,27 +243,22 @@ impl Case {
         if !path.is_dir() {
             return path.into();
         }
-        let names = ENDINGS.map(|ending| path.join(format!("{}{ending}", self.name)));
-        let [usual, _] = &names;
-        names.iter().find(|p| p.is_file()).unwrap_or(usual).clone()
+        let mut names = endings().map(|ending| path.join(format!("{}{ending}", self.name)));
+        names.find(|p| p.is_file()).unwrap_or_else(|| self.output(path))
     }
 
     /// Reads a segmentation of this case.
     ///
     /// # Errors
-    /// Those of [`read_segmentation`]; [`Error::Image`] when it does not lie where the image lies, voxel for voxel.
-    pub fn read_segmentation(&self, path: &Path) -> Result<Segmentation> {
-        let found = read_segmentation(path)?;
-        let image = self.files.first().map(|(_, p)| read_nifti_header(p)).transpose()?;
-        match image {
-            Some(image) if !same_place(&image, &found.geometry) => {
-                let (own, image) = (found.geometry.shape, image.shape);
-                let what =
-                    format!("{own:?} voxels that lie elsewhere than the {image:?} of the image; expected its grid");
-                Err(Error::image(path, "grid", what))
-            }
-            _ => Ok(found),
+    /// As [`Case::read`]; [`Error::Image`] when it does not lie where the image lies, voxel for voxel.
+    pub fn read_segmentation(&self, path: &Path, reader: Reader) -> Result<Segmentation> {
+        let (found, image) = (reader.label(path)?, self.grid(reader)?);
+        if same_place(&image, &found.geometry) {
+            return Ok(found);
         }
+        let (own, image) = (found.geometry.shape, image.shape);
+        let what = format!("{own:?} voxels that lie elsewhere than the {image:?} of the image; expected its grid");
+        Err(Error::image(path, "grid", what))
     }
 
     /// What is wrong with an image in memory, said of the file it came from.
@@ -234,7 +277,19 @@ impl Case {
 #[must_use]
 pub fn stem(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
-    ENDINGS.iter().find_map(|e| without(name, e)).filter(|s| !s.is_empty() && !s.starts_with('.')).map(Into::into)
+    endings().find_map(|e| without(name, e)).filter(|s| !s.is_empty() && !s.starts_with('.')).map(Into::into)
+}
+
+/// The ending of an image's file name, in small letters.
+fn ending(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_string_lossy();
+    endings().find(|e| without(&name, e).is_some())
+}
+
+/// Which of [`KINDS`] a file is by its name.
+fn kind(path: &Path) -> Option<usize> {
+    let ending = ending(path)?;
+    KINDS.iter().position(|k| k.contains(&ending))
 }
 
 /// `name` without `ending`, which it may spell with capital letters.
@@ -256,7 +311,7 @@ fn same_place(a: &Geometry, b: &Geometry) -> bool {
 }
 
 /// `case_0001` to (`case`, 1).
-fn split_channel(stem: &str) -> Option<(&str, usize)> {
+pub(super) fn split_channel(stem: &str) -> Option<(&str, usize)> {
     let (name, digits) = stem.rsplit_once('_')?;
     let four = digits.len() == 4 && digits.bytes().all(|b| b.is_ascii_digit());
     if four && !name.is_empty() { Some((name, digits.parse().ok()?)) } else { None }

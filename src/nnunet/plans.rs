@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::nnunet::dataset::Reader;
 
 /// Whose rules of preprocessing, aggregation and export hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +102,9 @@ pub struct InferencePlan {
     pub trainer: String,
     /// Configuration name, "3d_fullres" ...
     pub configuration: String,
+    /// How the data set's files are read and written.
+    #[serde(default)]
+    pub reader: Reader,
     /// Input channels in order.
     pub channels: Vec<Channel>,
     /// Label names by value, background left out.
@@ -109,10 +113,11 @@ pub struct InferencePlan {
     pub decision: Decision,
     /// Output channels of the network.
     pub heads: usize,
-    /// Window size in voxels.
+    /// Window size in voxels; a 2D configuration's is one slice of the first axis.
     pub patch: [usize; 3],
-    /// Target spacing in mm.
-    pub spacing_mm: [f64; 3],
+    /// Target spacing in mm. `None` keeps the image's own, as 2D configurations do along the first axis: the network sees
+    /// its slices one by one.
+    pub spacing_mm: [Option<f64>; 3],
     /// Array axes are permuted by this before anything else.
     pub transpose_forward: [usize; 3],
     /// The inverse permutation.
@@ -151,6 +156,11 @@ const MAX_PATCH: usize = 4096;
 /// The largest patches in use have some 10^7 voxels; a channel of features with this many takes 1 GiB.
 const MAX_PATCH_VOXELS: usize = 1 << 28;
 
+/// Spacing of a network's grid for an image whose transposed axes have the spacing `own`.
+pub(super) fn target_spacing(planned: [Option<f64>; 3], own: [f64; 3]) -> [f64; 3] {
+    std::array::from_fn(|k| planned[k].unwrap_or(own[k]))
+}
+
 impl InferencePlan {
     /// Input channels of the network: the image's, and those of the stage before.
     #[must_use]
@@ -158,13 +168,25 @@ impl InferencePlan {
         self.channels.len() + self.previous.as_ref().map_or(0, |p| p.labels.len())
     }
 
+    /// Whether this is a 2D configuration.
+    #[must_use]
+    pub fn is_planar(&self) -> bool {
+        self.spacing_mm[0].is_none()
+    }
+
     /// Checks that the parts fit each other, whatever file they came from.
     pub(crate) fn validate(&self, file: &Path) -> Result<()> {
         let bad = |field: &str, what: String| Err(Error::model(file, field, what));
         check_channels(&self.channels, file)?;
         check_transposes(self.transpose_forward, self.transpose_backward, file)?;
-        if self.spacing_mm.iter().any(|s| !(s.is_finite() && (1e-2..=1e3).contains(s))) {
-            return bad("spacing", format!("{:?}, expected three lengths from 0.01 to 1000 mm", self.spacing_mm));
+        let possible = |s: &Option<f64>| s.is_some_and(|s| s.is_finite() && (1e-2..=1e3).contains(&s));
+        if !self.spacing_mm[usize::from(self.is_planar())..].iter().all(possible) {
+            let what = "expected lengths from 0.01 to 1000 mm, of which that of the first axis may be missing";
+            return bad("spacing", format!("{:?}, {what}", self.spacing_mm));
+        }
+        if self.is_planar() && (self.patch[0] != 1 || self.mirror_axes.contains(&0)) {
+            let what = format!("{:?} mirrored along {:?}, expected single slices", self.patch, self.mirror_axes);
+            return bad("patch_size", what);
         }
         if self.strides.iter().flatten().any(|s| !matches!(s, 1 | 2)) {
             return Err(Error::unsupported(format!("strides {:?} of {}: only 1 and 2", self.strides, file.display())));

@@ -194,7 +194,8 @@ pub struct Conv3dMemory {
 }
 
 /// What a convolution of these sizes takes on `device`. `channels` are those of each source, `w` the filter's sizes,
-/// both stored in `precision`, `input` (D, H, W) of the input; `owned` if a single source has no other owner.
+/// both stored in `precision`, `input` (D, H, W) of the `batch` samples of the input; `owned` if a single source has no other
+/// owner.
 ///
 /// # Errors
 /// [`Error::Shape`] when the sizes do not fit.
@@ -204,15 +205,16 @@ pub fn conv3d_memory(
     precision: Precision,
     channels: &[usize],
     w: [usize; 5],
+    batch: usize,
     input: [usize; 3],
     how: Conv3d,
     owned: bool,
 ) -> Result<Conv3dMemory> {
     let [d, h, width] = input;
-    let x = Dims::from([1, channels.iter().sum(), d, h, width]);
+    let x = Dims::from([batch, channels.iter().sum(), d, h, width]);
     let g = sizes(&x, &w.into(), &how.output_dims(&x, &w.into())?, how);
     on_card!(device, {
-        let working = super::cuda::conv3d_memory(device, precision, channels, w, input, how)?;
+        let working = super::cuda::conv3d_memory(device, precision, channels, w, batch, input, how)?;
         Ok(Conv3dMemory { working, kept: 0, in_place: false })
     });
     let wish = Wish { strict, ..Wish::default() };

@@ -245,21 +245,25 @@ impl Colours {
     }
 }
 
-/// Chooses slices and sizes: one scale for all three, so that organs have the same size in each.
-fn layout(seg: &Segmentation, census: &Census) -> [Panel; 3] {
+/// Chooses slices and sizes: one scale for all three, so that organs have the same size in each. Of an image of one slice
+/// there is nothing to see from its sides.
+fn layout(seg: &Segmentation, census: &Census) -> Vec<Panel> {
     let (shape, spacing) = (seg.geometry.shape, seg.geometry.spacing_mm);
     let mm = |axis: usize| shape[axis] as f64 * spacing[axis];
     let views = [Plane::Axial, Plane::Coronal, Plane::Sagittal].map(|p| View::new(p, axes_of_patient(&seg.geometry)));
+    let flat = views.iter().any(|v| shape[v.through.array] == 1);
+    let views = views.into_iter().filter(|v| !flat || shape[v.through.array] == 1).collect::<Vec<_>>();
     let across: f64 = views.iter().map(|v| mm(v.across.array)).sum();
     let tallest = views.iter().map(|v| mm(v.down.array)).fold(0.0, f64::max);
     let scale = (size::PANELS / across).min(size::PANEL_HEIGHT / tallest);
     let pixels = |axis: usize| ((mm(axis) * scale).round() as usize).max(1);
-    views.map(|view| Panel {
+    let panel = |view: View| Panel {
         slice: census.best_slice(view.through.array),
         width: pixels(view.across.array),
         height: pixels(view.down.array),
         view,
-    })
+    };
+    views.into_iter().map(panel).collect()
 }
 
 /// A drawn panel.
@@ -362,14 +366,14 @@ fn draw_panel(
 
 /// Puts heading, panels, legend and notice on one page.
 fn compose(
-    panels: &[Panel; 3],
+    panels: &[Panel],
     drawn: &[Drawn],
     mut legend: Vec<Entry>,
     options: &PreviewOptions,
     shape: [usize; 3],
 ) -> Picture {
     let row_height = panels.iter().map(|p| p.height).max().unwrap_or(1);
-    let panels_width = panels.iter().map(|p| p.width).sum::<usize>() + 2 * size::GAP;
+    let panels_width = panels.iter().map(|p| p.width).sum::<usize>() + (panels.len().saturating_sub(1)) * size::GAP;
     let notice_width = text_width(NOTICE, size::TEXT);
     let inner = panels_width.max(notice_width).max(480);
     let width = inner + 2 * size::GAP;
@@ -487,13 +491,12 @@ mod tests {
             let census = Census::new(&seg);
             let panels = layout(&seg, &census);
             let colours = Colours::new(&seg, &census);
-            panels.map(|p| (p.width, p.height, draw_panel(&p, &image, &seg, &colours, [0.0, 1.0], 0.4).pixels))
+            let draw = |p: &Panel| draw_panel(p, &image, &seg, &colours, [0.0, 1.0], 0.4).pixels;
+            panels.iter().map(|p| (p.width, p.height, draw(p))).collect::<Vec<_>>()
         });
         assert!(a == b, "mirrored voxels changed the picture");
-        let [axial, coronal, sagittal] = a;
-        for ((width, height, pixels), name) in
-            [axial, coronal, sagittal].into_iter().zip(["axial", "coronal", "sagittal"])
-        {
+        assert_eq!(a.len(), 3);
+        for ((width, height, pixels), name) in a.into_iter().zip(["axial", "coronal", "sagittal"]) {
             // Right, front, top: always the upper left corner.
             assert!(pixels[0][0] < pixels[0][2], "{name}: the spot is blue");
             assert_eq!(pixels[width - 1], [0; 3], "{name}");
@@ -511,6 +514,11 @@ mod tests {
         for panel in layout(&seg, &Census::new(&seg)) {
             assert_eq!(panel.width, panel.height);
         }
+        // A picture, of which nnU-Net says that slices are far apart.
+        let g = Geometry::new([1, 40, 80], [999.0, 1.0, 1.0]);
+        let seg = Segmentation::new(LabelData::zeros(g.len(), 1), g, vec![]).unwrap();
+        let panels = layout(&seg, &Census::new(&seg));
+        assert_eq!(panels.iter().map(|p| p.width / p.height).collect::<Vec<_>>(), [2]);
     }
 
     #[test]

@@ -145,7 +145,7 @@ fn plans_that_cannot_be_are_refused() {
     conf("patch of four", "patch_size", json!([32, 32, 32, 32]));
     conf("patch without end", "patch_size", json!([1_000_000_000_000u64, 32, 32]));
     conf("patch of fractions", "patch_size", json!([32.5, 32, 32]));
-    conf("unsupported 2D", "patch_size", json!([32, 32]));
+    conf("2D patch of a 3D configuration", "patch_size", json!([32, 32]));
     conf("zero spacing", "spacing", json!([0.0, 1.5, 1.5]));
     conf("negative spacing", "spacing", json!([-1.5, 1.5, 1.5]));
     conf("NaN spacing", "spacing", json!([null, 1.5, 1.5]));

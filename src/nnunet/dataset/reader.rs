@@ -2,21 +2,31 @@
 
 use std::path::{Path, PathBuf};
 
-use super::DatasetJson;
-use crate::error::{Error, Result};
-use crate::io::{Image, Segmentation, read_nifti, read_segmentation};
+use serde::{Deserialize, Serialize};
 
-/// How the files of a data set are read, by the names of nnU-Net's classes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+use super::DatasetJson;
+use crate::base::json::Json;
+use crate::error::{Error, Result};
+use crate::io::{Geometry, Image, Segmentation, read_nifti, read_nifti_header, read_segmentation, write_nifti};
+use crate::nnunet::cases::split_channel;
+use crate::nnunet::json::{self, Field};
+
+/// How the files of a data set are read and written, by the names of nnU-Net's classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Reader {
     /// `.nii.gz`.
+    #[default]
+    #[serde(rename = "SimpleITKIO")]
     SimpleItkIo,
     /// `.nii`.
+    #[serde(rename = "NibabelIO")]
     NibabelIo,
     /// `.png`, `.tif` of one page.
+    #[serde(rename = "NaturalImage2DIO")]
     NaturalImage2dIo,
     /// `.tif` and `.tiff` of several pages; a file `CASE.json` beside them may say the `spacing`.
+    #[serde(rename = "Tiff3DIO")]
     Tiff3dIo,
 }
 
@@ -34,6 +44,12 @@ impl Reader {
         }
     }
 
+    /// The one of a class's name.
+    #[must_use]
+    pub fn of_class(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|r| r.name() == name)
+    }
+
     /// The reader of a data set: the one it names, else by the ending of its files; one of them tells whether a `.tif` is a
     /// picture or a volume.
     ///
@@ -41,7 +57,7 @@ impl Reader {
     /// [`Error::Unsupported`] naming the ending or the class that there is nothing for; errors of the example.
     pub fn of(dataset: &DatasetJson, example: Option<&Path>) -> Result<Self> {
         if let Some(name) = &dataset.reader {
-            if let Some(reader) = Self::ALL.into_iter().find(|r| r.name() == name) {
+            if let Some(reader) = Self::of_class(name) {
                 return Ok(reader);
             }
             if name.ends_with("WithReorient") {
@@ -53,7 +69,9 @@ impl Reader {
         match (dataset.file_ending.to_ascii_lowercase().as_str(), example) {
             (".nii.gz", _) => Ok(Reader::SimpleItkIo),
             (".nii", _) => Ok(Reader::NibabelIo),
-            (".tif", Some(example)) if example.is_file() && pages(example)? > 1 => Ok(Reader::Tiff3dIo),
+            (".tif", Some(example)) if example.is_file() && natural::picture_size(example)?[0] > 1 => {
+                Ok(Reader::Tiff3dIo)
+            }
             (".png" | ".tif", _) => Ok(Reader::NaturalImage2dIo),
             (".tiff", _) => Ok(Reader::Tiff3dIo),
             (other, _) => Err(Error::unsupported(format!("images ending in {other:?}; .nii.gz, .nii, .png, .tif are"))),
@@ -61,25 +79,48 @@ impl Reader {
     }
 
     /// Reads a case's images.
-    pub(super) fn image(self, paths: &[PathBuf]) -> Result<Image> {
+    pub(in crate::nnunet) fn image(self, paths: &[PathBuf]) -> Result<Image> {
         match self {
             Reader::SimpleItkIo | Reader::NibabelIo => read_nifti(paths),
-            Reader::NaturalImage2dIo => pictures(paths),
+            Reader::NaturalImage2dIo => natural::read_pictures(paths),
+            Reader::Tiff3dIo => natural::read_tiff_stacks(paths, spacing_in(&sidecar(first(paths)?))?),
+        }
+    }
+
+    /// The grid of a case's images, of which no voxel is read.
+    pub(in crate::nnunet) fn grid(self, paths: &[PathBuf]) -> Result<Geometry> {
+        let first = first(paths)?;
+        match self {
+            Reader::SimpleItkIo | Reader::NibabelIo => read_nifti_header(first),
+            Reader::NaturalImage2dIo => natural::picture_grid(first),
+            Reader::Tiff3dIo => Ok(Geometry::new(natural::picture_size(first)?, spacing_in(&sidecar(first))?)),
+        }
+    }
+
+    /// Writes a label map, as nnU-Net's class of the name does: NIfTI; a grey picture, PNG or TIFF by the ending; a TIFF stack
+    /// and its spacing in `CASE.json`. Whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Usage`] for a volume that is to be a picture.
+    pub fn write(self, path: &Path, segmentation: &Segmentation) -> Result<()> {
+        match self {
+            Reader::SimpleItkIo | Reader::NibabelIo => write_nifti(path, segmentation),
+            Reader::NaturalImage2dIo => natural::write_picture(path, segmentation),
             Reader::Tiff3dIo => {
-                let first = paths.first().ok_or_else(|| Error::usage("no image file was given"))?;
-                let name = first.file_stem().unwrap_or_default().to_string_lossy();
-                // Without the number of the channel.
-                stacks(paths, &first.with_file_name(name.rsplit_once('_').map_or(&*name, |(case, _)| case)))
+                // The stack last: where it is, its spacing is, too.
+                let (sidecar, spacing) = (path.with_extension("json"), segmentation.geometry.spacing_mm);
+                json::write(&sidecar, &Json::object([("spacing", Json::list(spacing))]), true)?;
+                natural::write_tiff_stack(path, segmentation)
             }
         }
     }
 
     /// Reads a label map.
-    pub(super) fn label(self, path: &Path) -> Result<Segmentation> {
+    pub(in crate::nnunet) fn label(self, path: &Path) -> Result<Segmentation> {
         let image = match self {
             Reader::SimpleItkIo | Reader::NibabelIo => return read_segmentation(path),
-            Reader::NaturalImage2dIo => pictures(&[path.to_owned()])?,
-            Reader::Tiff3dIo => stacks(&[path.to_owned()], &path.with_extension(""))?,
+            Reader::NaturalImage2dIo => natural::read_pictures(&[path])?,
+            Reader::Tiff3dIo => natural::read_tiff_stacks(&[path], spacing_in(&path.with_extension("json"))?)?,
         };
         let [voxels] = image.channels.as_slice() else {
             let what = format!("{} channels, expected 1 for a label map", image.channels.len());
@@ -89,55 +130,67 @@ impl Reader {
     }
 }
 
-#[cfg(feature = "natural")]
-fn pages(path: &Path) -> Result<usize> {
-    crate::io::picture_pages(path)
-}
-
-#[cfg(feature = "natural")]
-fn pictures(paths: &[PathBuf]) -> Result<Image> {
-    crate::io::read_pictures(paths)
-}
-
-/// TIFF stacks whose spacing stands in `case.json`, else 1 mm.
-#[cfg(feature = "natural")]
-fn stacks(paths: &[PathBuf], case: &Path) -> Result<Image> {
-    use crate::nnunet::json::{self, Field};
-
-    let mut name = case.as_os_str().to_owned();
-    name.push(".json");
-    let sidecar = PathBuf::from(name);
-    let spacing_mm = if sidecar.is_file() {
-        let value = json::read_dataset(&sidecar)?;
-        let spacing = Field::of_dataset(&sidecar, &value).need("spacing")?;
-        let spacing_mm = spacing.three(Field::f64)?;
-        if spacing_mm.iter().any(|s| *s <= 0.0) {
-            return Err(spacing.error("expected three lengths above 0"));
-        }
-        spacing_mm
-    } else {
+/// The spacing in mm (z, y, x) of a TIFF stack, which stands in the file `sidecar`; 1 where there is none.
+fn spacing_in(sidecar: &Path) -> Result<[f64; 3]> {
+    if !sidecar.is_file() {
         tracing::warn!("{}: missing; the spacing is taken to be 1 mm", sidecar.display());
-        [1.0; 3]
-    };
-    crate::io::read_tiff_stacks(paths, spacing_mm)
+        return Ok([1.0; 3]);
+    }
+    let value = json::read_dataset(sidecar)?;
+    let spacing = Field::of_dataset(sidecar, &value).need("spacing")?;
+    let spacing_mm = spacing.three(Field::f64)?;
+    if spacing_mm.iter().any(|s| *s <= 0.0) {
+        return Err(spacing.error("expected three lengths above 0"));
+    }
+    Ok(spacing_mm)
 }
 
-#[cfg(not(feature = "natural"))]
-fn without<T>() -> Result<T> {
-    Err(Error::unsupported("PNG and TIFF images: this program was built without the feature \"natural\""))
+/// `CASE.json` beside the image `CASE_0000.tif`, or `CASE.tif` that says no channel.
+fn sidecar(stack: &Path) -> PathBuf {
+    let name = stack.file_stem().unwrap_or_default().to_string_lossy();
+    let case = split_channel(&name).map_or(&*name, |(case, _)| case);
+    stack.with_file_name(format!("{case}.json"))
 }
 
-#[cfg(not(feature = "natural"))]
-fn pages(_: &Path) -> Result<usize> {
-    without()
+fn first(paths: &[PathBuf]) -> Result<&Path> {
+    paths.first().map(PathBuf::as_path).ok_or_else(|| Error::usage("no image file was given"))
 }
 
-#[cfg(not(feature = "natural"))]
-fn pictures(_: &[PathBuf]) -> Result<Image> {
-    without()
-}
+#[cfg(feature = "natural")]
+use crate::io::picture as natural;
 
+/// What there is of pictures without the feature: errors.
 #[cfg(not(feature = "natural"))]
-fn stacks(_: &[PathBuf], _: &Path) -> Result<Image> {
-    without()
+mod natural {
+    use std::path::Path;
+
+    use super::{Error, Geometry, Image, Result, Segmentation};
+
+    fn none<T>() -> Result<T> {
+        Err(Error::unsupported("PNG and TIFF images: this program was built without the feature \"natural\""))
+    }
+
+    pub(super) fn read_pictures<P: AsRef<Path>>(_: &[P]) -> Result<Image> {
+        none()
+    }
+
+    pub(super) fn read_tiff_stacks<P: AsRef<Path>>(_: &[P], _: [f64; 3]) -> Result<Image> {
+        none()
+    }
+
+    pub(super) fn picture_grid(_: &Path) -> Result<Geometry> {
+        none()
+    }
+
+    pub(super) fn picture_size(_: &Path) -> Result<[usize; 3]> {
+        none()
+    }
+
+    pub(super) fn write_picture(_: &Path, _: &Segmentation) -> Result<()> {
+        none()
+    }
+
+    pub(super) fn write_tiff_stack(_: &Path, _: &Segmentation) -> Result<()> {
+        none()
+    }
 }

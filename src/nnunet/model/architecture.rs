@@ -116,6 +116,11 @@ impl Architecture {
             let what = format!("{classes} output channels, the plan has {}", plan.heads);
             return Err(Error::model(weights.path(), last, what));
         }
+        if config.is_planar() != plan.is_planar() {
+            let of = |planar: bool| if planar { "2D" } else { "3D" };
+            let what = format!("a {} network, the plan is {}", of(config.is_planar()), of(plan.is_planar()));
+            return Err(Error::model(weights.path(), first, what));
+        }
         let (patch, divisor) = (plan.patch, config.divisor());
         if (0..3).any(|a| !patch[a].is_multiple_of(divisor[a])) {
             let what = format!("strides of product {divisor:?}, which do not divide the plan's patch {patch:?}");

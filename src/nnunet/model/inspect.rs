@@ -69,8 +69,8 @@ pub struct Inspection {
     pub heads: usize,
     /// Window in voxels, transposed axes.
     pub patch: [usize; 3],
-    /// Spacing in mm, transposed axes.
-    pub spacing_mm: [f64; 3],
+    /// Spacing in mm, transposed axes; none where the image keeps its own.
+    pub spacing_mm: [Option<f64>; 3],
     /// Strides into all stages but the first.
     pub strides: Vec<[usize; 3]>,
     /// Axes that mirroring may flip.

@@ -29,7 +29,7 @@ pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
 pub(in crate::nnunet) use v2::resolve as resolve_configuration;
-pub(in crate::nnunet) use v2::{next_names, pools, previous_name};
+pub(in crate::nnunet) use v2::{next_names, patch_size, pools, previous_name};
 pub use v2::{planned_architecture, preprocess_plan};
 
 const V1_CHECKPOINT: &str = "model_final_checkpoint";

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::cut_strides;
 use crate::error::{Error, Result};
 use crate::io::pth::{self, Pickle};
+use crate::nnunet::dataset::Reader;
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
 
@@ -68,12 +69,13 @@ fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<Infe
         mirror_axes: if trainer.to_lowercase().contains("nomirror") { Vec::new() } else { vec![0, 1, 2] },
         trainer,
         configuration: configuration.into(),
+        reader: Reader::default(),
         channels: channels(&plans)?,
         labels,
         decision: Decision::Argmax,
         heads,
         patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
-        spacing_mm: stage.need("current_spacing")?.three(Field::f64)?,
+        spacing_mm: stage.need("current_spacing")?.three(Field::f64)?.map(Some),
         transpose_forward: transpose("transpose_forward")?,
         transpose_backward: transpose("transpose_backward")?,
         strides,

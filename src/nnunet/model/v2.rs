@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::io::pth::Pickle;
 use crate::io::weights::printable;
 use crate::models::UnetConfig;
+use crate::nnunet::dataset::Reader;
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 use crate::nnunet::plans::{Channel, InferencePlan, Intensity, Normalization, PreviousStage, Resampling, Rules};
@@ -63,10 +64,7 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
     let resolved = Value::Object(resolve(&plans.need("configurations")?, name)?);
     let at = format!("configurations.{name}");
     let conf = Field::at(&plans_path, &at, &resolved);
-    let patch = conf.need("patch_size")?;
-    if patch.items()?.len() == 2 {
-        return Err(Error::unsupported(format!("configuration {name:?}: a 2D network; 3D configurations are")));
-    }
+    let (patch, planar) = patch_size(&conf, usize::from(u16::MAX))?;
     check_classes(&plans, &conf)?;
     let labels = LabelSet::of(&dataset)?;
     let axis = |f: &Field<'_>| f.usize(2);
@@ -75,16 +73,18 @@ pub(super) fn plan(folder: &Path, info: &CheckpointInfo) -> Result<InferencePlan
         dataset: plans.get("dataset_name").map(|d| d.str()).transpose()?.unwrap_or_default().to_string(),
         trainer: info.trainer.clone(),
         configuration: name.clone(),
+        reader: reader(&plans)?,
         channels: channels(&plans, &conf, &dataset)?,
         heads: labels.heads(),
         labels: labels.names(),
         decision: labels.decision(),
-        patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
-        spacing_mm: conf.need("spacing")?.three(Field::f64)?,
+        patch,
+        spacing_mm: spacing(&conf, planar)?,
         transpose_forward: plans.need("transpose_forward")?.three(axis)?,
         transpose_backward: plans.need("transpose_backward")?.three(axis)?,
-        strides: strides(&conf)?,
-        mirror_axes: info.mirror_axes.clone(),
+        strides: cut_strides(pools(&conf, planar)?.into_iter().map(Ok))?,
+        // A 2D network's axes are the last two.
+        mirror_axes: info.mirror_axes.iter().map(|a| a + usize::from(planar)).collect(),
         resampling_data: resampling(&conf, "resampling_fn_data", false)?,
         resampling_probabilities: resampling(&conf, "resampling_fn_probabilities", false)?,
         keep_largest: Vec::new(),
@@ -113,6 +113,12 @@ pub(in crate::nnunet) fn next_names(conf: &Field<'_>) -> Result<Vec<String>> {
         Value::String(one) => Ok(vec![one.clone()]),
         _ => next.items()?.iter().map(|n| n.str().map(str::to_string)).collect(),
     }
+}
+
+/// Reader of the data set's files; of one that there is nothing like the images have to be NIfTI.
+fn reader(plans: &Field<'_>) -> Result<Reader> {
+    let name = plans.get("image_reader_writer").map(|r| r.str()).transpose()?;
+    Ok(name.and_then(Reader::of_class).unwrap_or_default())
 }
 
 /// Other classes of these names do other things, which their names do not tell.
@@ -146,19 +152,14 @@ pub fn preprocess_plan(plans: &Path, dataset: &Path, name: &str) -> Result<(Prep
     if identifier.is_empty() || identifier.starts_with('.') || identifier.contains(['/', '\\', '\0']) {
         return Err(folder.error(format!("{identifier:?}, expected the name of a folder")));
     }
-    let spacing = conf.need("spacing")?;
-    let spacing_mm = match &spacing.items()?[..] {
-        // The first axis of a 2D configuration keeps the image's own spacing.
-        [y, x] => [None, Some(y.f64()?), Some(x.f64()?)],
-        _ => spacing.three(Field::f64)?.map(Some),
-    };
+    let (_, planar) = patch_size(&conf, usize::from(u16::MAX))?;
     let axis = |f: &Field<'_>| f.usize(2);
     let plan = PreprocessPlan {
         rules: Rules::NnunetV2,
         channels: channels(&plans, &conf, &dataset)?,
         transpose_forward: plans.need("transpose_forward")?.three(axis)?,
         transpose_backward: plans.need("transpose_backward")?.three(axis)?,
-        spacing_mm,
+        spacing_mm: spacing(&conf, planar)?,
         resampling_data: resampling(&conf, "resampling_fn_data", false)?,
         resampling_labels: resampling(&conf, "resampling_fn_seg", true)?,
     };
@@ -212,9 +213,25 @@ pub(in crate::nnunet) fn resolve(configurations: &Field<'_>, name: &str) -> Resu
     Ok(out)
 }
 
-/// Strides of the poolings of a 3D configuration, as many as a STU-Net has.
-fn strides(conf: &Field<'_>) -> Result<[[usize; 3]; 5]> {
-    cut_strides(pools(conf, false)?.into_iter().map(Ok))
+/// Voxels (z, y, x) of a configuration's patch, up to `most` along an axis, and whether it is a 2D one, of a single slice.
+pub(in crate::nnunet) fn patch_size(conf: &Field<'_>, most: usize) -> Result<([usize; 3], bool)> {
+    let sizes = conf.need("patch_size")?;
+    let list = sizes.items()?.iter().map(|p| p.usize(most)).collect::<Result<Vec<_>>>()?;
+    match *list.as_slice() {
+        [z, y, x] => Ok(([z, y, x], false)),
+        [y, x] => Ok(([1, y, x], true)),
+        _ => Err(sizes.error(format!("{} sizes, expected 2 or 3", list.len()))),
+    }
+}
+
+/// Target spacing in mm. The first axis of a 2D configuration (`planar`) keeps the image's own.
+fn spacing(conf: &Field<'_>, planar: bool) -> Result<[Option<f64>; 3]> {
+    let spacing = conf.need("spacing")?;
+    match spacing.items()?.as_slice() {
+        [y, x] if planar => Ok([None, Some(y.f64()?), Some(x.f64()?)]),
+        _ if planar => Err(spacing.error("expected two lengths, as patch_size has two")),
+        _ => Ok(spacing.three(Field::f64)?.map(Some)),
+    }
 }
 
 /// Strides of the poolings: the plan's list without the first stage, which never pools. Those of a 2D configuration

@@ -11,7 +11,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::LabelData;
-use crate::nnunet::plans::{Decision, InferencePlan, Resampling, Rules};
+use crate::nnunet::plans::{Decision, InferencePlan, Resampling, Rules, target_spacing};
 use crate::nnunet::preprocess::Properties;
 use crate::nnunet::preprocess::labels::{Vote, resample_labels};
 use crate::nnunet::preprocess::resample::{View, axes, separate_axis, zeros};
@@ -121,7 +121,9 @@ impl Export<'_> {
     /// As [`Export::labels`].
     pub(crate) fn labels_on(&self, planes: &mut dyn Planes, to: [usize; 3]) -> Result<LabelData> {
         // nnU-Net takes the other grid's spacing for this one's.
-        let (rule, spacing) = (&self.plan.resampling_probabilities, self.plan.spacing_mm);
+        let rule = &self.plan.resampling_probabilities;
+        let own = self.plan.transpose_forward.map(|a| self.properties.spacing_mm[a]);
+        let spacing = target_spacing(self.plan.spacing_mm, own);
         let grid = Grid::new(planes.shape(), to, rule, separate_axis(rule, spacing, spacing))?;
         let whole = View::whole(to);
         Ok(match self.max_label() {
@@ -192,9 +194,11 @@ impl Export<'_> {
     /// The axis (of the transposed array) that is resampled apart on the way back.
     fn apart(&self) -> Option<usize> {
         let (rule, forward) = (&self.plan.resampling_probabilities, self.plan.transpose_forward);
-        let (model, image) = (self.plan.spacing_mm, self.properties.spacing_mm);
+        let image = self.properties.spacing_mm;
+        let own = forward.map(|a| image[a]);
+        let model = target_spacing(self.plan.spacing_mm, own);
         match self.plan.rules {
-            Rules::NnunetV2 => separate_axis(rule, model, forward.map(|a| image[a])),
+            Rules::NnunetV2 => separate_axis(rule, model, own),
             // v1 exports the untransposed array, and asks the image's own spacing first. It forgets to transpose the
             // model's spacing back; so do we.
             Rules::NnunetV1 => {

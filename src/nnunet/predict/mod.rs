@@ -229,7 +229,8 @@ impl Predictor {
     pub fn validate(&self) -> Result<()> {
         let o = &self.options;
         // Windows less than a voxel apart would be the same window many times over.
-        let least = self.plan.patch.iter().map(|&p| 1.0 / p as f64).fold(0.0, f64::max);
+        let axes = &self.plan.patch[usize::from(self.plan.is_planar())..];
+        let least = axes.iter().map(|&p| 1.0 / p as f64).fold(0.0, f64::max);
         if !(o.step_size >= least && o.step_size <= 1.0) {
             let (step, patch) = (o.step_size, self.plan.patch);
             let what = format!("step size {step} is out of range, expected {least} to 1 for the patch {patch:?}");
@@ -327,7 +328,7 @@ impl Predictor {
         plan.strict = o.strict;
         // On a card if there is room beside the networks; else every window's features travel.
         if let Some(room) = room {
-            plan.move_to_card(&self.device, room.saturating_sub(self.activations()));
+            plan.move_to_card(&self.device, room.saturating_sub(self.activations(p.patch)));
         }
         Ok(plan)
     }
@@ -363,11 +364,11 @@ impl Predictor {
         Ok(Some(most.min(free.saturating_sub(total / 32))))
     }
 
-    /// Bytes that the largest network's tensors take, and the filters that all of them keep.
-    fn activations(&self) -> usize {
-        let (patch, strict) = (self.plan.patch, self.options.strict);
-        let needs = |n: &Network| n.activation_bytes(patch, &self.device, strict);
-        let kept = |n: &Network| n.planned_kept_bytes(patch, &self.device, strict);
+    /// Bytes that the largest network's tensors take in a pass over so many voxels, and the filters that all of them keep.
+    fn activations(&self, pass: [usize; 3]) -> usize {
+        let strict = self.options.strict;
+        let needs = |n: &Network| n.activation_bytes(pass, &self.device, strict);
+        let kept = |n: &Network| n.planned_kept_bytes(pass, &self.device, strict);
         // All folds keep filters, one runs at a time.
         let others = self.nets.iter().skip(1).map(kept).fold(0, usize::saturating_add);
         self.nets.iter().map(needs).max().unwrap_or(0).saturating_add(others)
@@ -408,13 +409,14 @@ impl Predictor {
             .map_or(0, |p| product(from).saturating_add(p.labels.len().saturating_mul(product(to))));
         let images = images.saturating_add(previous);
         // What a card holds is not the machine's memory.
-        let activations = if self.device.is_cpu() { self.activations() } else { 0 };
+        let pass = sweep.pass_size();
+        let activations = if self.device.is_cpu() { self.activations(pass) } else { 0 };
         let sums = if sweep.sums_on_card { 0 } else { sweep.bytes() };
         // Features that travel are there as the card sends them, as floats, in order and in blocks.
         let features = self.nets.iter().map(|n| n.head_features().next_multiple_of(16)).max().unwrap_or(0);
         let travels = !self.device.is_cpu() && !sweep.sums_on_card;
-        let travelling = if travels { product(self.plan.patch).saturating_mul(4 * features) } else { 0 };
-        let patch = product(self.plan.patch).saturating_mul(self.plan.inputs() + 1);
+        let travelling = if travels { product(pass).saturating_mul(4 * features) } else { 0 };
+        let patch = product(pass).saturating_mul(self.plan.inputs() + 1);
         // The window that is computed and the next, page-locked, in buffers of a power of two.
         let staged = if self.device.is_cpu() { 0 } else { patch.saturating_mul(4).min(64 << 20) };
         let planes = product([2 * sweep.channels(), to[1], to[2]]);
@@ -440,7 +442,7 @@ impl Predictor {
     /// What a case needs, if it can be predicted at all.
     fn admitted(&self, geometry: &Geometry, channels: usize, standing: Standing) -> Result<Needs> {
         if let Some(room) = standing.room {
-            let (asked, in_use) = (self.activations(), standing.in_use);
+            let (asked, in_use) = (self.activations(self.plan.patch), standing.in_use);
             if asked > room {
                 let [free, total] =
                     [self.device.available_memory()?, self.device.total_memory()].map(Option::unwrap_or_default);

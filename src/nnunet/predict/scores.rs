@@ -4,6 +4,7 @@ use super::export::{Export, Planes, Scores};
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::LabelData;
+use crate::nnunet::dataset::Reader;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Normalization, Resampling, Rules};
 use crate::nnunet::preprocess::Properties;
 use crate::nnunet::preprocess::resample::zeros;
@@ -155,6 +156,7 @@ fn plain(heads: usize) -> InferencePlan {
         dataset: String::new(),
         trainer: String::new(),
         configuration: String::new(),
+        reader: Reader::default(),
         channels: vec![Channel {
             name: String::new(),
             normalization: Normalization::None,
@@ -165,7 +167,7 @@ fn plain(heads: usize) -> InferencePlan {
         decision: Decision::Argmax,
         heads,
         patch: [1; 3],
-        spacing_mm: [1.0; 3],
+        spacing_mm: [Some(1.0); 3],
         transpose_forward: [0, 1, 2],
         transpose_backward: [0, 1, 2],
         strides: [[1; 3]; 5],

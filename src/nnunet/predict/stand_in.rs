@@ -3,6 +3,7 @@
 use super::{PredictOptions, Predictor};
 use crate::error::Result;
 use crate::models::Network;
+use crate::nnunet::dataset::Reader;
 use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
 use crate::tensor::Device;
 
@@ -32,12 +33,13 @@ impl Predictor {
             dataset: "none".into(),
             trainer: "none".into(),
             configuration: "3d_fullres".into(),
+            reader: Reader::default(),
             channels: (0..net.in_channels()).map(channel).collect(),
             labels: (1..classes).map(|c| (c as u16, format!("class {c}"))).collect(),
             decision: Decision::Argmax,
             heads: classes,
             patch,
-            spacing_mm,
+            spacing_mm: spacing_mm.map(Some),
             transpose_forward: [0, 1, 2],
             transpose_backward: [0, 1, 2],
             strides,

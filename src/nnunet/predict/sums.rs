@@ -149,13 +149,18 @@ impl Sums {
             for y in 0..py {
                 let out = &mut plane[(start[1] + y) * w + start[2]..][..px];
                 match importance {
-                    Some(m) => out.iter_mut().zip(&m[(z * py + y) * px..]).for_each(|(o, m)| *o += m),
+                    Some(m) => out.iter_mut().zip(&of_plane(m, z, py * px)[y * px..]).for_each(|(o, m)| *o += m),
                     None => out.iter_mut().for_each(|o| *o += 1.0),
                 }
             }
         });
         Ok(())
     }
+}
+
+/// What counts in plane `z`, of `n` voxels, of a pass: slices of a 2D network are all alike.
+pub(super) fn of_plane(importance: &[f32], z: usize, n: usize) -> &[f32] {
+    &importance[z * n % importance.len()..][..n]
 }
 
 /// Planes of the sums over windows of `depth` planes. A card interpolates between the last two of the planes that are

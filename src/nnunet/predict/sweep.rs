@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::export::Labelling;
 use super::export::Planes;
 use super::held::Held;
-use super::sums::{Sums, with_processor};
+use super::sums::{Sums, of_plane, with_processor};
 pub(crate) use super::sweep_plan::{Gather, SweepPlan};
 use super::window::gaussian;
 use crate::autograd::Ctx;
@@ -18,7 +18,7 @@ use crate::models::{Head, Network};
 use crate::ops::head::{self, Activation, PackedHead};
 #[cfg(feature = "cuda")]
 use crate::ops::resample::Labels;
-use crate::tensor::{BLOCK, Device, Dims, Layout, Stored, Tensor};
+use crate::tensor::{BLOCK, Device, Layout, Stored, Tensor};
 
 enum Store {
     /// The planes of weighted sums up to `end`.
@@ -64,7 +64,7 @@ fn store(plan: &SweepPlan, nets: &[Network], importance: Option<&[f32]>, device:
         Gather::Features | Gather::Held(_) => None,
     };
     let place = if plan.sums_on_card { device } else { device.host() };
-    let sum = Sums::new([plan.patch[0], h, w], plan.channels(), scores, importance, place)?;
+    let sum = Sums::new([plan.planes, h, w], plan.channels(), scores, importance, place)?;
     Ok(Store::Ring { sum: Box::new(sum), end: 0 })
 }
 
@@ -94,8 +94,7 @@ impl<'a> Sweep<'a> {
             Ok(PackedHead::new(&head.weight, &head.bias, head.features, plan.features))
         });
         let heads = heads.collect::<Result<_>>()?;
-        let [pz, py, px] = plan.patch;
-        let input = || Tensor::empty(Dims::from([1, channels, pz, py, px]), Layout::PLAIN, device);
+        let input = || Tensor::empty(plan.input(channels), Layout::PLAIN, device);
         let input = (!device.is_cpu()).then(input).transpose()?;
         Ok(Self {
             plan,
@@ -122,11 +121,11 @@ impl<'a> Sweep<'a> {
         self.network.as_secs_f64()
     }
 
-    /// Runs all windows that start at the `row`-th z start.
+    /// Runs all passes that start at the `row`-th z start.
     fn run_row(&mut self, row: usize) -> Result<()> {
         let z = self.plan.starts[0][row];
         if let Store::Ring { sum, end } = &mut self.store {
-            let upto = z + self.plan.patch[0];
+            let upto = z + self.plan.planes;
             (*end..upto).try_for_each(|p| sum.clear(p))?;
             *end = upto;
         }
@@ -141,7 +140,7 @@ impl<'a> Sweep<'a> {
     fn run_window(&mut self, start: [usize; 3]) -> Result<()> {
         for fold in 0..self.nets.len() {
             for flip in self.plan.flips.clone() {
-                let (nets, device, [pz, py, px]) = (self.nets, self.device, self.plan.patch);
+                let (nets, device, [pz, py, px]) = (self.nets, self.device, self.plan.pass_size());
                 let strict = self.plan.strict;
                 // Passes with the same key ask for the same tensors, and nothing but what is held outlives them.
                 device.planned(&[fold, self.channels, pz, py, px, usize::from(strict)], || {
@@ -166,11 +165,7 @@ impl<'a> Sweep<'a> {
         }
         match &self.input {
             Some(t) => Ok(t.clone()),
-            None => {
-                let [pz, py, px] = self.plan.patch;
-                let dims = Dims::from([1, self.channels, pz, py, px]);
-                Tensor::from_host(&self.window(start, flip), dims, self.device)
-            }
+            None => Tensor::from_host(&self.window(start, flip), self.plan.input(self.channels), self.device),
         }
     }
 
@@ -185,21 +180,23 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
-    /// The window's intensities, flipped, zeros outside the image.
+    /// The intensities of a window, or of as many as there are slices in a pass, flipped, zeros outside the image.
     fn window(&self, start: [usize; 3], flip: [bool; 3]) -> Vec<f32> {
-        let ([pz, py, px], [nz, ny, nx], pad) = (self.plan.patch, self.plan.shape, self.plan.pad());
-        let mut values = vec![0f32; self.channels * pz * py * px];
+        let ([pz, py, px], [nz, ny, nx], pad) = (self.plan.pass_size(), self.plan.shape, self.plan.pad());
+        let (planar, channels, data) = (self.plan.planar, self.channels, self.data);
+        let mut values = vec![0f32; channels * pz * py * px];
         // The image coordinate of patch index i along an axis, if inside.
         let at = |axis: usize, i: usize, n: usize, size: usize| {
             let i = if flip[axis] { n - 1 - i } else { i };
             (start[axis] + i).checked_sub(pad[axis]).filter(|&v| v < size)
         };
-        par::chunks_mut(&mut values, py * px, |cz, plane| {
-            let (c, z) = (cz / pz, cz % pz);
+        par::chunks_mut(&mut values, py * px, |i, plane| {
+            // Slices are samples, with their channels inside.
+            let (c, z) = if planar { (i % channels, i / channels) } else { (i / pz, i % pz) };
             let Some(z) = at(0, z, pz, nz) else { return };
             for (y, row) in plane.chunks_exact_mut(px).enumerate() {
                 let Some(y) = at(1, y, py, ny) else { continue };
-                let source = &self.data[((c * nz + z) * ny + y) * nx..][..nx];
+                let source = &data[((c * nz + z) * ny + y) * nx..][..nx];
                 for (x, v) in row.iter_mut().enumerate() {
                     if let Some(x) = at(2, x, px, nx) {
                         *v = source[x];
@@ -212,7 +209,7 @@ impl<'a> Sweep<'a> {
 
     fn add(&mut self, start: [usize; 3], flip: [bool; 3], fold: usize, features: &Tensor) -> Result<()> {
         let (plan, host) = (&self.plan, &self.host);
-        let ([pz, py, px], [_, h, w]) = (plan.patch, plan.padded());
+        let ([pz, py, px], [_, h, w]) = (plan.pass_size(), plan.padded());
         let (channels, lanes, importance) = (plan.channels(), plan.features, self.importance.as_deref());
         let scale = 1.0 / (plan.flips.len() * if plan.gather == Gather::Features { 1 } else { plan.folds }) as f32;
         if let Store::Ring { sum, .. } = &mut self.store
@@ -221,7 +218,7 @@ impl<'a> Sweep<'a> {
             return Ok(());
         }
         let features = &*with_processor(features, host)?;
-        let view = FeatureView { values: features.stored(), size: plan.patch, lanes };
+        let view = FeatureView { values: features.stored(), size: plan.pass_size(), lanes, planar: plan.planar };
         match &mut self.store {
             Store::Held(windows) => {
                 windows.push(Held::new(start, flip, fold, features, host)?);
@@ -235,7 +232,7 @@ impl<'a> Sweep<'a> {
                     for y in 0..py {
                         view.row(z, y, flip, &mut row);
                         if let Some(m) = importance {
-                            let m = &m[(z * py + y) * px..][..px];
+                            let m = &of_plane(m, z, py * px)[y * px..][..px];
                             g.iter_mut().zip(m).for_each(|(g, m)| *g = m * scale);
                         }
                         let out = &mut plane[((start[1] + y) * w + start[2]) * channels..][..px * channels];
@@ -258,7 +255,7 @@ impl<'a> Sweep<'a> {
 
     fn add_weight(&mut self, start: [usize; 3]) -> Result<()> {
         let Store::Ring { sum, .. } = &mut self.store else { return Ok(()) };
-        sum.count(start, self.plan.patch, self.importance.as_deref())
+        sum.count(start, self.plan.pass_size(), self.importance.as_deref())
     }
 
     /// Scores of plane `p` of the padded image from the windows held, rows in parallel.
@@ -417,6 +414,8 @@ struct FeatureView<'a> {
     values: Stored<'a>,
     size: [usize; 3],
     lanes: usize,
+    /// Planes are samples.
+    planar: bool,
 }
 
 impl FeatureView<'_> {
@@ -426,7 +425,8 @@ impl FeatureView<'_> {
         let z = if flip[0] { nz - 1 - z } else { z };
         let y = if flip[1] { ny - 1 - y } else { y };
         for b in 0..self.lanes / BLOCK {
-            let first = ((b * nz + z) * ny + y) * nx;
+            let plane = if self.planar { z * (self.lanes / BLOCK) + b } else { b * nz + z };
+            let first = (plane * ny + y) * nx;
             for x in 0..nx {
                 let to = if flip[2] { nx - 1 - x } else { x };
                 self.values.read((first + x) * BLOCK, &mut out[to * self.lanes + b * BLOCK..][..BLOCK]);

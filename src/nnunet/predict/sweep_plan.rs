@@ -6,7 +6,12 @@ use super::window::starts;
 use crate::error::{Error, Result};
 use crate::models::Network;
 use crate::ops::head::Activation;
-use crate::tensor::{BLOCK, Device};
+use crate::tensor::{BLOCK, Device, Dims};
+
+/// A 2D network runs so many slices in a pass at most, and so many voxels unless a slice has more: filters are read once for
+/// all of them, and there is work for all threads.
+const SLICES: usize = 16;
+const PASS_VOXELS: usize = 1 << 18;
 
 /// What is aggregated over windows, and where.
 ///
@@ -28,9 +33,14 @@ pub(crate) enum Gather {
 pub(crate) struct SweepPlan {
     /// Voxels of the image on the network's grid.
     pub(crate) shape: [usize; 3],
-    /// Window size.
+    /// Window size; that of a 2D network is one slice.
     pub(crate) patch: [usize; 3],
-    /// First voxels per axis, in the padded image.
+    /// Windows are slices of a 2D network.
+    pub(super) planar: bool,
+    /// Planes of a pass: a window's, or so many slices at the same place, each a sample of its own. All passes have the same
+    /// number, those past the image's last slice are zeros: what a network runs may go by it, down to the last bit.
+    pub(super) planes: usize,
+    /// First voxels of passes per axis, in the padded image.
     pub(crate) starts: [Vec<usize>; 3],
     /// Mirrored passes.
     pub(crate) flips: Vec<[bool; 3]>,
@@ -66,6 +76,8 @@ impl SweepPlan {
         let mut plan = Self {
             shape,
             patch,
+            planar: first.is_planar(),
+            planes: patch[0],
             starts,
             flips,
             gather: Gather::Features,
@@ -77,6 +89,12 @@ impl SweepPlan {
             features: first.head_features().next_multiple_of(BLOCK),
             classes: first.classes(),
         };
+        if plan.planar {
+            let most = (PASS_VOXELS / (patch[1] * patch[2]).max(1)).clamp(1, SLICES);
+            // Windows that are held are single.
+            let most = if activation == Activation::Identity { most } else { 1 };
+            plan.run_slices(shape[0].div_ceil(shape[0].div_ceil(most).max(1)));
+        }
         let choices = match activation {
             Activation::Identity => [Gather::Features, Gather::Scores(activation)],
             _ => [Gather::Held(activation), Gather::Scores(activation)],
@@ -84,6 +102,23 @@ impl SweepPlan {
         let bytes = choices.map(|g| plan.bytes_of(g));
         plan.gather = if bytes[0] <= bytes[1] { choices[0] } else { choices[1] };
         Ok(plan)
+    }
+
+    /// Runs so many slices of a 2D network in a pass.
+    pub(super) fn run_slices(&mut self, slices: usize) {
+        self.planes = slices.max(1);
+        self.starts[0] = (0..self.shape[0]).step_by(self.planes).collect();
+    }
+
+    /// Voxels (z, y, x) of a pass.
+    pub(super) fn pass_size(&self) -> [usize; 3] {
+        [self.planes, self.patch[1], self.patch[2]]
+    }
+
+    /// A network's input of so many channels.
+    pub(super) fn input(&self, channels: usize) -> Dims {
+        let [planes, y, x] = self.pass_size();
+        if self.planar { Dims::from([planes, channels, 1, y, x]) } else { Dims::from([1, channels, planes, y, x]) }
     }
 
     /// Voxels of the padded image.
@@ -98,12 +133,13 @@ impl SweepPlan {
 
     /// Windows of the image.
     pub(crate) fn windows(&self) -> usize {
-        self.starts.iter().map(Vec::len).product()
+        let [z, y, x] = [0, 1, 2].map(|a| self.starts[a].len());
+        if self.planar { self.shape[0] * y * x } else { z * y * x }
     }
 
     /// Passes through a network.
     pub(crate) fn passes(&self) -> usize {
-        self.windows() * self.flips.len() * self.folds
+        self.starts.iter().map(Vec::len).product::<usize>() * self.flips.len() * self.folds
     }
 
     /// Where the window of the `n`-th pass starts, and how it is mirrored.
@@ -130,6 +166,9 @@ impl SweepPlan {
     /// Aggregates on `device`, a card with so many bytes to spare, if that can be: by what moves the fewest bytes in a pass
     /// and fits. Windows are not held there.
     pub(crate) fn move_to_card(&mut self, device: &Device, room: usize) {
+        if self.planar {
+            self.run_slices(1);
+        }
         let scores = |how| (sums::lanes_on_card(self.classes), Gather::Scores(how));
         let mut choices = match self.gather {
             Gather::Features | Gather::Scores(Activation::Identity) => {
@@ -155,7 +194,7 @@ impl SweepPlan {
     }
 
     fn bytes_on_card(&self, gather: Gather) -> usize {
-        let (depth, [_, h, w]) = (sums::ring(self.patch[0], true), self.padded());
+        let (depth, [_, h, w]) = (sums::ring(self.planes, true), self.padded());
         let lanes = match gather {
             Gather::Features => self.folds * self.features,
             Gather::Scores(_) | Gather::Held(_) => sums::lanes_on_card(self.classes),
@@ -165,7 +204,7 @@ impl SweepPlan {
 
     fn bytes_of(&self, gather: Gather) -> usize {
         let [_, h, w] = self.padded();
-        let ring = |k: usize| 4 * self.patch[0] * h * w * (k + 1);
+        let ring = |k: usize| 4 * self.planes * h * w * (k + 1);
         match gather {
             Gather::Features => ring(self.folds * self.features),
             Gather::Scores(_) => ring(self.classes),

@@ -6,7 +6,7 @@ use super::window::{gaussian, mirrors};
 use crate::autograd::Ctx;
 use crate::base::progress::{Event, Flow};
 use crate::error::Error;
-use crate::models::{Network, StuNetConfig};
+use crate::models::{Network, NetworkConfig, StuNetConfig, UnetConfig, UnetKind};
 use crate::nn::Module;
 use crate::ops::head::Activation;
 use crate::tensor::{Device, Dims, Tensor};
@@ -190,4 +190,71 @@ fn a_callback_cancels_and_nan_is_refused() {
     let mut sweep = Sweep::new(plan(&nets, Activation::Identity), &nets, &device, &data, &mut nothing).unwrap();
     let error = sweep.plane(0, &mut plane).unwrap_err();
     assert!(error.to_string().contains("not finite"), "{error}");
+}
+
+/// 2D networks of two folds and their plan for an image of so many slices.
+fn planar_nets(device: &Device) -> Vec<Network> {
+    let config: NetworkConfig = UnetConfig {
+        kind: UnetKind::Plain,
+        in_channels: CHANNELS,
+        classes: CLASSES,
+        features: vec![12, 20, 24],
+        kernels: vec![[1, 3, 3]; 3],
+        strides: vec![[1; 3], [1, 2, 2], [1, 2, 1]],
+        depth: vec![2, 1, 2],
+        decoder_depth: vec![1, 1],
+        conv_bias: true,
+        planar: true,
+    }
+    .into();
+    (0..2).map(|seed| config.build_random(device, seed).unwrap()).collect()
+}
+
+/// A slice is predicted as it would be alone, whatever runs in the same pass: nothing of it gets into another, and the last
+/// pass, which the image does not fill, is no other.
+#[test]
+fn slices_of_a_pass_do_not_meet() {
+    let device = Device::cpu_with_threads(2).unwrap();
+    let (nets, data, area) = (planar_nets(&device), image(), SHAPE[1] * SHAPE[2]);
+    let plan = |depth: usize| {
+        let shape = [depth, SHAPE[1], SHAPE[2]];
+        SweepPlan::new(shape, [1, 8, 12], 0.5, mirrors(&[1, 2]), &nets, Activation::Identity).unwrap()
+    };
+    let swept = |plan: SweepPlan, data: &[f32], device: &Device| {
+        let (mut nothing, depth) = ((), plan.shape[0]);
+        let mut sweep = Sweep::new(plan, &nets, device, data, &mut nothing).unwrap();
+        let mut out = vec![vec![0.0; area * sweep.channels()]; depth];
+        out.iter_mut().enumerate().for_each(|(z, plane)| sweep.plane(z, plane).unwrap());
+        out
+    };
+    assert_eq!((plan(SHAPE[0]).planes, plan(SHAPE[0]).windows(), plan(33).planes), (13, 13 * 3, 11));
+    let alone = |z: usize| {
+        let slice: Vec<f32> = data.chunks_exact(area).skip(z).step_by(SHAPE[0]).flatten().copied().collect();
+        swept(plan(1), &slice, &device).remove(0)
+    };
+    let expected: Vec<Vec<f32>> = (0..SHAPE[0]).map(alone).collect();
+    let size = expected.iter().flatten().map(|v| v.abs()).fold(0.0, f32::max);
+    for gather in [Gather::Features, Gather::Scores(Activation::Identity)] {
+        for slices in [13, 5, 1] {
+            let mut plan = plan(SHAPE[0]);
+            plan.run_slices(slices);
+            let features = plan.gather == gather;
+            plan.gather = gather;
+            let weights = device.memory().in_use;
+            device.reset_peak();
+            let got = swept(plan.clone(), &data, &device);
+            let peak = device.memory().peak - weights;
+            let planned = plan.bytes() + nets[0].activation_bytes(plan.pass_size(), &device, false);
+            let planned = planned + nets[1].planned_kept_bytes(plan.pass_size(), &device, false);
+            assert!(peak <= planned + planned / 4, "{slices} slices: peak {peak} above the plan {planned}");
+            if features {
+                for (g, e) in got.iter().flatten().zip(expected.iter().flatten()) {
+                    assert!((g - e).abs() <= 1e-5 * size, "{slices} slices: {g} against {e}");
+                }
+            }
+            let other = Device::cpu_with_threads(3).unwrap();
+            let again = other.install(|| swept(plan, &data, &other));
+            assert!(again == got, "{slices} slices by other threads");
+        }
+    }
 }

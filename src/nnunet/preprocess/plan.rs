@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::resample::new_shape;
 use crate::error::{Error, Result};
 use crate::nnunet::plans::{
-    Channel, InferencePlan, Resampling, Rules, check_channels, check_resampling, check_transposes,
+    Channel, InferencePlan, Resampling, Rules, check_channels, check_resampling, check_transposes, target_spacing,
 };
 
 /// How images become what a configuration's network sees. Axes are those of the *transposed* array.
@@ -39,7 +39,7 @@ impl From<&InferencePlan> for PreprocessPlan {
             channels: plan.channels.clone(),
             transpose_forward: plan.transpose_forward,
             transpose_backward: plan.transpose_backward,
-            spacing_mm: plan.spacing_mm.map(Some),
+            spacing_mm: plan.spacing_mm,
             resampling_data: plan.resampling_data,
             // Without a stage before no label map is asked; nnU-Net's default.
             resampling_labels: plan
@@ -64,7 +64,7 @@ impl PreprocessPlan {
 
     /// Spacing of the network's grid for an image whose transposed axes have the spacing `own`.
     pub(super) fn target_spacing(&self, own: [f64; 3]) -> [f64; 3] {
-        std::array::from_fn(|k| self.spacing_mm[k].unwrap_or(own[k]))
+        target_spacing(self.spacing_mm, own)
     }
 
     /// Shape on the network's grid (transposed axes) of a whole image of `shape` voxels and `spacing_mm`, both (z, y, x); the

@@ -9,9 +9,8 @@ use super::plan::TrainingPlan;
 use super::{Data, Trainer, fold_folder, mirror_axes, stage_folder};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::io::{read_segmentation, write_nifti};
 use crate::nnunet::augment::AugmentConfig;
-use crate::nnunet::cases::ENDINGS;
+use crate::nnunet::cases::endings;
 use crate::nnunet::evaluate::{Class, Summary, compare};
 use crate::nnunet::loader::{Loader, LoaderConfig, Oversampling};
 use crate::nnunet::model::{Folds, ModelOptions};
@@ -139,13 +138,10 @@ impl Task {
     /// # Errors
     /// Those of [`Task::plan`].
     pub fn no_validation(&self, options: &TrainOptions) -> Result<Option<String>> {
-        let plan = self.plan(options)?;
-        let ending = plan.dataset.get("file_ending").and_then(|e| e.as_str()).unwrap_or(ENDINGS[0]);
-        Ok(match ENDINGS.contains(&ending) {
-            _ if plan.planar => Some("2D networks train, but there is no prediction with them yet".into()),
-            false => Some(format!("predictions of {ending} images are not there yet, NIfTI's are")),
-            true => None,
-        })
+        let ending = self.plan(options)?.file_ending().to_string();
+        let known = endings().collect::<Vec<_>>();
+        let what = || format!("predictions of {ending} images are not there, those of {} are", known.join(", "));
+        Ok((!known.contains(&ending.as_str())).then(what))
     }
 
     /// Predicts the fold's validation cases with the checkpoint `checkpoint` ("checkpoint_final.pth"), writes them to
@@ -175,7 +171,7 @@ impl Task {
             .checkpoint(checkpoint)
             .precision(options.precision);
         let mut predictor = Predictor::open_with(model, device, &opening)?.options(predict);
-        let backward = predictor.plan().transpose_backward;
+        let (backward, reader) = (predictor.plan().transpose_backward, predictor.plan().reader);
         let out = folder.join("validation");
         std::fs::create_dir_all(&out).map_err(|e| Error::io("create", &out, e))?;
         let mut summary = Summary::new(Class::of(&plan.labels));
@@ -200,11 +196,11 @@ impl Task {
             for ((stage, _), labels) in next.into_iter().zip(&labels) {
                 stage.cases.write_previous_stage(&stage.folder, id, labels)?;
             }
-            let path = out.join(format!("{id}.nii.gz"));
-            write_nifti(&path, &prediction.segmentation)?;
+            let path = out.join(format!("{id}{}", plan.file_ending()));
+            reader.write(&path, &prediction.segmentation)?;
             done(&path, &prediction)?;
-            let truth_path = self.truth(id)?;
-            let truth = read_segmentation(&truth_path)?;
+            let truth_path = self.truth(id, plan.file_ending())?;
+            let truth = reader.label(&truth_path)?;
             let found =
                 compare(&truth, &prediction.segmentation, summary.classes(), plan.labels.ignore()).map_err(named)?;
             summary.add(&truth_path, &path, found);
@@ -231,9 +227,9 @@ impl Task {
     }
 
     /// The true segmentation of a case.
-    fn truth(&self, id: &str) -> Result<PathBuf> {
+    fn truth(&self, id: &str, ending: &str) -> Result<PathBuf> {
         let folder = self.preprocessed.join("gt_segmentations");
-        let names = [".nii.gz", ".nii"].map(|ending| folder.join(format!("{id}{ending}")));
+        let names = [ending, ".nii.gz", ".nii"].map(|ending| folder.join(format!("{id}{ending}")));
         let found = names.iter().find(|p| p.is_file()).cloned();
         found.ok_or_else(|| {
             let path = names[0].display();

@@ -10,7 +10,7 @@ use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 use crate::nnunet::loss::deep_supervision_weights;
 use crate::nnunet::model::{
-    cut_strides, next_names, planned_architecture, pools, previous_name, resolve_configuration,
+    cut_strides, next_names, patch_size, planned_architecture, pools, previous_name, resolve_configuration,
 };
 
 /// Which network is trained.
@@ -106,6 +106,12 @@ const MAX_PATCH: usize = 4096;
 const MAX_BATCH: usize = 1 << 16;
 
 impl TrainingPlan {
+    /// Ending of the data set's images and label maps.
+    #[must_use]
+    pub fn file_ending(&self) -> &str {
+        self.dataset.get("file_ending").and_then(Value::as_str).unwrap_or(".nii.gz")
+    }
+
     /// Reads the configuration `name` of the plans at `path`; `dataset.json` lies beside them.
     ///
     /// # Errors
@@ -116,13 +122,7 @@ impl TrainingPlan {
         let root = Field::root(path, &plans);
         let resolved = Value::Object(resolve_configuration(&root.need("configurations")?, name)?);
         let conf = Field::at(path, format!("configurations.{name}"), &resolved);
-        let sizes = conf.need("patch_size")?;
-        let list = sizes.items()?.iter().map(|p| p.usize(MAX_PATCH)).collect::<Result<Vec<_>>>()?;
-        let (patch, planar) = match *list.as_slice() {
-            [z, y, x] => ([z, y, x], false),
-            [y, x] => ([1, y, x], true),
-            _ => return Err(sizes.error(format!("{} sizes, expected 2 or 3", list.len()))),
-        };
+        let (patch, planar) = patch_size(&conf, MAX_PATCH)?;
         let use_mask = conf.need("use_mask_for_norm")?.items()?.iter().map(Field::bool).collect::<Result<Vec<_>>>()?;
         let text = |f: &Field<'_>, key: &str| f.get(key).map(|v| v.str().map(str::to_string)).transpose();
         let default = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();

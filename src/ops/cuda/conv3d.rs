@@ -78,6 +78,7 @@ pub(in crate::ops) fn conv3d_memory(
     precision: Precision,
     channels: &[usize],
     w: [usize; 5],
+    batch: usize,
     space: [usize; 3],
     how: Conv3d,
 ) -> Result<usize> {
@@ -87,7 +88,7 @@ pub(in crate::ops) fn conv3d_memory(
     let (tiles, work) = if precision == Precision::F32 {
         (backend::moments::count(out), 0)
     } else {
-        let sizes = Sizes { batch: 1, space, channels, filters, kernel, stride: how.stride, precision };
+        let sizes = Sizes { batch, space, channels, filters, kernel, stride: how.stride, precision };
         let driver = card(OP, device)?;
         let plan = sizes.ask(|p, measured| kernels::plan(driver, p, measured, kernels::Wish::default()))?;
         // Few channels may be the image's or an inner layer's.
@@ -95,7 +96,7 @@ pub(in crate::ops) fn conv3d_memory(
         let tiles = if first { kernels::first::tiles(out) } else { 0 };
         (tiles.max(plan.tiles()), plan.workspace())
     };
-    Ok(tiles.saturating_mul(12 * padded(filters)).saturating_add(work))
+    Ok(tiles.saturating_mul(batch).saturating_mul(12 * padded(filters)).saturating_add(work))
 }
 
 /// See [`crate::ops::conv3d_residual`].

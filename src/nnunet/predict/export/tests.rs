@@ -1,5 +1,6 @@
 use super::*;
 use crate::base::rng::Rng;
+use crate::nnunet::dataset::Reader;
 use crate::nnunet::preprocess::preprocess;
 use crate::nnunet::preprocess::resample::{Held, resample};
 
@@ -56,12 +57,13 @@ fn plan(rules: Rules, forward: [usize; 3], spacing: [f64; 3], heads: usize, deci
         dataset: String::new(),
         trainer: String::new(),
         configuration: String::new(),
+        reader: Reader::default(),
         channels: vec![serde_json::from_value(channel).unwrap()],
         labels: Vec::new(),
         decision,
         heads,
         patch: [32; 3],
-        spacing_mm: spacing,
+        spacing_mm: spacing.map(Some),
         transpose_forward: forward,
         transpose_backward: backward,
         strides: [[2; 3]; 5],
@@ -156,7 +158,7 @@ fn labels_are_those_of_the_dense_way() {
                 plan.mirror_axes.clear();
                 let (p, shape) = prepared(&plan, SHAPE, BOX, spacing);
                 let mut planes = Dense::random(&mut rng, shape, heads);
-                let apart = separate_axis(&plan.resampling_probabilities, plan.spacing_mm, forward.map(|a| spacing[a]));
+                let apart = separate_axis(&plan.resampling_probabilities, [1.5, 1.1, 1.3], forward.map(|a| spacing[a]));
                 assert_eq!(apart.map(|a| forward[a]), spacing.iter().position(|&s| s == 4.0));
                 let reference = dense(&planes, &plan, &p, apart);
                 let export =
