@@ -137,7 +137,7 @@ fn the_number_of_threads_does_not_show() {
     let (one, many) = (Set::new(2), Set::new(2));
     one.run(&["3d_fullres"], &options(), 1).unwrap();
     many.run(&["3d_fullres"], &with(|o| o.memory_limit = Some(1 << 30)), 5).unwrap();
-    let case = |set: &Set| store::open(&set.path(FULLRES)).unwrap().image("c1", [0, 1, 2], &[]).unwrap();
+    let case = |set: &Set| store::open(&set.path(FULLRES)).unwrap().image("c1", [0, 1, 2]).unwrap();
     assert_eq!(case(&one), case(&many));
     let (a, b) = (one.files(FULLRES), many.files(FULLRES));
     // The same but for the time at which the raw files were written, which the header's fingerprint knows.
@@ -160,6 +160,13 @@ fn only_what_changed_is_made_again() {
     std::fs::write(set.path(FULLRES).join("c2.safetensors"), &before["c2.safetensors"][..900]).unwrap();
     assert_eq!(set.counts(&options()), [2, 1]);
     assert_eq!(set.files(FULLRES)["c2.safetensors"], before["c2.safetensors"]);
+    // The copy of a truth that changed is made again, too.
+    let path = set.path("raw/labelsTr/c0.nii");
+    let mut truth = std::fs::read(&path).unwrap();
+    truth[400] ^= 1;
+    std::fs::write(&path, &truth).unwrap();
+    assert_eq!(set.counts(&options()), [1, 2]);
+    assert!(set.files("pre/gt_segmentations")["c0.nii"] == truth);
     set.write("pre/nnUNetPlans.json", &plans(2.0));
     assert_eq!(set.counts(&options()), [3, 0]);
     assert_eq!(set.counts(&with(|o| o.fresh = true)), [3, 0]);
@@ -177,13 +184,13 @@ fn files_for_nnunet_take_the_place_of_our_own() {
     assert_eq!(set.counts(&npz), [2, 0]);
     assert_eq!(set.counts(&npz), [0, 2]);
     assert_eq!(set.files(FULLRES).keys().collect::<Vec<_>>(), ["c0.npz", "c0.pkl", "c1.npz", "c1.pkl"]);
-    let theirs = store::open(&set.path(FULLRES)).unwrap().image("c0", [0, 1, 2], &[]).unwrap();
+    let theirs = store::open(&set.path(FULLRES)).unwrap().image("c0", [0, 1, 2]).unwrap();
     let message = set.message(&options());
     assert!(message.contains("c0.npz") || message.contains("c1.npz"), "{message}");
     assert!(message.contains("--fresh"), "{message}");
     assert_eq!(set.counts(&with(|o| o.fresh = true)), [2, 0]);
     assert_eq!(set.files(FULLRES).keys().collect::<Vec<_>>(), ["c0.safetensors", "c1.safetensors"]);
-    assert_eq!(store::open(&set.path(FULLRES)).unwrap().image("c0", [0, 1, 2], &[]).unwrap(), theirs);
+    assert_eq!(store::open(&set.path(FULLRES)).unwrap().image("c0", [0, 1, 2]).unwrap(), theirs);
 }
 
 #[test]

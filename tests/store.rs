@@ -94,7 +94,7 @@ fn every_form_of_nnunets_is_read() {
             assert!(locations[k].1.iter().all(|v| wanted.contains(&label(v.map(|n| n as usize)))));
         }
 
-        let whole = stored.image("a", [2, 0, 1], &[]).unwrap();
+        let whole = stored.image("a", [2, 0, 1]).unwrap();
         assert_eq!((whole.channels, whole.shape), (2, SHAPE));
         assert_eq!(whole.data[13], value(0, [0, 1, 0]));
         let p = stored.properties("a", [2, 0, 1]).unwrap();
@@ -122,7 +122,7 @@ fn chunks_packed_in_any_way_are_read() {
     }
     let dir = folder(&[("nan.b2nd", "a.b2nd"), ("stored.b2nd", "a_seg.b2nd"), ("numpy.pkl", "a.pkl")]);
     let stored = store::open(dir.path()).unwrap();
-    assert!(stored.image("a", [0, 1, 2], &[]).unwrap().data.iter().all(|v| v.is_nan()));
+    assert!(stored.image("a", [0, 1, 2]).unwrap().data.iter().all(|v| v.is_nan()));
     let (mut data, mut labels) = (vec![0.0; 2002], vec![0; 2002]);
     stored.case("a").unwrap().crop([0; 3], SHAPE, &mut data, &mut labels).unwrap();
     assert!(labels.iter().enumerate().all(|(i, l)| *l == label([i / 182, i / 13 % 14, i % 13])));
@@ -256,7 +256,7 @@ fn what_is_written_comes_back() {
         let at = |[z, y, x]: [usize; 3]| (z * ny + y) * nx + x;
         check(&*back, |_, v| case.image.data[at(v)], |v| case.labels[at(v)]);
         assert_eq!(locations(&*back), case.locations);
-        assert_eq!(stored.image(id, [1, 0, 2], &[]).unwrap(), case.image);
+        assert_eq!(stored.image(id, [1, 0, 2]).unwrap(), case.image);
         let p = stored.properties(id, [1, 0, 2]).unwrap();
         assert_eq!((p.preprocessing, p.geometry), (case.image.properties.clone(), geometry.clone()), "{id}");
         stored.check(id).unwrap();
@@ -269,19 +269,30 @@ fn what_is_written_comes_back() {
         assert!(stored.write_previous_stage(previous.path(), id, &LabelData::U16(vec![40_000; n])).is_err());
         stored.write_previous_stage(previous.path(), id, &LabelData::U16(predicted.clone())).unwrap();
         assert!(previous.path().join(file).is_file());
-        let cascade = stored.clone().with_previous_stage(previous.path());
+        let cascade = stored.clone().with_previous_stage(previous.path(), &[2, 300]);
         let two = cascade.case(id).unwrap();
         assert_eq!(two.label_channels(), 2);
         let (mut data, mut labels) = (vec![0.0; 2], vec![0; 4]);
         two.crop([0, 0, 0], [1, 1, 2], &mut data, &mut labels).unwrap();
         assert_eq!(labels[2..], [300, 2]);
         // A channel of zeros and ones for each label that is asked for.
-        let image = cascade.image(id, [1, 0, 2], &[2, 300]).unwrap();
+        let image = cascade.image(id, [1, 0, 2]).unwrap();
         assert_eq!((image.channels, image.shape), (case.image.channels + 2, case.image.shape));
         assert_eq!(image.data[..case.image.data.len()], case.image.data);
         let tail = &image.data[case.image.data.len()..];
         assert!((0..n).all(|i| tail[i] == (i % 2) as f32 && tail[n + i] == 1.0 - (i % 2) as f32));
+        // Two predictions of one case: which is the newer cannot be told. Writing it once more leaves one.
+        std::fs::write(previous.path().join(format!("{id}.npy")), b"old").unwrap();
+        let two = cascade.case(id).map(drop).unwrap_err().to_string();
+        assert!(two.contains(file) && two.contains(".npy"), "{two}");
+        stored.write_previous_stage(previous.path(), id, &LabelData::U16(predicted.clone())).unwrap();
+        cascade.case(id).unwrap();
     }
+    // Of a case that was preprocessed again onto another grid.
+    std::fs::remove_file(previous.path().join("own.1.safetensors")).unwrap();
+    std::fs::copy(fixtures().join("flat.b2nd"), previous.path().join("own.1.b2nd")).unwrap();
+    let other = stored.with_previous_stage(previous.path(), &[2]).case("own.1").map(drop).unwrap_err().to_string();
+    assert!(other.contains("own.1.b2nd") && other.contains("--val"), "{other}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 use half::f16;
 use stunet::nnunet::cases::{self, Case};
-use stunet::nnunet::dataset::Reader;
+use stunet::nnunet::dataset::{Reader, sidecar};
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::ModelFolder;
 use stunet::nnunet::plans::{InferencePlan, Rules};
@@ -162,9 +162,20 @@ impl Job {
         std::iter::once(&self.output).chain(&self.probabilities).chain(&self.preview)
     }
 
+    /// Files that some kinds of models and of images come with: what preprocessing did, the spacing of a stack.
+    fn beside(&self) -> impl Iterator<Item = PathBuf> {
+        let stack =
+            self.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("tif") || e.eq_ignore_ascii_case("tiff"));
+        let properties = self.probabilities.as_ref().map(|p| p.with_extension("pkl"));
+        properties.into_iter().chain(stack.then(|| self.output.with_extension("json")))
+    }
+
     /// Whether nothing is left to do.
-    fn is_complete(&self, reader: Reader) -> bool {
-        self.case.is_complete(&self.output, reader) && self.outputs().all(|p| p.is_file())
+    fn is_complete(&self, plan: &InferencePlan) -> bool {
+        let properties = self.probabilities.as_ref().filter(|_| plan.rules == Rules::NnunetV2);
+        self.case.is_complete(&self.output, plan.reader)
+            && self.outputs().all(|p| p.is_file())
+            && properties.is_none_or(|p| p.with_extension("pkl").is_file())
     }
 }
 
@@ -189,7 +200,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let opening = args.opening.options().precision(precision);
     let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
     predictor.validate()?;
-    args.check_previous_stage(predictor.plan())?;
+    args.check_previous_stage(predictor.plan(), &jobs)?;
 
     let report = if args.report.is_some() || args.json {
         let files = ModelFolder::open(&model, &opening)?.sources;
@@ -253,7 +264,7 @@ impl Args {
     }
 
     /// A cascade's second stage has to be told where the predictions of the first are.
-    fn check_previous_stage(&self, plan: &InferencePlan) -> Result<()> {
+    fn check_previous_stage(&self, plan: &InferencePlan, jobs: &[Job]) -> Result<()> {
         let what = match (&plan.previous, &self.previous_stage) {
             (Some(first), None) => format!(
                 "the model is the second stage of a cascade: predict with {} first and give what it wrote with \
@@ -265,7 +276,13 @@ impl Args {
                 let expected = if self.is_cohort() { "a folder, as the input is one" } else { "a file" };
                 format!("{}: --previous-stage has to be {expected}", path.display())
             }
-            _ => return Ok(()),
+            _ => {
+                let missing = jobs.iter().filter_map(|j| self.previous_of(&j.case)).filter(|p| !p.is_file());
+                let missing: Vec<PathBuf> = missing.collect();
+                let Some(first) = missing.first() else { return Ok(()) };
+                let (n, of) = (missing.len(), jobs.len());
+                format!("{}: missing, as are {n} of {of} segmentations of the stage before", first.display())
+            }
         };
         Err(Error::Usage { what })
     }
@@ -329,12 +346,17 @@ impl Args {
 
     /// No output may overwrite an input or another output.
     fn check_outputs(&self, jobs: &[Job]) -> Result<()> {
-        let of_job = |j: &Job| j.case.paths().into_iter().chain(self.previous_of(&j.case));
+        let of_job = |j: &Job| {
+            let images = j.case.paths();
+            let sidecars: Vec<PathBuf> = images.iter().map(|p| sidecar(p)).filter(|p| p.is_file()).collect();
+            images.into_iter().chain(sidecars).chain(self.previous_of(&j.case))
+        };
         let inputs: HashSet<PathBuf> = jobs.iter().flat_map(of_job).map(|p| real(&p)).collect();
         let described = ["plans.json", "dataset.json"].map(|n| self.output.join(n));
         let described = described.iter().filter(|_| self.is_cohort());
         let mut outputs = HashSet::new();
-        for path in jobs.iter().flat_map(Job::outputs).chain(described).chain(&self.report) {
+        let beside: Vec<PathBuf> = jobs.iter().flat_map(Job::beside).collect();
+        for path in jobs.iter().flat_map(Job::outputs).chain(&beside).chain(described).chain(&self.report) {
             let real = real(path);
             let complaint = if inputs.contains(&real) {
                 "this output is also an input, which it would overwrite"
@@ -424,6 +446,9 @@ impl Args {
             preview::render(image, &prediction.segmentation, &how)?.write_png(path)?;
         }
         plan.reader.write(&job.output, &prediction.segmentation)?;
+        if plan.reader == Reader::Tiff3dIo {
+            written.push(job.output.with_extension("json"));
+        }
         Ok(written)
     }
 }
@@ -442,7 +467,7 @@ impl Source for Images<'_> {
 
     fn grid(&self, case: usize) -> Result<Option<Geometry>> {
         let job = &self.jobs[case];
-        if self.args.resume && job.is_complete(self.plan.reader) {
+        if self.args.resume && job.is_complete(self.plan) {
             return Ok(None);
         }
         job.case.grid(self.plan.reader).map(Some)

@@ -32,6 +32,24 @@ pub(crate) fn open_npy(path: &Path) -> Result<Flat> {
 /// # Errors
 /// As [`open_npy`].
 pub(crate) fn read_npz(path: &Path, name: &str) -> Result<Option<Flat>> {
+    let Some(bytes) = unpack(path, name, usize::MAX)? else { return Ok(None) };
+    let header = Header::read(&bytes).map_err(|e| Error::model(path, printable(name), printable(&e)))?;
+    header.flat(path, Arc::new(bytes)).map(Some)
+}
+
+/// Shape of the array `name` of an `.npz` archive, of which only the beginning is unpacked; `None` where it holds no such
+/// array.
+///
+/// # Errors
+/// As [`open_npy`].
+pub(crate) fn npz_shape(path: &Path, name: &str) -> Result<Option<[usize; 4]>> {
+    let Some(bytes) = unpack(path, name, MAX_HEADER)? else { return Ok(None) };
+    let header = Header::read(&bytes).map_err(|e| Error::model(path, printable(name), printable(&e)))?;
+    header.axes(path).map(Some)
+}
+
+/// Up to `limit` bytes of an entry.
+fn unpack(path: &Path, name: &str, limit: usize) -> Result<Option<Vec<u8>>> {
     let map = map_file(path)?;
     let bad = |e: String| Error::model(path, printable(name), printable(&e));
     let mut archive = ZipArchive::new(Cursor::new(&map[..])).map_err(|e| Error::model(path, "zip", e.to_string()))?;
@@ -42,13 +60,12 @@ pub(crate) fn read_npz(path: &Path, name: &str) -> Result<Option<Flat>> {
     let entry = archive.by_name(&entry).map_err(|e| bad(e.to_string()))?;
     // What the compressed bytes of this file can hold, whatever the sizes in it say.
     let packed = usize::try_from(entry.compressed_size()).unwrap_or(usize::MAX).min(map.len());
-    let most = packed.saturating_mul(MAX_RATIO).saturating_add(MAX_HEADER);
+    let most = packed.saturating_mul(MAX_RATIO).saturating_add(MAX_HEADER).min(limit);
     let mut bytes = Vec::new();
     let stated = usize::try_from(entry.size()).unwrap_or(usize::MAX).min(most);
     bytes.try_reserve_exact(stated).map_err(|_| out_of_memory(stated))?;
     entry.take(most as u64).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
-    let header = Header::read(&bytes).map_err(bad)?;
-    header.flat(path, Arc::new(bytes)).map(Some)
+    Ok(Some(bytes))
 }
 
 fn out_of_memory(asked: usize) -> Error {
@@ -112,15 +129,20 @@ impl Header {
         Ok(Self { dtype, shape: shape.collect::<Result<_, _>>()?, start: head + len })
     }
 
-    fn flat(self, path: &Path, bytes: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Flat> {
-        let shape = match *self.shape.as_slice() {
-            [z, y, x] => [1, z, y, x],
-            [c, z, y, x] => [c, z, y, x],
+    /// Channel, z, y, x.
+    fn axes(&self, path: &Path) -> Result<[usize; 4]> {
+        match *self.shape.as_slice() {
+            [z, y, x] => Ok([1, z, y, x]),
+            [c, z, y, x] => Ok([c, z, y, x]),
             _ => {
                 let what = format!("{} axes, expected (channel, z, y, x) or (z, y, x)", self.shape.len());
-                return Err(Error::model(path, "shape", what));
+                Err(Error::model(path, "shape", what))
             }
-        };
+        }
+    }
+
+    fn flat(self, path: &Path, bytes: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Result<Flat> {
+        let shape = self.axes(path)?;
         Flat::new(bytes, self.start, self.dtype, shape)
             .ok_or_else(|| Error::model(path, "shape", format!("{shape:?}, more elements than the file holds")))
     }

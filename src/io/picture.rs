@@ -99,11 +99,13 @@ pub fn picture_size(path: &Path) -> Result<[usize; 3]> {
         let (_, size) = png_header(path, len, file)?;
         return Ok([1, size[0], size[1]]);
     }
+    let (_, len) = open(path)?;
     let mut decoder = tiff_decoder(path)?;
-    let size = tiff_size(path, &mut decoder)?;
+    let (size, _) = tiff_page(path, len, &mut decoder)?;
     let mut n = 1;
     while decoder.more_images() {
         decoder.next_image().map_err(|e| bad_tiff(path, e))?;
+        tiff_page(path, len, &mut decoder)?;
         n += 1;
     }
     Ok([n, size[0], size[1]])
@@ -330,10 +332,21 @@ fn tiff_decoder(path: &Path) -> Result<TiffDecoder> {
     Ok(tiff::decoder::Decoder::new(file).map_err(|e| bad_tiff(path, e))?.with_limits(limits))
 }
 
-/// Pixels (y, x) of a page.
-fn tiff_size(path: &Path, decoder: &mut TiffDecoder) -> Result<[usize; 2]> {
+/// Pixels (y, x) and samples of a page, as many as a file of `len` bytes can hold.
+fn tiff_page(path: &Path, len: u64, decoder: &mut TiffDecoder) -> Result<([usize; 2], usize)> {
     let (x, y) = decoder.dimensions().map_err(|e| bad_tiff(path, e))?;
-    Ok([y as usize, x as usize])
+    let size = [y as usize, x as usize];
+    let samples = match decoder.colortype().map_err(|e| bad_tiff(path, e))? {
+        tiff::ColorType::Gray(_) => 1,
+        tiff::ColorType::RGB(_) => 3,
+        tiff::ColorType::RGBA(_) => 4,
+        other => {
+            let what = format!("{other:?}, expected grey, RGB or RGBA");
+            return Err(Error::image(path, "colour type", what));
+        }
+    };
+    check(path, len, size, samples)?;
+    Ok((size, samples))
 }
 
 /// Calls `page` for every page of a TIFF file.
@@ -343,17 +356,7 @@ fn read_tiff(path: &Path, page: &mut dyn FnMut(Page) -> Result<()>) -> Result<()
     let mut decoder = tiff_decoder(path)?;
     let mut total = 0u64;
     loop {
-        let size = tiff_size(path, &mut decoder)?;
-        let samples = match decoder.colortype().map_err(bad)? {
-            tiff::ColorType::Gray(_) => 1,
-            tiff::ColorType::RGB(_) => 3,
-            tiff::ColorType::RGBA(_) => 4,
-            other => {
-                let what = format!("{other:?}, expected grey, RGB or RGBA");
-                return Err(Error::image(path, "colour type", what));
-            }
-        };
-        check(path, len, size, samples)?;
+        let (size, samples) = tiff_page(path, len, &mut decoder)?;
         // Pages together, as they may all be kept.
         total = total.saturating_add(size[0] as u64 * size[1] as u64 * samples as u64 * 4);
         if total > MAX_BYTES {

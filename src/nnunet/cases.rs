@@ -146,13 +146,15 @@ impl Case {
     /// that is of another kind than the model's images or cannot be read; [`Error::Io`].
     pub fn read(&self, plan: &InferencePlan) -> Result<Image> {
         let expected = plan.channels.as_slice();
-        let all_in_one = matches!(self.files.as_slice(), [(0, _)]) && expected.len() > 1;
+        // A picture may have several channels.
+        let pictures = plan.reader == Reader::NaturalImage2dIo && self.files.len() < expected.len();
+        let all_in_one = pictures || (matches!(self.files.as_slice(), [(0, _)]) && expected.len() > 1);
         let files = if all_in_one { self.paths() } else { self.file_per_channel(expected)? };
         self.check_kind(plan.reader)?;
         let image = plan.reader.image(&files)?;
         match (all_in_one, image.channels.len()) {
             (_, n) if n == expected.len() => Ok(image),
-            (true, 1) => self.file_per_channel(expected).and(Ok(image)),
+            (true, n) if n == self.files.len() => self.file_per_channel(expected).and(Ok(image)),
             (_, n) => Err(Error::image(&files[0], "channels", format!("found {n}, {}", needs(expected)))),
         }
     }
@@ -243,8 +245,10 @@ impl Case {
         if !path.is_dir() {
             return path.into();
         }
-        let mut names = endings().map(|ending| path.join(format!("{}{ending}", self.name)));
-        names.find(|p| p.is_file()).unwrap_or_else(|| self.output(path))
+        let usual = self.output(path);
+        let endings = endings_like(&usual).iter();
+        let mut others = endings.map(|ending| path.join(format!("{}{ending}", self.name)));
+        if usual.is_file() { usual } else { others.find(|p| p.is_file()).unwrap_or(usual) }
     }
 
     /// Reads a segmentation of this case.

@@ -15,7 +15,7 @@ use crate::io::{Image, Segmentation};
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 pub use import::{convert_msd, convert_v1};
-pub use reader::Reader;
+pub use reader::{Reader, sidecar};
 
 /// What a `dataset.json` says.
 #[derive(Debug, Clone, PartialEq)]

@@ -33,7 +33,12 @@ pub(crate) struct Fault {
 ///
 /// Returns it with the number of bytes it took (legacy PyTorch files hold several in a row).
 pub(crate) fn parse(bytes: &[u8]) -> Result<(Pickle, usize), Fault> {
-    let mut vm = Vm::new(&bytes[..bytes.len().min(MAX_PICKLE_BYTES)]);
+    parse_all(&bytes[..bytes.len().min(MAX_PICKLE_BYTES)])
+}
+
+/// As [`parse`], however many bytes it takes.
+pub(crate) fn parse_all(bytes: &[u8]) -> Result<(Pickle, usize), Fault> {
+    let mut vm = Vm::new(bytes);
     loop {
         let at = vm.at;
         match vm.step() {

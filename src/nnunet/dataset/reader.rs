@@ -83,7 +83,7 @@ impl Reader {
         match self {
             Reader::SimpleItkIo | Reader::NibabelIo => read_nifti(paths),
             Reader::NaturalImage2dIo => natural::read_pictures(paths),
-            Reader::Tiff3dIo => natural::read_tiff_stacks(paths, spacing_in(&sidecar(first(paths)?))?),
+            Reader::Tiff3dIo => natural::read_tiff_stacks(paths, spacing_of(first(paths)?)?),
         }
     }
 
@@ -93,7 +93,7 @@ impl Reader {
         match self {
             Reader::SimpleItkIo | Reader::NibabelIo => read_nifti_header(first),
             Reader::NaturalImage2dIo => natural::picture_grid(first),
-            Reader::Tiff3dIo => Ok(Geometry::new(natural::picture_size(first)?, spacing_in(&sidecar(first))?)),
+            Reader::Tiff3dIo => Ok(Geometry::new(natural::picture_size(first)?, spacing_of(first)?)),
         }
     }
 
@@ -120,7 +120,10 @@ impl Reader {
         let image = match self {
             Reader::SimpleItkIo | Reader::NibabelIo => return read_segmentation(path),
             Reader::NaturalImage2dIo => natural::read_pictures(&[path])?,
-            Reader::Tiff3dIo => natural::read_tiff_stacks(&[path], spacing_in(&path.with_extension("json"))?)?,
+            // Truths have no spacing of their own: it stands beside the images.
+            Reader::Tiff3dIo => {
+                natural::read_tiff_stacks(&[path], spacing_in(&path.with_extension("json"))?.unwrap_or([1.0; 3]))?
+            }
         };
         let [voxels] = image.channels.as_slice() else {
             let what = format!("{} channels, expected 1 for a label map", image.channels.len());
@@ -130,11 +133,20 @@ impl Reader {
     }
 }
 
-/// The spacing in mm (z, y, x) of a TIFF stack, which stands in the file `sidecar`; 1 where there is none.
-fn spacing_in(sidecar: &Path) -> Result<[f64; 3]> {
-    if !sidecar.is_file() {
+/// The spacing in mm (z, y, x) of an image that is a TIFF stack; 1 where nothing tells.
+fn spacing_of(stack: &Path) -> Result<[f64; 3]> {
+    let sidecar = sidecar(stack);
+    let spacing_mm = spacing_in(&sidecar)?;
+    if spacing_mm.is_none() {
         tracing::warn!("{}: missing; the spacing is taken to be 1 mm", sidecar.display());
-        return Ok([1.0; 3]);
+    }
+    Ok(spacing_mm.unwrap_or([1.0; 3]))
+}
+
+/// The spacing that stands in the file `sidecar`, if it is there.
+fn spacing_in(sidecar: &Path) -> Result<Option<[f64; 3]>> {
+    if !sidecar.is_file() {
+        return Ok(None);
     }
     let value = json::read_dataset(sidecar)?;
     let spacing = Field::of_dataset(sidecar, &value).need("spacing")?;
@@ -142,11 +154,13 @@ fn spacing_in(sidecar: &Path) -> Result<[f64; 3]> {
     if spacing_mm.iter().any(|s| *s <= 0.0) {
         return Err(spacing.error("expected three lengths above 0"));
     }
-    Ok(spacing_mm)
+    Ok(Some(spacing_mm))
 }
 
-/// `CASE.json` beside the image `CASE_0000.tif`, or `CASE.tif` that says no channel.
-fn sidecar(stack: &Path) -> PathBuf {
+/// Where the spacing of the TIFF stack at `stack` stands: `CASE.json` beside the image `CASE_0000.tif`, or `CASE.tif` that
+/// says no channel.
+#[must_use]
+pub fn sidecar(stack: &Path) -> PathBuf {
     let name = stack.file_stem().unwrap_or_default().to_string_lossy();
     let case = split_channel(&name).map_or(&*name, |(case, _)| case);
     stack.with_file_name(format!("{case}.json"))

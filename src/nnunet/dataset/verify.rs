@@ -1,6 +1,6 @@
 //! Whether a data set can be trained on (nnU-Net `verify_dataset_integrity`).
 
-use super::{Dataset, RawCase};
+use super::{Dataset, RawCase, Reader};
 use crate::base::progress::Progress;
 use crate::error::{Error, Result};
 use crate::io::{Geometry, Image, Segmentation};
@@ -47,7 +47,9 @@ impl Dataset {
 
     fn file_faults<'a>(&'a self, case: &'a RawCase) -> impl Iterator<Item = Error> + 'a {
         let expected = self.json.channels.len();
-        let one_a_channel = case.images.len() > 1 || expected == 1;
+        // A picture may have several channels: their total is looked at when they are read.
+        let pictures = self.reader == Reader::NaturalImage2dIo && case.images.len() < expected;
+        let one_a_channel = !pictures && (case.images.len() > 1 || expected == 1);
         let there = move |i: usize| {
             let name = format!("{}_{i:04}{}", case.name, self.json.file_ending);
             // Files of an explicit list may have any name.

@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::{Architecture, ModelFolder, ModelKind, ModelOptions};
 use crate::error::Result;
 use crate::io::weights;
-use crate::nnunet::plans::{Channel, Rules};
+use crate::nnunet::dataset::Reader;
+use crate::nnunet::plans::{Channel, PreviousStage, Rules};
 use crate::tensor::{DType, Device, Precision};
 
 /// A class of the segmentation.
@@ -63,6 +64,11 @@ pub struct Inspection {
     pub flops_per_patch: u64,
     /// Input channels with their normalisation.
     pub channels: Vec<Channel>,
+    /// How its images are read.
+    pub reader: Reader,
+    /// Of a cascade's second stage: the first, and which of its labels are input channels, too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub previous: Option<PreviousStage>,
     /// Classes, background left out.
     pub classes: Vec<ClassReport>,
     /// Output channels.
@@ -126,6 +132,8 @@ impl ModelFolder {
             macs_per_patch: macs,
             flops_per_patch: 2 * macs,
             channels: plan.channels.clone(),
+            reader: plan.reader,
+            previous: plan.previous.clone(),
             classes: plan
                 .labels
                 .iter()

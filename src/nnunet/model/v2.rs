@@ -115,10 +115,13 @@ pub(in crate::nnunet) fn next_names(conf: &Field<'_>) -> Result<Vec<String>> {
     }
 }
 
-/// Reader of the data set's files; of one that there is nothing like the images have to be NIfTI.
+/// Reader of the data set's files, SimpleITK's if the plans name none. Another one may turn images round: what it is not
+/// known to do is not done.
 fn reader(plans: &Field<'_>) -> Result<Reader> {
-    let name = plans.get("image_reader_writer").map(|r| r.str()).transpose()?;
-    Ok(name.and_then(Reader::of_class).unwrap_or_default())
+    let Some(field) = plans.get("image_reader_writer") else { return Ok(Reader::default()) };
+    let name = field.str()?;
+    Reader::of_class(name)
+        .ok_or_else(|| Error::unsupported(format!("image_reader_writer {name:?} in {}", plans.file().display())))
 }
 
 /// Other classes of these names do other things, which their names do not tell.

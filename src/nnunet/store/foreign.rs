@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::b2nd::B2nd;
 use crate::io::boxes::{Boxes, Flat};
-use crate::io::npy::{open_npy, read_npz};
+use crate::io::npy::{npz_shape, open_npy, read_npz};
 use crate::io::pth::write::{Py, dict, pickled};
-use crate::io::pth::{View, read_pickle};
+use crate::io::pth::{View, read_case_pickle};
 use crate::io::{Geometry, write_npz};
 use crate::nnunet::preprocess::{PreprocessedCase, Properties};
 use crate::nnunet::training_case::{ClassKey, ClassLocations};
@@ -41,25 +41,37 @@ pub(super) fn case(
 }
 
 /// The label map that the stage before of a cascade predicted.
-pub(super) fn labels_alone(folder: &Path, identifier: &str) -> Result<Box<dyn Boxes>> {
-    let blosc = file(folder, identifier, ".b2nd");
-    if blosc.is_file() {
-        return Ok(Box::new(B2nd::open(&blosc)?));
-    }
-    let npy = file(folder, identifier, ".npy");
-    if npy.is_file() {
-        return Ok(Box::new(open_npy(&npy)?));
-    }
-    Ok(Box::new(entry(&file(folder, identifier, ".npz"), "seg")?))
+pub(super) fn labels_alone(path: &Path) -> Result<Box<dyn Boxes>> {
+    Ok(match path.extension().and_then(|e| e.to_str()) {
+        Some("b2nd") => Box::new(B2nd::open(path)?),
+        Some("npy") => Box::new(open_npy(path)?),
+        _ => Box::new(entry(path, "seg")?),
+    })
 }
 
+/// Voxels (z, y, x) of a case, without unpacking it.
+pub(super) fn shape(folder: &Path, identifier: &str, form: Form) -> Result<[usize; 3]> {
+    let path = |ending: &str| file(folder, identifier, ending);
+    let [_, z, y, x] = match form {
+        Form::Blosc => B2nd::open(&path(".b2nd"))?.shape(),
+        Form::Npy => open_npy(&path(".npy"))?.shape(),
+        _ => {
+            let path = path(".npz");
+            npz_shape(&path, "seg")?.ok_or_else(|| Error::model(&path, "seg", NO_ARRAY))?
+        }
+    };
+    Ok([z, y, x])
+}
+
+const NO_ARRAY: &str = "no array of this name in the archive";
+
 fn entry(path: &Path, name: &str) -> Result<Flat> {
-    read_npz(path, name)?.ok_or_else(|| Error::model(path, name, "no array of this name in the archive"))
+    read_npz(path, name)?.ok_or_else(|| Error::model(path, name, NO_ARRAY))
 }
 
 /// The `class_locations` of a pickle of properties.
 fn locations(path: &Path) -> Result<ClassLocations> {
-    let pickle = read_pickle(path)?;
+    let pickle = read_case_pickle(path)?;
     let bad = |what: &str| Error::model(path, "class_locations", what.to_string());
     let entries = pickle.root().get("class_locations").and_then(View::entries);
     let entries = entries.ok_or_else(|| bad("missing, expected a dictionary of voxels by class"))?;
@@ -97,7 +109,7 @@ fn locations(path: &Path) -> Result<ClassLocations> {
 
 /// What a pickle of properties says of grids.
 pub(super) fn properties(path: &Path, transpose_backward: [usize; 3]) -> Result<StoredProperties> {
-    let pickle = read_pickle(path)?;
+    let pickle = read_case_pickle(path)?;
     let root = pickle.root();
     let need = |key: &'static str| {
         let bad = move || Error::model(path, key, "missing, or not the numbers that nnU-Net writes");
@@ -182,7 +194,7 @@ const MADE_BY: &str = "stunet_fingerprint";
 
 /// What made a case; `None` when its archive is missing.
 pub(super) fn made_by(folder: &Path, identifier: &str) -> Option<String> {
-    let pickle = read_pickle(&file(folder, identifier, ".pkl")).ok()?;
+    let pickle = read_case_pickle(&file(folder, identifier, ".pkl")).ok()?;
     let made = pickle.root().get(MADE_BY)?.str()?;
     file(folder, identifier, ".npz").is_file().then(|| made.to_string())
 }
@@ -257,8 +269,11 @@ fn python_properties(p: &Properties, image: &Geometry) -> Vec<(&'static str, Py)
         ("origin", Py::Tuple(floats(&origin))),
         ("direction", Py::Tuple(floats(&direction))),
     ]);
+    // NIfTI's own axes, for models whose images nnU-Net reads by nibabel.
+    let rows = image.affine.iter().chain([&[0.0, 0.0, 0.0, 1.0]]).map(|row| Py::List(floats(row))).collect();
     vec![
         ("sitk_stuff", itk),
+        ("nibabel_stuff", dict([("original_affine", Py::List(rows))])),
         ("spacing", Py::List(floats(&image.spacing_mm))),
         ("shape_before_cropping", Py::Tuple(ints(&p.shape_before_cropping))),
         ("bbox_used_for_cropping", Py::List(p.bbox.iter().map(|b| Py::List(ints(b))).collect())),

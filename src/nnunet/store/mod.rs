@@ -52,7 +52,15 @@ pub struct Stored {
     folder: PathBuf,
     identifiers: Vec<String>,
     forms: Vec<Form>,
-    previous: Option<PathBuf>,
+    previous: Option<PreviousLabels>,
+}
+
+/// What the stage before of a cascade predicted.
+#[derive(Debug, Clone)]
+struct PreviousLabels {
+    folder: PathBuf,
+    /// Labels that become channels of the image.
+    labels: Vec<u16>,
 }
 
 /// Opens a folder of preprocessed cases. Only its names are read.
@@ -102,10 +110,10 @@ impl Stored {
     }
 
     /// Reads what the stage before of a cascade predicted beside the truth, from a folder of files named as the cases are
-    /// (nnU-Net's `predicted_next_stage/CONFIGURATION`).
+    /// (nnU-Net's `predicted_next_stage/CONFIGURATION`). Each of `labels` is a channel of whole images.
     #[must_use]
-    pub fn with_previous_stage(mut self, folder: &Path) -> Self {
-        self.previous = Some(folder.into());
+    pub fn with_previous_stage(mut self, folder: &Path, labels: &[u16]) -> Self {
+        self.previous = Some(PreviousLabels { folder: folder.into(), labels: labels.to_vec() });
         self
     }
 
@@ -120,19 +128,19 @@ impl Stored {
         Ok(Box::new(self.stored(identifier)?))
     }
 
-    /// A whole case as preprocessing made it, without its truth: what the final validation predicts. In a cascade the labels
-    /// `previous` of the stage before are further channels of zeros and ones.
+    /// A whole case as preprocessing made it, without its truth: what the final validation predicts. In a cascade the labels of
+    /// the stage before are further channels of zeros and ones.
     ///
     /// # Errors
     /// Those of [`Stored::case`], [`Error::OutOfMemory`].
-    pub fn image(&self, identifier: &str, transpose_backward: [usize; 3], previous: &[u16]) -> Result<Preprocessed> {
+    pub fn image(&self, identifier: &str, transpose_backward: [usize; 3]) -> Result<Preprocessed> {
         let case = self.stored(identifier)?;
         let (data, labels) = case.whole(&self.folder.join(identifier))?;
         let properties = self.properties(identifier, transpose_backward)?.preprocessing;
         let mut image = Preprocessed { data, channels: case.channels(), shape: case.shape(), properties };
-        if !previous.is_empty() {
-            let predicted = labels.chunks_exact(case.shape().iter().product()).nth(1).unwrap_or_default();
-            image.append_one_hot(predicted, previous)?;
+        if let Some(previous) = &self.previous {
+            // Behind the truth.
+            image.append_one_hot(&labels[case.shape().iter().product()..], &previous.labels)?;
         }
         Ok(image)
     }
@@ -169,7 +177,7 @@ impl Stored {
     /// Those of [`Stored::case`]; [`Error::Shape`] when there are not as many labels as voxels or one is above 32767;
     /// [`Error::Io`].
     pub fn write_previous_stage(&self, folder: &Path, identifier: &str, labels: &LabelData) -> Result<()> {
-        let shape = self.stored(identifier)?.shape();
+        let shape = self.shape(identifier)?;
         let narrow = |l: u16| i16::try_from(l).ok();
         let labels: Option<Vec<i16>> = match labels {
             LabelData::U8(l) => Some(l.iter().map(|&l| i16::from(l)).collect()),
@@ -179,9 +187,32 @@ impl Stored {
         let labels = labels.ok_or_else(|| {
             Error::shape("predicted_next_stage", format!("expected labels up to 32767 for {shape:?} voxels"))
         })?;
+        let (kept, path) = match self.form(identifier)? {
+            Form::Npz | Form::Npy => (Form::Npz, file(folder, identifier, ".npz")),
+            _ => (Form::Own, file(folder, identifier, ".safetensors")),
+        };
+        match kept {
+            Form::Npz => foreign::write_labels(&path, &labels, shape)?,
+            _ => own::write_labels(&path, &labels, shape)?,
+        }
+        // An older prediction of another form must not be taken for this one.
+        for (ending, _) in ENDINGS.into_iter().filter(|(_, form)| *form != kept) {
+            let path = file(folder, identifier, ending);
+            if path.is_file() {
+                std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Voxels (z, y, x) of a case, told by its files' headers.
+    ///
+    /// # Errors
+    /// Those of [`Stored::case`].
+    pub fn shape(&self, identifier: &str) -> Result<[usize; 3]> {
         match self.form(identifier)? {
-            Form::Npz | Form::Npy => foreign::write_labels(&file(folder, identifier, ".npz"), &labels, shape),
-            _ => own::write_labels(&file(folder, identifier, ".safetensors"), &labels, shape),
+            Form::Own => Ok(OwnFile::open(&file(&self.folder, identifier, ".safetensors"), false)?.case(None)?.shape()),
+            form => foreign::shape(&self.folder, identifier, form),
         }
     }
 
@@ -193,7 +224,10 @@ impl Stored {
     }
 
     fn stored(&self, identifier: &str) -> Result<StoredCase> {
-        let previous = self.previous.as_deref().map(|folder| previous_stage(folder, identifier)).transpose()?;
+        let previous = match &self.previous {
+            Some(previous) => Some(previous_stage(&previous.folder, identifier, self.shape(identifier)?)?),
+            None => None,
+        };
         match self.form(identifier)? {
             Form::Own => OwnFile::open(&file(&self.folder, identifier, ".safetensors"), false)?.case(previous),
             form => foreign::case(&self.folder, identifier, form, previous),
@@ -201,15 +235,33 @@ impl Stored {
     }
 }
 
-/// Whether the folder of a stage before holds a case.
-pub(super) fn has_labels(folder: &Path, identifier: &str) -> bool {
-    [".safetensors", ".b2nd", ".npy", ".npz"].iter().any(|ending| file(folder, identifier, ending).is_file())
+/// Files of what the stage before predicted of a case, one unless it was written in several forms.
+pub(super) fn previous_files(folder: &Path, identifier: &str) -> Vec<PathBuf> {
+    ENDINGS.map(|(ending, _)| file(folder, identifier, ending)).into_iter().filter(|p| p.is_file()).collect()
 }
 
-/// The labels that the stage before predicted of a case.
-fn previous_stage(folder: &Path, identifier: &str) -> Result<Box<dyn Boxes>> {
-    let own = file(folder, identifier, ".safetensors");
-    if own.is_file() { own::open_labels(&own) } else { foreign::labels_alone(folder, identifier) }
+/// The labels that the stage before predicted of a case of `shape` voxels.
+fn previous_stage(folder: &Path, identifier: &str, shape: [usize; 3]) -> Result<Box<dyn Boxes>> {
+    let files = previous_files(folder, identifier);
+    let path = match files.as_slice() {
+        [one] => one,
+        [] => return Err(Error::usage(format!("{}: nothing was predicted of case {identifier}", folder.display()))),
+        [one, other, ..] => {
+            let what = format!("{} is there, too: remove the older of the two predictions", other.display());
+            return Err(Error::model(one, "file", what));
+        }
+    };
+    let own = path.extension().is_some_and(|e| e == "safetensors");
+    let labels = if own { own::open_labels(path)? } else { foreign::labels_alone(path)? };
+    let [channels, z, y, x] = labels.shape();
+    if (channels, [z, y, x]) != (1, shape) {
+        let what = format!(
+            "{channels} x {:?} voxels, the case has {shape:?}: predict it again (train the stage before with --val)",
+            [z, y, x]
+        );
+        return Err(Error::model(path, "seg", what));
+    }
+    Ok(labels)
 }
 
 /// Writes a case in the own form into `folder`, whole or not at all. `image` is the grid of the case's image;

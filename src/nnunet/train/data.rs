@@ -1,5 +1,6 @@
 //! The cases of a fold: what a training reads, and what it is validated on in the end.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use super::plan::TrainingPlan;
 use super::{Data, Trainer, fold_folder, mirror_axes, stage_folder};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
+use crate::io::weights::{map_file, sha256};
 use crate::nnunet::augment::AugmentConfig;
 use crate::nnunet::cases::endings;
 use crate::nnunet::evaluate::{Class, Summary, compare};
@@ -56,23 +58,30 @@ impl Task {
         Ok(fold_folder(&self.results, &self.plan(options)?, options, &self.fold.to_string()))
     }
 
-    fn open(&self, plan: &TrainingPlan, options: &TrainOptions) -> Result<(Stored, Split)> {
+    /// The cases, of which those that `needed` picks have to be there of a stage before, too.
+    fn open(
+        &self,
+        plan: &TrainingPlan,
+        options: &TrainOptions,
+        needed: fn(&Split) -> BTreeSet<&String>,
+    ) -> Result<(Stored, Split)> {
         let mut stored = store::open(&self.preprocessed.join(&plan.data_identifier))?;
         let split = split::fold(&self.preprocessed, stored.identifiers(), self.fold)?;
         if let Some(first) = &plan.previous {
             let folder = stage_folder(&self.results, plan, options, first, &plan.configuration);
-            let all = || split.train.iter().chain(&split.val);
-            let missing: Vec<&String> = all().filter(|id| !store::has_labels(&folder, id)).collect();
+            let needed = needed(&split);
+            let missing: Vec<&&String> =
+                needed.iter().filter(|id| store::previous_files(&folder, id).is_empty()).collect();
             if let Some(case) = missing.first() {
                 return Err(Error::usage(format!(
-                    "{}: {case} and {} more of {} cases are missing, which the final validation of {first} predicts: train \
-                     all its folds with the same trainer and plans first",
+                    "{}: {case} is missing ({} of {} cases are), which the final validation of {first} predicts: train all \
+                     its folds with the same trainer and plans first",
                     folder.display(),
-                    missing.len() - 1,
-                    all().count(),
+                    missing.len(),
+                    needed.len(),
                 )));
             }
-            stored = stored.with_previous_stage(&folder);
+            stored = stored.with_previous_stage(&folder, plan.previous_labels());
         }
         Ok((stored, split))
     }
@@ -82,11 +91,12 @@ impl Task {
     /// # Errors
     /// Those of [`Task::plan`], [`split::fold`], [`store::open`], of its cases and of [`Trainer::new`].
     pub fn trainer(&self, options: &TrainOptions, start: Start, device: &Device) -> Result<Trainer> {
-        let plan = self.plan(options)?;
+        let mut plan = self.plan(options)?;
         options.validate()?;
         // Before cases are opened: a network that cannot be is told from the plans alone.
         plan.network(options.network)?;
-        let (stored, split) = self.open(&plan, options)?;
+        let (stored, split) = self.open(&plan, options, |split| split.train.iter().chain(&split.val).collect())?;
+        plan.previous_digest = self.previous_digest(&plan, options, &split)?;
         let open = |names: &[String]| -> Result<Vec<Arc<dyn TrainingCase>>> {
             names.iter().map(|id| stored.case(id).map(Arc::from)).collect()
         };
@@ -164,7 +174,7 @@ impl Task {
         let plan = self.plan(options)?;
         let folder = fold_folder(&self.results, &plan, options, &self.fold.to_string());
         let model = folder.parent().unwrap_or(&folder);
-        let (stored, split) = self.open(&plan, options)?;
+        let (stored, split) = self.open(&plan, options, |split| split.val.iter().collect())?;
         let stages = self.stages(&plan, options)?;
         let opening = ModelOptions::new()
             .folds(Folds::Named(vec![self.fold.to_string()]))
@@ -177,7 +187,7 @@ impl Task {
         let mut summary = Summary::new(Class::of(&plan.labels));
         for (i, id) in split.val.iter().enumerate() {
             tell(progress, Event::Cases { done: i, total: split.val.len() })?;
-            let case = stored.image(id, backward, plan.previous_labels())?;
+            let case = stored.image(id, backward)?;
             let geometry = stored.properties(id, backward)?.geometry;
             let named = |e: Error| match e {
                 Error::Input { what } => Error::usage(format!("case {id}: {what}")),
@@ -186,9 +196,9 @@ impl Task {
             };
             let mut next = Vec::new();
             for stage in &stages {
-                match stage.cases.identifiers().contains(id) {
-                    true => next.push((stage, stage.cases.case(id)?.shape())),
-                    false => tracing::warn!("case {id} is not preprocessed for {}: not predicted for it", stage.name),
+                match stage.cases.shape(id) {
+                    Ok(shape) => next.push((stage, shape)),
+                    Err(e) => tracing::warn!("case {id} is not predicted for {}: {e}", stage.name),
                 }
             }
             let shapes: Vec<[usize; 3]> = next.iter().map(|(_, shape)| *shape).collect();
@@ -215,15 +225,31 @@ impl Task {
         for name in &plan.next {
             let next = TrainingPlan::read(&plan.path, name)?;
             let cases = self.preprocessed.join(&next.data_identifier);
-            if !cases.is_dir() {
-                tracing::warn!("{}: missing, so nothing is predicted for {name}", cases.display());
-                continue;
-            }
+            let cases = match store::open(&cases) {
+                Ok(cases) => cases,
+                // As nnU-Net: the segmentations are worth having without it.
+                Err(e) => {
+                    tracing::warn!("nothing is predicted for {name}: {e}");
+                    continue;
+                }
+            };
             let folder = stage_folder(&self.results, plan, options, &plan.configuration, name);
             std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-            out.push(NextStage { name: name.clone(), cases: store::open(&cases)?, folder });
+            out.push(NextStage { name: name.clone(), cases, folder });
         }
         Ok(out)
+    }
+
+    /// SHA-256 of what the stage before predicted of the cases that are trained on and validated with.
+    fn previous_digest(&self, plan: &TrainingPlan, options: &TrainOptions, split: &Split) -> Result<Option<String>> {
+        let Some(first) = &plan.previous else { return Ok(None) };
+        let folder = stage_folder(&self.results, plan, options, first, &plan.configuration);
+        let cases: BTreeSet<&String> = split.train.iter().chain(&split.val).collect();
+        let mut all = String::new();
+        for path in cases.iter().flat_map(|id| store::previous_files(&folder, id)) {
+            all += &format!("{} {}\n", path.file_name().unwrap_or_default().display(), sha256(&map_file(&path)?));
+        }
+        Ok(Some(sha256(all.as_bytes())))
     }
 
     /// The true segmentation of a case.

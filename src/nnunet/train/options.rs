@@ -183,7 +183,7 @@ impl TrainOptions {
 
     /// What batches and loss follow from.
     pub(super) fn settings(&self, plan: &TrainingPlan) -> Map<String, Value> {
-        let value = json!({
+        let mut value = json!({
             "seed": self.seed,
             "iterations": self.iterations,
             "val_iterations": self.val_iterations,
@@ -198,6 +198,9 @@ impl TrainOptions {
             "precision": format!("{:?}", self.precision),
             "strict": self.strict,
         });
+        if let Some(digest) = &plan.previous_digest {
+            value["previous_stage"] = digest.as_str().into();
+        }
         value.as_object().cloned().unwrap_or_default()
     }
 

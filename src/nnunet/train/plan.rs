@@ -93,6 +93,9 @@ pub struct TrainingPlan {
     pub pools: Vec<[usize; 3]>,
     /// Of a cascade's second stage: the configuration of the first, whose labels are input channels.
     pub previous: Option<String>,
+    /// Of a cascade's second stage, once its cases are known: SHA-256 of what the first predicted of them, by which a training
+    /// that goes on tells whether it still has the same input.
+    pub previous_digest: Option<String>,
     /// Of a cascade's first stage: configurations that take its predictions as input.
     pub next: Vec<String>,
     /// The contents of `plans.json`, with what was changed.
@@ -141,6 +144,7 @@ impl TrainingPlan {
             data_identifier: text(&conf, "data_identifier")?.unwrap_or_else(|| format!("{plans_name}_{name}")),
             pools: pools(&conf, planar)?,
             previous: previous_name(&conf)?,
+            previous_digest: None,
             next: next_names(&conf)?,
             plans: object(&plans),
             dataset: object(&dataset),
