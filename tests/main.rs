@@ -60,4 +60,5 @@ mod tidy;
 mod train;
 mod training;
 mod upsample_nearest;
+mod volume;
 mod warp;

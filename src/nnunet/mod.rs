@@ -24,4 +24,5 @@ pub mod store;
 pub mod testing;
 pub mod train;
 pub mod training_case;
+pub mod volume;
 pub(crate) mod workers;
