@@ -8,6 +8,7 @@ mod compat;
 mod completions;
 mod convert;
 mod demo;
+mod evaluate;
 mod fingerprint;
 mod folders;
 mod info;
@@ -67,6 +68,7 @@ enum Command {
     Preprocess(preprocess::Args),
     PlanAndPreprocess(preprocess::PlanArgs),
     Train(Box<train::Args>),
+    Evaluate(evaluate::Args),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
@@ -101,6 +103,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Preprocess(a) => preprocess::run(&a)?,
         Command::PlanAndPreprocess(a) => preprocess::run_plan(&a)?,
         Command::Train(a) => train::run(&a)?,
+        Command::Evaluate(a) => evaluate::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,

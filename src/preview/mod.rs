@@ -23,7 +23,7 @@ use std::path::Path;
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
-use crate::io::image::{Image, Segmentation};
+use crate::io::image::{Geometry, Image, Segmentation};
 use canvas::{Canvas, Rgb, colour, text_height, text_width};
 use view::{Census, Plane, View, axes_of_patient};
 
@@ -41,11 +41,13 @@ pub struct PreviewOptions {
     pub window: Option<[f32; 2]>,
     /// Opacity of the labels' colour, 0 to 1; outlines are always opaque.
     pub opacity: f64,
+    /// Slices along (z, y, x) of the voxels' grid. `None`: those that show most of the segmentation.
+    pub slices: Option<[usize; 3]>,
 }
 
 impl Default for PreviewOptions {
     fn default() -> Self {
-        Self { title: String::new(), window: None, opacity: 0.42 }
+        Self { title: String::new(), window: None, opacity: 0.42, slices: None }
     }
 }
 
@@ -61,6 +63,13 @@ impl PreviewOptions {
     #[must_use]
     pub fn with_window(mut self, black: f32, white: f32) -> Self {
         self.window = Some([black, white]);
+        self
+    }
+
+    /// With the given slices along (z, y, x), as [`best_slices`] finds them for another segmentation of the image.
+    #[must_use]
+    pub fn with_slices(mut self, slices: [usize; 3]) -> Self {
+        self.slices = Some(slices);
         self
     }
 
@@ -90,7 +99,16 @@ impl Picture {
     /// # Errors
     /// [`Error::Io`] when the file cannot be written.
     pub fn write_png(&self, path: &Path) -> Result<()> {
-        let failed = |e: png::EncodingError| Error::io("write", path, std::io::Error::other(e));
+        let bytes = self.to_png().map_err(|e| Error::io("write", path, e))?;
+        write_atomically(path, |file| file.write_all(&bytes).map_err(|e| Error::io("write", path, e)))
+    }
+
+    /// The bytes of a PNG file.
+    ///
+    /// # Errors
+    /// Those of the encoder, which refuses pictures without pixels.
+    pub fn to_png(&self) -> std::io::Result<Vec<u8>> {
+        let failed = |e: png::EncodingError| std::io::Error::other(e);
         let mut bytes = Vec::new();
         let mut encoder = png::Encoder::new(&mut bytes, self.width, self.height);
         encoder.set_color(png::ColorType::Rgb);
@@ -98,7 +116,7 @@ impl Picture {
         let mut writer = encoder.write_header().map_err(failed)?;
         writer.write_image_data(&self.rgb).map_err(failed)?;
         writer.finish().map_err(failed)?;
-        write_atomically(path, |file| file.write_all(&bytes).map_err(|e| Error::io("write", path, e)))
+        Ok(bytes)
     }
 }
 
@@ -141,12 +159,18 @@ struct Panel {
     height: usize,
 }
 
-/// Draws the three slices that show most of the segmentation, its labels as colours over the image's first channel,
+/// The slice along each of (z, y, x) that shows most of a segmentation.
+#[must_use]
+pub fn best_slices(seg: &Segmentation) -> [usize; 3] {
+    Census::new(seg).best_slices()
+}
+
+/// Draws three slices, if no others are asked for those that show most of the segmentation, its labels as colours over the image's first channel,
 /// and a legend of the visible labels with their volumes in the whole segmentation.
 ///
 /// # Errors
 /// [`Error::Shape`] when image and segmentation have different grids, [`Error::Usage`] when a spacing is not a
-/// positive number or the window is empty.
+/// positive number, the window is empty, or a slice is none of the image's.
 pub fn render(image: &Image, seg: &Segmentation, options: &PreviewOptions) -> Result<Picture> {
     let geometry = &image.geometry;
     if geometry.shape != seg.geometry.shape || image.channels.is_empty() || geometry.is_empty() {
@@ -162,9 +186,12 @@ pub fn render(image: &Image, seg: &Segmentation, options: &PreviewOptions) -> Re
         return Err(Error::usage(format!("preview: window {window:?}: expected black below white")));
     }
 
+    if options.slices.is_some_and(|s| (0..3).any(|k| s[k] >= geometry.shape[k])) {
+        return Err(Error::usage(format!("preview: slices {:?} of {:?} voxels", options.slices, geometry.shape)));
+    }
     let census = Census::new(seg);
     let colours = Colours::new(seg, &census);
-    let panels = layout(seg, &census);
+    let panels = layout(&seg.geometry, options.slices.unwrap_or_else(|| census.best_slices()));
     let drawn: Vec<_> = panels.iter().map(|p| draw_panel(p, image, seg, &colours, window, options.opacity)).collect();
     let mut visible = BTreeMap::<u16, usize>::new();
     for (&label, &pixels) in drawn.iter().flat_map(|d| &d.labels) {
@@ -245,17 +272,17 @@ impl Colours {
     }
 }
 
-/// Chooses slices and sizes: one scale for all three, so that organs have the same size in each.
-fn layout(seg: &Segmentation, census: &Census) -> [Panel; 3] {
-    let (shape, spacing) = (seg.geometry.shape, seg.geometry.spacing_mm);
+/// Chooses sizes: one scale for all three, so that organs have the same size in each.
+fn layout(geometry: &Geometry, slices: [usize; 3]) -> [Panel; 3] {
+    let (shape, spacing) = (geometry.shape, geometry.spacing_mm);
     let mm = |axis: usize| shape[axis] as f64 * spacing[axis];
-    let views = [Plane::Axial, Plane::Coronal, Plane::Sagittal].map(|p| View::new(p, axes_of_patient(&seg.geometry)));
+    let views = [Plane::Axial, Plane::Coronal, Plane::Sagittal].map(|p| View::new(p, axes_of_patient(geometry)));
     let across: f64 = views.iter().map(|v| mm(v.across.array)).sum();
     let tallest = views.iter().map(|v| mm(v.down.array)).fold(0.0, f64::max);
     let scale = (size::PANELS / across).min(size::PANEL_HEIGHT / tallest);
     let pixels = |axis: usize| ((mm(axis) * scale).round() as usize).max(1);
     views.map(|view| Panel {
-        slice: census.best_slice(view.through.array),
+        slice: slices[view.through.array],
         width: pixels(view.across.array),
         height: pixels(view.down.array),
         view,
@@ -456,7 +483,7 @@ fn draw_letters(page: &mut Canvas, panel: &Panel, left: usize, top: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::image::{Geometry, LabelData};
+    use crate::io::image::LabelData;
 
     /// A patient of 8 x 6 x 4 voxels with one bright voxel and label at the right front top, on a given grid order.
     fn patient(mirrored: bool) -> (Image, Segmentation) {
@@ -485,7 +512,7 @@ mod tests {
         let [a, b] = [false, true].map(|m| {
             let (image, seg) = patient(m);
             let census = Census::new(&seg);
-            let panels = layout(&seg, &census);
+            let panels = layout(&seg.geometry, census.best_slices());
             let colours = Colours::new(&seg, &census);
             panels.map(|p| (p.width, p.height, draw_panel(&p, &image, &seg, &colours, [0.0, 1.0], 0.4).pixels))
         });
@@ -508,7 +535,7 @@ mod tests {
         let mut g = Geometry::new([10, 100, 100], [10.0, 1.0, 1.0]);
         g.spacing_mm = [10.0, 1.0, 1.0];
         let seg = Segmentation::new(LabelData::zeros(g.len(), 1), g, vec![]).unwrap();
-        for panel in layout(&seg, &Census::new(&seg)) {
+        for panel in layout(&seg.geometry, best_slices(&seg)) {
             assert_eq!(panel.width, panel.height);
         }
     }

@@ -50,7 +50,15 @@ impl Reader {
             }
             tracing::warn!("overwrite_image_reader_writer {name:?} is not known; the file ending decides");
         }
-        match (dataset.file_ending.to_ascii_lowercase().as_str(), example) {
+        Self::of_ending(&dataset.file_ending, example)
+    }
+
+    /// The reader for files of an ending; `example` is one of them.
+    ///
+    /// # Errors
+    /// As [`Reader::of`].
+    pub fn of_ending(ending: &str, example: Option<&Path>) -> Result<Self> {
+        match (ending.to_ascii_lowercase().as_str(), example) {
             (".nii.gz", _) => Ok(Reader::SimpleItkIo),
             (".nii", _) => Ok(Reader::NibabelIo),
             (".tif", Some(example)) if example.is_file() && pages(example)? > 1 => Ok(Reader::Tiff3dIo),
@@ -61,7 +69,7 @@ impl Reader {
     }
 
     /// Reads a case's images.
-    pub(super) fn image(self, paths: &[PathBuf]) -> Result<Image> {
+    pub(crate) fn image(self, paths: &[PathBuf]) -> Result<Image> {
         match self {
             Reader::SimpleItkIo | Reader::NibabelIo => read_nifti(paths),
             Reader::NaturalImage2dIo => pictures(paths),
@@ -75,7 +83,7 @@ impl Reader {
     }
 
     /// Reads a label map.
-    pub(super) fn label(self, path: &Path) -> Result<Segmentation> {
+    pub(crate) fn label(self, path: &Path) -> Result<Segmentation> {
         let image = match self {
             Reader::SimpleItkIo | Reader::NibabelIo => return read_segmentation(path),
             Reader::NaturalImage2dIo => pictures(&[path.to_owned()])?,
