@@ -4,6 +4,7 @@ mod bench;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod cuda;
 mod demo;
+mod evaluate;
 mod outputs;
 mod train;
 

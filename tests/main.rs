@@ -48,6 +48,7 @@ mod phantom;
 #[cfg(feature = "natural")]
 mod picture;
 mod planner;
+mod postprocess;
 mod prepare;
 mod preprocess;
 mod preprocess_dataset;

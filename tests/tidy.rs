@@ -327,6 +327,7 @@ fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
         "fingerprint",
         "plan",
         "evaluate",
+        "postprocess",
         "demo",
         "convert",
         "inspect",

@@ -104,6 +104,16 @@ const OF_EVALUATION: &[(&str, Rule)] = &[
     ("-np", NO_WORKERS),
 ];
 
+/// `nnUNetv2_determine_postprocessing` and `nnUNetv2_apply_postprocessing`.
+const OF_POSTPROCESSING: &[(&str, Rule)] = &[
+    ("-ref", Is("--reference")),
+    ("-pp_pkl_file", Is("--steps")),
+    ("-dataset_json", Is("--dataset-json")),
+    ("-plans_json", Ignored { value: true, why: "the labels stand in the description of the data set" }),
+    ("--remove_postprocessed", Is("--remove-postprocessed")),
+    ("-np", NO_WORKERS),
+];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -116,6 +126,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
         Some("predict") => TABLE,
         Some("train") => OF_TRAINING,
         Some("evaluate") => OF_EVALUATION,
+        Some("postprocess") => OF_POSTPROCESSING,
         Some("convert" | "inspect") => OF_MODELS,
         Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,
         _ => {
@@ -199,6 +210,9 @@ mod tests {
         assert_eq!((ours.as_str(), warnings), ("stunet evaluate gt pred --dataset-json d.json -o s.json --chill", 2));
         let (ours, _) = rewritten("stunet evaluate gt pred -l 1 2 -il 3").unwrap();
         assert_eq!(ours, "stunet evaluate gt pred -l 1 2 --ignore 3");
+        let (ours, warnings) =
+            rewritten("stunet postprocess apply -i a -o b -pp_pkl_file p.pkl -plans_json p -np 4").unwrap();
+        assert_eq!((ours.as_str(), warnings), ("stunet postprocess apply -i a -o b --steps p.pkl", 2));
         assert_eq!(rewritten("stunet predict -t 4").unwrap_err().exit_code(), 2);
     }
 }

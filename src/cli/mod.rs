@@ -16,6 +16,7 @@ mod inspect;
 mod output;
 mod phantoms;
 mod plan;
+mod postprocess;
 mod predict;
 mod preprocess;
 mod progress;
@@ -69,6 +70,7 @@ enum Command {
     PlanAndPreprocess(preprocess::PlanArgs),
     Train(Box<train::Args>),
     Evaluate(evaluate::Args),
+    Postprocess(postprocess::Args),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
@@ -104,6 +106,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::PlanAndPreprocess(a) => preprocess::run_plan(&a)?,
         Command::Train(a) => train::run(&a)?,
         Command::Evaluate(a) => evaluate::run(&a)?,
+        Command::Postprocess(a) => postprocess::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,

@@ -1,7 +1,7 @@
 //! How well segmentations agree with the truth: nnU-Net's `compute_metrics_on_folder` and its `summary.json`, and how far
 //! surfaces lie apart.
 
-mod folder;
+pub(crate) mod folder;
 #[cfg(feature = "picture")]
 mod html;
 pub mod surface;
@@ -239,6 +239,16 @@ impl Summary {
     #[must_use]
     pub fn to_json(&self) -> String {
         self.json().to_text(true)
+    }
+
+    /// Means over cases, by class and over classes, as nnU-Net's `postprocessing.json` has them.
+    pub(crate) fn means_json(&self) -> Json {
+        match self.json() {
+            Json::Object(entries) => {
+                Json::Object(entries.into_iter().filter(|(k, _)| k != "metric_per_case").collect())
+            }
+            other => other,
+        }
     }
 
     fn json(&self) -> Json {

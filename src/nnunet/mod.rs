@@ -14,7 +14,7 @@ pub mod loss;
 pub mod model;
 pub mod planner;
 pub mod plans;
-mod postprocess;
+pub mod postprocess;
 pub mod predict;
 pub mod preprocess;
 pub mod report;

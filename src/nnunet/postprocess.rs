@@ -1,13 +1,26 @@
 //! What nnU-Net does to a finished label map.
 
-use crate::io::LabelData;
+mod determine;
+pub mod steps;
+
+use crate::io::{LabelData, Segmentation};
 use crate::nnunet::volume::{Components, Neighbours};
+pub use determine::{Determined, apply_to_folder, determine};
+pub use steps::Step;
 
 /// Keeps the largest connected component of each label of `wanted` (all of them where several are equally large) and
 /// turns the rest of that label into background. Voxels touch by faces, as in nnU-Net v1
 /// `remove_all_but_the_largest_connected_component`. `shape` is (z, y, x).
 pub(crate) fn keep_largest_components(labels: &mut LabelData, shape: [usize; 3], wanted: &[u16]) {
     keep_largest(labels, shape, wanted.iter().map(|&l| (l, l)), Neighbours::Faces);
+}
+
+/// Takes the steps one after the other (nnU-Net `apply_postprocessing`).
+pub fn apply(steps: &[Step], segmentation: &mut Segmentation) {
+    for step in steps {
+        let together = step.labels().iter().map(|l| (*l, 1));
+        keep_largest(&mut segmentation.labels, segmentation.geometry.shape, together, Neighbours::Corners);
+    }
 }
 
 /// Keeps the largest connected component of each class (all of them where several are equally large) and turns the rest of it
