@@ -19,6 +19,7 @@ mod conv3d_fused;
 mod conv3d_grad;
 mod conv_transpose3d;
 mod determinism;
+mod ensemble;
 mod evaluate;
 mod golden_pipeline;
 mod golden_pipeline_preprocessed;

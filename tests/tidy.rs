@@ -328,6 +328,7 @@ fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
         "plan",
         "evaluate",
         "postprocess",
+        "ensemble",
         "demo",
         "convert",
         "inspect",

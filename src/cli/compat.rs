@@ -114,6 +114,9 @@ const OF_POSTPROCESSING: &[(&str, Rule)] = &[
     ("-np", NO_WORKERS),
 ];
 
+/// `nnUNetv2_ensemble`.
+const OF_ENSEMBLES: &[(&str, Rule)] = &[("--save_npz", Is("--save-probabilities")), ("-np", NO_WORKERS)];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -126,6 +129,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
         Some("predict") => TABLE,
         Some("train") => OF_TRAINING,
         Some("evaluate") => OF_EVALUATION,
+        Some("ensemble") => OF_ENSEMBLES,
         Some("postprocess") => OF_POSTPROCESSING,
         Some("convert" | "inspect") => OF_MODELS,
         Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,

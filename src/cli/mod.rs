@@ -8,6 +8,7 @@ mod compat;
 mod completions;
 mod convert;
 mod demo;
+mod ensemble;
 mod evaluate;
 mod fingerprint;
 mod folders;
@@ -71,6 +72,7 @@ enum Command {
     Train(Box<train::Args>),
     Evaluate(evaluate::Args),
     Postprocess(postprocess::Args),
+    Ensemble(ensemble::Args),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
@@ -107,6 +109,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Train(a) => train::run(&a)?,
         Command::Evaluate(a) => evaluate::run(&a)?,
         Command::Postprocess(a) => postprocess::run(&a)?,
+        Command::Ensemble(a) => ensemble::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,

@@ -4,6 +4,7 @@ pub mod augment;
 pub mod cases;
 pub mod checkpoint;
 pub mod dataset;
+pub mod ensemble;
 pub mod evaluate;
 pub mod fingerprint;
 pub(crate) mod json;
