@@ -18,6 +18,7 @@ mod nifti;
 mod passes;
 mod preprocess;
 mod resample;
+mod volume;
 
 criterion::criterion_group!(
     all,
@@ -33,6 +34,7 @@ criterion::criterion_group!(
     nifti::bench,
     passes::bench,
     preprocess::bench,
-    resample::bench
+    resample::bench,
+    volume::bench
 );
 criterion::criterion_main!(all);

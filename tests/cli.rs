@@ -4,6 +4,7 @@ mod bench;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod cuda;
 mod demo;
+mod evaluate;
 mod outputs;
 #[cfg(feature = "natural")]
 mod planar;
@@ -25,7 +26,8 @@ fn image(path: &Path) {
 
 #[test]
 fn help_fits_the_screen_and_says_what_it_has_to() {
-    let commands = ["", "predict", "demo", "convert", "inspect", "info", "bench", "completions", "train", "phantoms"];
+    let commands =
+        ["", "predict", "demo", "convert", "inspect", "info", "bench", "completions", "train", "phantoms", "evaluate"];
     for command in commands {
         for flag in ["--help", "-h"] {
             let args: Vec<&str> = [command, flag].into_iter().filter(|a| !a.is_empty()).collect();

@@ -15,7 +15,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("ops", &["base", "error", "tensor", "backend", "autograd", "ops"]),
     ("nn", &["base", "error", "tensor", "autograd", "ops", "nn"]),
     ("models", &["base", "error", "tensor", "autograd", "ops", "nn", "models"]),
-    ("nnunet", &["base", "error", "tensor", "io", "autograd", "ops", "nn", "models", "nnunet"]),
+    ("nnunet", &["base", "error", "tensor", "io", "autograd", "ops", "nn", "models", "preview", "nnunet"]),
     ("phantom", &["base", "error", "io", "phantom"]),
     ("preview", &["base", "error", "io", "preview"]),
     ("demo", &["base", "error", "tensor", "io", "models", "nnunet", "phantom", "preview", "demo"]),
@@ -321,9 +321,21 @@ fn every_test_and_benchmark_file_runs() {
 #[test]
 fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
     let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    for command in
-        ["predict", "verify", "fingerprint", "plan", "demo", "convert", "inspect", "info", "bench", "completions"]
-    {
+    for command in [
+        "predict",
+        "verify",
+        "fingerprint",
+        "plan",
+        "evaluate",
+        "postprocess",
+        "ensemble",
+        "demo",
+        "convert",
+        "inspect",
+        "info",
+        "bench",
+        "completions",
+    ] {
         assert!(readme.contains(&format!("stunet {command}")), "README.md does not mention stunet {command}");
     }
     assert!(readme.to_lowercase().contains("not a medical device"));

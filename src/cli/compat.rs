@@ -97,6 +97,27 @@ const OF_DATASETS: &[(&str, Rule)] = &[
     ("-preprocessor_name", Refused("there is one kind of preprocessing")),
 ];
 
+/// `nnUNetv2_evaluate_folder` and `nnUNetv2_evaluate_simple`.
+const OF_EVALUATION: &[(&str, Rule)] = &[
+    ("-djfile", Is("--dataset-json")),
+    ("-pfile", Ignored { value: true, why: "the labels stand in the description of the data set" }),
+    ("-il", Is("--ignore")),
+    ("-np", NO_WORKERS),
+];
+
+/// `nnUNetv2_determine_postprocessing` and `nnUNetv2_apply_postprocessing`.
+const OF_POSTPROCESSING: &[(&str, Rule)] = &[
+    ("-ref", Is("--reference")),
+    ("-pp_pkl_file", Is("--steps")),
+    ("-dataset_json", Is("--dataset-json")),
+    ("-plans_json", Ignored { value: true, why: "the labels stand in the description of the data set" }),
+    ("--remove_postprocessed", Is("--remove-postprocessed")),
+    ("-np", NO_WORKERS),
+];
+
+/// `nnUNetv2_ensemble`.
+const OF_ENSEMBLES: &[(&str, Rule)] = &[("--save_npz", Is("--save-probabilities")), ("-np", NO_WORKERS)];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -108,6 +129,9 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
     let table = match out.get(1).and_then(|command| command.to_str()) {
         Some("predict") => TABLE,
         Some("train") => OF_TRAINING,
+        Some("evaluate") => OF_EVALUATION,
+        Some("ensemble") => OF_ENSEMBLES,
+        Some("postprocess") => OF_POSTPROCESSING,
         Some("convert" | "inspect") => OF_MODELS,
         Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,
         _ => {
@@ -186,6 +210,14 @@ mod tests {
         let (ours, _) =
             rewritten("stunet plan -d 4 -pl P -gpu_memory_target 4 -overwrite_target_spacing 1 1 1").unwrap();
         assert_eq!(ours, "stunet plan -d 4 --planner P --gpu-memory-target 4 --overwrite-target-spacing 1 1 1");
+        let (ours, warnings) =
+            rewritten("stunet evaluate gt pred -djfile d.json -pfile p.json -np 8 -o s.json --chill").unwrap();
+        assert_eq!((ours.as_str(), warnings), ("stunet evaluate gt pred --dataset-json d.json -o s.json --chill", 2));
+        let (ours, _) = rewritten("stunet evaluate gt pred -l 1 2 -il 3").unwrap();
+        assert_eq!(ours, "stunet evaluate gt pred -l 1 2 --ignore 3");
+        let (ours, warnings) =
+            rewritten("stunet postprocess apply -i a -o b -pp_pkl_file p.pkl -plans_json p -np 4").unwrap();
+        assert_eq!((ours.as_str(), warnings), ("stunet postprocess apply -i a -o b --steps p.pkl", 2));
         assert_eq!(rewritten("stunet predict -t 4").unwrap_err().exit_code(), 2);
     }
 }

@@ -8,6 +8,8 @@ mod compat;
 mod completions;
 mod convert;
 mod demo;
+mod ensemble;
+mod evaluate;
 mod fingerprint;
 mod folders;
 mod info;
@@ -15,6 +17,7 @@ mod inspect;
 mod output;
 mod phantoms;
 mod plan;
+mod postprocess;
 mod predict;
 mod preprocess;
 mod progress;
@@ -67,6 +70,9 @@ enum Command {
     Preprocess(preprocess::Args),
     PlanAndPreprocess(preprocess::PlanArgs),
     Train(Box<train::Args>),
+    Evaluate(evaluate::Args),
+    Postprocess(postprocess::Args),
+    Ensemble(ensemble::Args),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
@@ -101,6 +107,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Preprocess(a) => preprocess::run(&a)?,
         Command::PlanAndPreprocess(a) => preprocess::run_plan(&a)?,
         Command::Train(a) => train::run(&a)?,
+        Command::Evaluate(a) => evaluate::run(&a)?,
+        Command::Postprocess(a) => postprocess::run(&a)?,
+        Command::Ensemble(a) => ensemble::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,

@@ -80,6 +80,16 @@ fn tell(kind: &str, what: &str) {
     above_bar(|| drop(std::io::stderr().write_all(line.as_bytes())));
 }
 
+/// Rows of cells as lines, each column as wide as its widest cell.
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
+    let width = |column: usize| rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
+    let line = |row: &Vec<String>| {
+        let cells: Vec<String> = row.iter().enumerate().map(|(i, cell)| format!("{cell:0$}", width(i))).collect();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
 /// Prints the fields of a JSON object, one a line, nested ones indented; of a list of objects, each is headed by the
 /// value of its first field.
 pub(super) fn table(value: &Value) -> Result<()> {

@@ -77,17 +77,13 @@ impl Args {
 fn table(configurations: &[Configuration]) -> String {
     let crosses = |sizes: &[usize]| sizes.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
     let spacing = |mm: &[f64]| mm.iter().map(|s| format!("{s:.3}")).collect::<Vec<_>>().join("x");
-    let mut rows = vec![["configuration", "patch", "batch", "spacing (mm)", "stages", "pooled"].map(String::from)];
+    let mut rows =
+        vec![["configuration", "patch", "batch", "spacing (mm)", "stages", "pooled"].map(String::from).to_vec()];
     rows.extend(configurations.iter().map(|c| {
         let axes = c.patch.len();
         let pooled: Vec<usize> = (0..axes).map(|a| c.strides.iter().map(|s| s[a]).product()).collect();
         let (patch, stages) = (crosses(&c.patch), c.strides.len().to_string());
-        [c.name.clone(), patch, c.batch_size.to_string(), spacing(&c.spacing_mm), stages, crosses(&pooled)]
+        vec![c.name.clone(), patch, c.batch_size.to_string(), spacing(&c.spacing_mm), stages, crosses(&pooled)]
     }));
-    let width = |column: usize| rows.iter().map(|r| r[column].len()).max().unwrap_or(0);
-    let line = |row: &[String; 6]| {
-        let cells: Vec<String> = row.iter().enumerate().map(|(i, cell)| format!("{cell:0$}", width(i))).collect();
-        format!("{}\n", cells.join("  ").trim_end())
-    };
-    rows.iter().map(line).collect()
+    output::columns(&rows)
 }

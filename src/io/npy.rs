@@ -4,9 +4,10 @@ use std::io::{Cursor, Read};
 use std::path::Path;
 use std::sync::Arc;
 
+use memmap2::Mmap;
 use zip::ZipArchive;
 
-use super::boxes::Flat;
+use super::boxes::{Flat, to_f32};
 use super::weights::{map_file, printable};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -32,24 +33,6 @@ pub(crate) fn open_npy(path: &Path) -> Result<Flat> {
 /// # Errors
 /// As [`open_npy`].
 pub(crate) fn read_npz(path: &Path, name: &str) -> Result<Option<Flat>> {
-    let Some(bytes) = unpack(path, name, usize::MAX)? else { return Ok(None) };
-    let header = Header::read(&bytes).map_err(|e| Error::model(path, printable(name), printable(&e)))?;
-    header.flat(path, Arc::new(bytes)).map(Some)
-}
-
-/// Shape of the array `name` of an `.npz` archive, of which only the beginning is unpacked; `None` where it holds no such
-/// array.
-///
-/// # Errors
-/// As [`open_npy`].
-pub(crate) fn npz_shape(path: &Path, name: &str) -> Result<Option<[usize; 4]>> {
-    let Some(bytes) = unpack(path, name, MAX_HEADER)? else { return Ok(None) };
-    let header = Header::read(&bytes).map_err(|e| Error::model(path, printable(name), printable(&e)))?;
-    header.axes(path).map(Some)
-}
-
-/// Up to `limit` bytes of an entry.
-fn unpack(path: &Path, name: &str, limit: usize) -> Result<Option<Vec<u8>>> {
     let map = map_file(path)?;
     let bad = |e: String| Error::model(path, printable(name), printable(&e));
     let mut archive = ZipArchive::new(Cursor::new(&map[..])).map_err(|e| Error::model(path, "zip", e.to_string()))?;
@@ -60,12 +43,115 @@ fn unpack(path: &Path, name: &str, limit: usize) -> Result<Option<Vec<u8>>> {
     let entry = archive.by_name(&entry).map_err(|e| bad(e.to_string()))?;
     // What the compressed bytes of this file can hold, whatever the sizes in it say.
     let packed = usize::try_from(entry.compressed_size()).unwrap_or(usize::MAX).min(map.len());
-    let most = packed.saturating_mul(MAX_RATIO).saturating_add(MAX_HEADER).min(limit);
+    let most = packed.saturating_mul(MAX_RATIO).saturating_add(MAX_HEADER);
     let mut bytes = Vec::new();
     let stated = usize::try_from(entry.size()).unwrap_or(usize::MAX).min(most);
     bytes.try_reserve_exact(stated).map_err(|_| out_of_memory(stated))?;
     entry.take(most as u64).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
-    Ok(Some(bytes))
+    let header = Header::read(&bytes).map_err(bad)?;
+    header.flat(path, Arc::new(bytes)).map(Some)
+}
+
+/// Shape of the array `name` of an `.npz` archive, of which only the beginning is unpacked.
+///
+/// # Errors
+/// As [`open_npy`]; [`Error::Model`] where it holds no such array.
+pub(crate) fn npz_shape(path: &Path, name: &str) -> Result<[usize; 4]> {
+    let mut archive = Archive::open(path)?;
+    let (_, header) = archive.begin(name)?;
+    header.axes(path)
+}
+
+/// An `.npz` archive, mapped, whose arrays are read a channel at a time.
+pub(crate) struct Archive<'a> {
+    path: &'a Path,
+    zip: ZipArchive<Cursor<Mmap>>,
+}
+
+impl<'a> Archive<'a> {
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Model`] when it is no archive.
+    pub(crate) fn open(path: &'a Path) -> Result<Self> {
+        let zip = ZipArchive::new(Cursor::new(map_file(path)?));
+        Ok(Self { path, zip: zip.map_err(|e| Error::model(path, "zip", e.to_string()))? })
+    }
+
+    /// The array `name` of four axes and a type of floats, from its beginning.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when it is missing, damaged, of another type or of another number of axes.
+    pub(crate) fn stream(&mut self, name: &str) -> Result<Stream<'_>> {
+        let path = self.path;
+        let (entry, header) = self.begin(name)?;
+        if !matches!(header.dtype, DType::F16 | DType::F32 | DType::F64) {
+            return Err(Error::model(path, printable(name), "no floating-point numbers"));
+        }
+        let shape = header.axes(path)?;
+        Ok(Stream { path, entry, dtype: header.dtype, shape, bytes: Vec::new() })
+    }
+
+    /// The array `name` behind its header.
+    fn begin(&mut self, name: &str) -> Result<(Box<dyn Read + '_>, Header)> {
+        let path = self.path;
+        let bad = |e: String| Error::model(path, printable(name), printable(&e));
+        let entry = self.zip.by_name(&format!("{name}.npy")).map_err(|e| bad(e.to_string()))?;
+        let mut entry: Box<dyn Read + '_> = Box::new(entry);
+        // Magic and version, then the length of the rest in two or in four bytes.
+        let mut head = Vec::new();
+        let mut more = |n: usize, head: &mut Vec<u8>| {
+            let from = head.len();
+            head.resize(from + n, 0);
+            entry.read_exact(&mut head[from..]).map_err(|e| bad(e.to_string()))
+        };
+        more(8, &mut head)?;
+        let wide = head[6] != 1;
+        more(if wide { 4 } else { 2 }, &mut head)?;
+        let len = head[8..].iter().rev().fold(0usize, |n, b| n << 8 | usize::from(*b));
+        more(len.min(MAX_HEADER), &mut head)?;
+        let header = Header::read(&head).map_err(bad)?;
+        Ok((entry, header))
+    }
+}
+
+/// An array of an archive on its way through.
+pub(crate) struct Stream<'a> {
+    path: &'a Path,
+    entry: Box<dyn Read + 'a>,
+    dtype: DType,
+    shape: [usize; 4],
+    bytes: Vec<u8>,
+}
+
+impl Stream<'_> {
+    /// Channels and (z, y, x).
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// The next numbers, as many as `out` has room for.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when they are not there.
+    pub(crate) fn read(&mut self, out: &mut [f32]) -> Result<()> {
+        for out in out.chunks_mut(1 << 16) {
+            self.bytes.resize(out.len() * self.dtype.size(), 0);
+            self.entry.read_exact(&mut self.bytes).map_err(|e| Error::model(self.path, "array", e.to_string()))?;
+            to_f32(self.dtype, &self.bytes, out);
+        }
+        Ok(())
+    }
+
+    /// After the last number: the archive's checksum is compared at its end.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when it is another one, or when there are more numbers.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        let bad = |e: String| Error::model(self.path, "array", e);
+        match self.entry.read(&mut [0]).map_err(|e| bad(e.to_string()))? {
+            0 => Ok(()),
+            _ => Err(bad("more numbers than its shape has".into())),
+        }
+    }
 }
 
 fn out_of_memory(asked: usize) -> Error {
@@ -151,7 +237,7 @@ impl Header {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::boxes::{Boxes, to_f32, to_i16};
+    use crate::io::boxes::{Boxes, to_i16};
     use crate::io::write_npz;
 
     fn npy(dict: &str, body: &[u8]) -> Vec<u8> {

@@ -11,8 +11,11 @@ use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::{Geometry, Image, Segmentation};
 
+/// Endings of NIfTI's files.
+pub(super) const NIFTI: &[&str] = &[".nii.gz", ".nii"];
+
 /// Endings of images of one kind, the longer first, and of their segmentations.
-const KINDS: [&[&str]; 3] = [&[".nii.gz", ".nii"], &[".png"], &[".tiff", ".tif"]];
+const KINDS: [&[&str]; 3] = [NIFTI, &[".png"], &[".tiff", ".tif"]];
 
 /// File name endings of images that can be read, in any case of letters.
 pub fn endings() -> impl Iterator<Item = &'static str> {
@@ -217,7 +220,7 @@ impl Case {
     /// What the file of a channel would be called.
     fn file_of(&self, channel: usize) -> PathBuf {
         let first = self.files.first().map_or(Path::new(""), |(_, p)| p.as_path());
-        let ending = ending(first).unwrap_or(KINDS[0][0]);
+        let ending = ending(first).unwrap_or(NIFTI[0]);
         first.with_file_name(format!("{}_{channel:04}{ending}", self.name))
     }
 
@@ -225,8 +228,8 @@ impl Case {
     /// ending.
     #[must_use]
     pub fn output(&self, folder: &Path) -> PathBuf {
-        let ending = self.files.first().and_then(|(_, p)| ending(p)).filter(|e| !KINDS[0].contains(e));
-        folder.join(format!("{}{}", self.name, ending.unwrap_or(KINDS[0][0])))
+        let ending = self.files.first().and_then(|(_, p)| ending(p)).filter(|e| !NIFTI.contains(e));
+        folder.join(format!("{}{}", self.name, ending.unwrap_or(NIFTI[0])))
     }
 
     /// Whether `output` already holds a whole segmentation of this case: it decodes to its last byte and lies where the

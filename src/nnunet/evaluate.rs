@@ -1,4 +1,11 @@
-//! How well segmentations agree with the truth: nnU-Net's `compute_metrics_on_folder` and its `summary.json`.
+//! How well segmentations agree with the truth: nnU-Net's `compute_metrics_on_folder` and its `summary.json`, and how far
+//! surfaces lie apart.
+
+pub(crate) mod folder;
+#[cfg(feature = "picture")]
+mod html;
+pub mod surface;
+mod table;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +15,11 @@ use super::labels::{GivenRegion, LabelSet};
 use crate::base::json::Json;
 use crate::error::{Error, Result};
 use crate::io::{LabelData, Segmentation};
+use crate::nnunet::fingerprint::pairwise;
+pub use folder::{CompareOptions, Evaluation, Folders};
+#[cfg(feature = "picture")]
+pub use html::Shown;
+pub use table::ClassMeans;
 
 /// A label, or the labels of a region, that metrics are computed of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,10 +115,7 @@ pub fn compare(
     classes: &[Class],
     ignore: Option<u16>,
 ) -> Result<Vec<Metrics>> {
-    let (a, b) = (truth.geometry.shape, prediction.geometry.shape);
-    if a != b {
-        return Err(Error::shape("evaluation", format!("a prediction of {b:?} voxels for a truth of {a:?}")));
-    }
+    check_shapes(truth, prediction)?;
     let pairs = pairs(&truth.labels, &prediction.labels);
     let counted = || pairs.iter().filter(|((t, _), _)| Some(*t) != ignore);
     let total: u64 = counted().map(|(_, n)| n).sum();
@@ -126,6 +135,14 @@ pub fn compare(
     Ok(classes.iter().map(of).collect())
 }
 
+fn check_shapes(truth: &Segmentation, prediction: &Segmentation) -> Result<()> {
+    let (a, b) = (truth.geometry.shape, prediction.geometry.shape);
+    if a == b {
+        return Ok(());
+    }
+    Err(Error::shape("evaluation", format!("a prediction of {b:?} voxels for a truth of {a:?}")))
+}
+
 /// How many voxels have which two labels. Neighbours are mostly alike, so runs of them are counted.
 fn pairs(a: &LabelData, b: &LabelData) -> BTreeMap<(u16, u16), u64> {
     let mut out = BTreeMap::new();
@@ -140,6 +157,21 @@ fn pairs(a: &LabelData, b: &LabelData) -> BTreeMap<(u16, u16), u64> {
     }
     *out.entry(run.0).or_insert(0) += run.1;
     out
+}
+
+/// `numpy.mean`, to the last digit; NaN of nothing.
+fn mean(values: &[f64]) -> f64 {
+    if values.is_empty() { f64::NAN } else { pairwise(&|i| values[i], 0, values.len()) / values.len() as f64 }
+}
+
+/// `numpy.nanmean`, to the last digit: what is no number counts as 0 in the sum.
+fn nan_mean(values: &[f64]) -> f64 {
+    let numbers = values.iter().filter(|v| !v.is_nan()).count();
+    if numbers == 0 {
+        return f64::NAN;
+    }
+    let or_zero = |i: usize| if values[i].is_nan() { 0.0 } else { values[i] };
+    pairwise(&or_zero, 0, values.len()) / numbers as f64
 }
 
 /// The metrics of several cases.
@@ -180,17 +212,21 @@ impl Summary {
     fn means(&self, number: usize) -> Vec<f64> {
         let of = |class: usize| {
             let values = self.cases.iter().filter_map(|c| c.metrics.get(class)).map(|m| m.all()[number].1);
-            let known: Vec<f64> = values.filter(|v| !v.is_nan()).collect();
-            known.iter().sum::<f64>() / known.len() as f64
+            nan_mean(&values.collect::<Vec<f64>>())
         };
         (0..self.classes.len()).map(of).collect()
+    }
+
+    /// The mean of a number over cases, then over classes, background left out.
+    fn foreground_mean(&self, means: &[f64]) -> f64 {
+        let foreground = self.classes.iter().zip(means).filter(|(c, _)| c.key != "0");
+        mean(&foreground.map(|(_, m)| *m).collect::<Vec<f64>>())
     }
 
     /// Mean Dice over cases, then over classes; NaN when a class is in no case at all, as in nnU-Net.
     #[must_use]
     pub fn foreground_dice(&self) -> f64 {
-        let means = self.means(0);
-        means.iter().sum::<f64>() / means.len() as f64
+        self.foreground_mean(&self.means(0))
     }
 
     /// Mean Dice of every class over the cases that have it.
@@ -203,6 +239,16 @@ impl Summary {
     #[must_use]
     pub fn to_json(&self) -> String {
         self.json().to_text(true)
+    }
+
+    /// Means over cases, by class and over classes, as nnU-Net's `postprocessing.json` has them.
+    pub(crate) fn means_json(&self) -> Json {
+        match self.json() {
+            Json::Object(entries) => {
+                Json::Object(entries.into_iter().filter(|(k, _)| k != "metric_per_case").collect())
+            }
+            other => other,
+        }
     }
 
     fn json(&self) -> Json {
@@ -226,7 +272,7 @@ impl Summary {
                 ("reference_file", (&c.truth).into()),
             ])
         };
-        let mean_of = |n: usize| Json::Float(means[n].iter().sum::<f64>() / means[n].len() as f64);
+        let mean_of = |n: usize| Json::Float(self.foreground_mean(&means[n]));
         Json::object([
             ("foreground_mean", table(&mean_of)),
             ("mean", classes(&|i| table(&|n| Json::Float(means[n][i])))),

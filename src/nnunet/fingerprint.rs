@@ -17,6 +17,7 @@ use crate::nnunet::preprocess::resample::View;
 use crate::nnunet::workers;
 use crate::tensor::Device;
 use statistics::Statistics;
+pub(crate) use statistics::pairwise;
 
 /// The file's name in a data set's folder below `nnUNet_preprocessed`.
 pub const FILE: &str = "dataset_fingerprint.json";

@@ -1,92 +1,65 @@
 //! What nnU-Net does to a finished label map.
 
-use std::ops::Range;
+mod determine;
+pub mod steps;
 
-use crate::io::LabelData;
+use crate::io::{LabelData, Segmentation};
+use crate::nnunet::volume::{Components, Neighbours};
+pub use determine::{Determined, apply_to_folder, determine};
+pub use steps::Step;
 
 /// Keeps the largest connected component of each label of `wanted` (all of them where several are equally large) and
 /// turns the rest of that label into background. Voxels touch by faces, as in nnU-Net v1
 /// `remove_all_but_the_largest_connected_component`. `shape` is (z, y, x).
-///
-/// One pass for all labels, on runs along x joined by union-find: memory follows the surface, not the volume.
 pub(crate) fn keep_largest_components(labels: &mut LabelData, shape: [usize; 3], wanted: &[u16]) {
-    let mut table = vec![false; usize::from(u16::MAX) + 1];
-    wanted.iter().for_each(|&l| table[usize::from(l)] = l != 0);
-    if !table.contains(&true) {
+    keep_largest(labels, shape, wanted.iter().map(|&l| (l, l)), Neighbours::Faces);
+}
+
+/// Takes the steps one after the other (nnU-Net `apply_postprocessing`).
+pub fn apply(steps: &[Step], segmentation: &mut Segmentation) {
+    for step in steps {
+        let together = step.labels().iter().map(|l| (*l, 1));
+        keep_largest(&mut segmentation.labels, segmentation.geometry.shape, together, Neighbours::Corners);
+    }
+}
+
+/// Keeps the largest connected component of each class (all of them where several are equally large) and turns the rest of it
+/// into background. `classes` are labels with the class that each belongs to; other labels, and those of class 0, are left
+/// alone.
+fn keep_largest(
+    labels: &mut LabelData,
+    shape: [usize; 3],
+    classes: impl IntoIterator<Item = (u16, u16)>,
+    neighbours: Neighbours,
+) {
+    let mut table = vec![0; usize::from(u16::MAX) + 1];
+    classes.into_iter().for_each(|(label, class)| table[usize::from(label)] = class);
+    if table.iter().all(|class| *class == 0) {
         return;
     }
     match labels {
-        LabelData::U8(v) => keep(v, shape, &table),
-        LabelData::U16(v) => keep(v, shape, &table),
+        LabelData::U8(v) => keep(v, shape, &table, neighbours),
+        LabelData::U16(v) => keep(v, shape, &table, neighbours),
     }
 }
 
-/// Voxels `start..end` of one row, all of one label.
-struct Run {
-    start: usize,
-    end: usize,
-    label: u16,
-}
-
-fn keep<T: Copy + Default + PartialEq + Into<u16>>(labels: &mut [T], [nz, ny, nx]: [usize; 3], wanted: &[bool]) {
-    let mut runs: Vec<Run> = Vec::new();
-    // Parent of each run; a root is its own.
-    let mut parents: Vec<usize> = Vec::new();
-    // First run of each row.
-    let mut rows = Vec::with_capacity(nz * ny + 1);
-    for row in 0..nz * ny {
-        rows.push(runs.len());
-        let mut at = row * nx;
-        for piece in labels[at..at + nx].chunk_by(|a, b| a == b) {
-            let label = piece[0].into();
-            if wanted[usize::from(label)] {
-                parents.push(runs.len());
-                runs.push(Run { start: at, end: at + piece.len(), label });
-            }
-            at += piece.len();
+fn keep<T: Copy + Default + PartialEq + Into<u16> + Sync>(
+    labels: &mut [T],
+    shape: [usize; 3],
+    classes: &[u16],
+    neighbours: Neighbours,
+) {
+    let found = Components::new(labels, shape, neighbours, |label| classes[usize::from(label.into())]);
+    let mut largest = vec![0; classes.len()];
+    for component in 0..found.len() {
+        let most = &mut largest[usize::from(found.class(component))];
+        *most = found.size(component).max(*most);
+    }
+    found.each_run(|component, voxels| {
+        if found.size(component) < largest[usize::from(found.class(component))] {
+            labels[voxels].fill(T::default());
         }
-        let here = rows[row]..runs.len();
-        for back in [(row % ny > 0).then_some(1), (row >= ny).then_some(ny)].into_iter().flatten() {
-            let there = rows[row - back]..rows[row - back + 1];
-            join(&runs, &mut parents, here.clone(), there, back * nx);
-        }
-    }
-    let mut sizes = vec![0usize; runs.len()];
-    let mut largest = vec![0usize; wanted.len()];
-    for (i, run) in runs.iter().enumerate() {
-        let root = root(&mut parents, i);
-        sizes[root] += run.end - run.start;
-        let most = &mut largest[usize::from(run.label)];
-        *most = (*most).max(sizes[root]);
-    }
-    for (i, run) in runs.iter().enumerate() {
-        if sizes[root(&mut parents, i)] < largest[usize::from(run.label)] {
-            labels[run.start..run.end].fill(T::default());
-        }
-    }
-}
-
-/// Joins the runs `here` with those of a row `back` voxels before that touch them and have their label.
-fn join(runs: &[Run], parents: &mut [usize], here: Range<usize>, there: Range<usize>, back: usize) {
-    let (mut i, mut j) = (here.start, there.start);
-    while i < here.end && j < there.end {
-        let (a, b) = (&runs[i], &runs[j]);
-        if a.label == b.label && a.start < b.end + back && b.start + back < a.end {
-            let (a, b) = (root(parents, i), root(parents, j));
-            parents[a.max(b)] = a.min(b);
-        }
-        // The one that ends first touches nothing further.
-        if a.end <= b.end + back { i += 1 } else { j += 1 }
-    }
-}
-
-/// The run that stands for the component of run `i`; halves the way for the next who asks.
-pub(super) fn root(parents: &mut [usize], mut i: usize) -> usize {
-    while parents[i] != i {
-        parents[i] = parents[parents[i]];
-        i = parents[i];
-    }
-    i
+    });
 }
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 
 use super::postprocess;
 use super::predict::window;
-use super::preprocess::crop::Mask;
 use super::preprocess::resample::View;
+use super::volume::Mask;
 use crate::io::LabelData;
 
 pub use super::predict::scores::labels_from_features;

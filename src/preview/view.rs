@@ -133,6 +133,11 @@ impl Census {
         census
     }
 
+    /// [`Census::best_slice`] of each array axis.
+    pub(super) fn best_slices(&self) -> [usize; 3] {
+        [0, 1, 2].map(|axis| self.best_slice(axis))
+    }
+
     /// The slice along `axis` that shows most: each label counts by the share of its largest cross-section, so that
     /// many organs cut through their middle win over one large organ. The middle slice when there is no label.
     pub(super) fn best_slice(&self, axis: usize) -> usize {

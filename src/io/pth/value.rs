@@ -140,7 +140,7 @@ impl<'a> View<'a> {
 
     /// Items of a tuple or list of at most `max` items: the bound keeps a long list that is referred to often from
     /// being walked again and again.
-    pub(super) fn items(self, max: usize) -> Option<Vec<View<'a>>> {
+    pub(crate) fn items(self, max: usize) -> Option<Vec<View<'a>>> {
         match self.node() {
             Node::Tuple(v) | Node::List(v) if v.len() <= max => {
                 Some(v.iter().map(|&id| self.pickle.view(id)).collect())
@@ -173,7 +173,7 @@ impl<'a> View<'a> {
         }
     }
 
-    pub(super) fn global(self) -> Option<(&'a str, &'a str)> {
+    pub(crate) fn global(self) -> Option<(&'a str, &'a str)> {
         match self.node() {
             Node::Global { module, name } => Some((self.pickle.view(*module).str()?, self.pickle.view(*name).str()?)),
             _ => None,

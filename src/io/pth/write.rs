@@ -27,6 +27,8 @@ pub(crate) enum Py {
     Dict(Vec<(Py, Py)>),
     /// `collections.OrderedDict`.
     OrderedDict(Vec<(Py, Py)>),
+    /// A function or class by its module and name.
+    Global(&'static str, &'static str),
     /// `torch.device` of this name.
     Device(&'static str),
     /// `numpy.ndarray` of int64 with rows of four.
@@ -172,6 +174,7 @@ fn put(value: &Py, out: &mut Vec<u8>, lens: &mut [Option<usize>]) -> Result<()> 
             out.extend(b"ccollections\nOrderedDict\n)R");
             entries(items, out, lens)?;
         }
+        Py::Global(module, name) => out.extend(format!("c{module}\n{name}\n").bytes()),
         Py::Device(name) => {
             out.extend(b"ctorch\ndevice\n");
             text(name, out);

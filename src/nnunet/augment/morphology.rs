@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::nnunet::postprocess::root;
+use crate::nnunet::volume::{Components, Neighbours};
 
 /// What is done to a set of voxels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,49 +150,17 @@ impl Bits {
 
 /// The connected components of voxels that are not 0 and make up less than `share` of all, each as its runs along x, in the
 /// order of their first voxels. Voxels touch by faces, edges and corners (`skimage.measure.label`).
-pub(super) fn small_components([d, h, w]: [usize; 3], x: &[f32], share: f64) -> Vec<Vec<Range<usize>>> {
-    let mut runs: Vec<Range<usize>> = Vec::new();
-    let mut parents: Vec<usize> = Vec::new();
-    // First run of each row.
-    let mut rows = Vec::with_capacity(d * h + 1);
-    for row in 0..d * h {
-        rows.push(runs.len());
-        let mut at = row * w;
-        for piece in x[at..at + w].chunk_by(|a, b| (*a != 0.0) == (*b != 0.0)) {
-            if piece[0] != 0.0 {
-                parents.push(runs.len());
-                runs.push(at..at + piece.len());
-            }
-            at += piece.len();
+pub(super) fn small_components(shape: [usize; 3], x: &[f32], share: f64) -> Vec<Vec<Range<usize>>> {
+    let found = Components::new(x, shape, Neighbours::Corners, |v| u16::from(v != 0.0));
+    let most = x.len() as f64 * share;
+    let small = |component: usize| (found.size(component) as f64) < most;
+    let mut components: Vec<Vec<Range<usize>>> = vec![Vec::new(); found.len()];
+    found.each_run(|component, voxels| {
+        if small(component) {
+            components[component].push(voxels);
         }
-        let (z, y) = (row / h, row % h);
-        // Rows that were there before and touch this one.
-        for (dz, dy) in [(0, -1), (-1, -1), (-1, 0), (-1, 1)] {
-            let (z, y) = (z as isize + dz, y as isize + dy);
-            if z < 0 || y < 0 || y >= h as isize {
-                continue;
-            }
-            let there = z as usize * h + y as usize;
-            let (mut i, mut j) = (rows[row], rows[there]);
-            let (here_end, there_end) = (runs.len(), rows[there + 1]);
-            let back = (row - there) * w;
-            while i < here_end && j < there_end {
-                let (a, b) = (&runs[i], &runs[j]);
-                if a.start <= b.end + back && b.start + back <= a.end {
-                    let (a, b) = (root(&mut parents, i), root(&mut parents, j));
-                    parents[a.max(b)] = a.min(b);
-                }
-                // The one that ends first touches nothing further.
-                if runs[i].end <= runs[j].end + back { i += 1 } else { j += 1 }
-            }
-        }
-    }
-    let mut components: Vec<Vec<Range<usize>>> = vec![Vec::new(); runs.len()];
-    for (i, run) in runs.into_iter().enumerate() {
-        components[root(&mut parents, i)].push(run);
-    }
-    let most = (d * h * w) as f64 * share;
-    components.retain(|c| !c.is_empty() && (c.iter().map(Range::len).sum::<usize>() as f64) < most);
+    });
+    components.retain(|c| !c.is_empty());
     components
 }
 

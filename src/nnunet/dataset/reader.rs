@@ -66,7 +66,15 @@ impl Reader {
             }
             tracing::warn!("overwrite_image_reader_writer {name:?} is not known; the file ending decides");
         }
-        match (dataset.file_ending.to_ascii_lowercase().as_str(), example) {
+        Self::of_ending(&dataset.file_ending, example)
+    }
+
+    /// The reader for files of an ending; `example` is one of them.
+    ///
+    /// # Errors
+    /// As [`Reader::of`].
+    pub fn of_ending(ending: &str, example: Option<&Path>) -> Result<Self> {
+        match (ending.to_ascii_lowercase().as_str(), example) {
             (".nii.gz", _) => Ok(Reader::SimpleItkIo),
             (".nii", _) => Ok(Reader::NibabelIo),
             (".tif", Some(example)) if example.is_file() && natural::picture_size(example)?[0] > 1 => {

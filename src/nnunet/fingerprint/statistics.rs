@@ -79,7 +79,11 @@ pub(crate) fn interpolate(low: f64, high: f64, diff: f64, share: f64) -> f64 {
 }
 
 /// NumPy's sum of `get(begin..begin + n)`: halves, down to blocks of 128 in eight strands.
-fn pairwise<T: Copy + Add<Output = T> + Send>(get: &(impl Fn(usize) -> T + Sync), begin: usize, n: usize) -> T {
+pub(crate) fn pairwise<T: Copy + Add<Output = T> + Send>(
+    get: &(impl Fn(usize) -> T + Sync),
+    begin: usize,
+    n: usize,
+) -> T {
     const BLOCK: usize = 128;
     if n < 8 {
         return (begin + 1..begin + n).fold(get(begin), |sum, i| sum + get(i));

@@ -1,6 +1,5 @@
 //! An image with its truth: what training reads (nnU-Net `DefaultPreprocessor.run_case`).
 
-use super::crop::Mask;
 use super::labels::{Vote, resample_labels};
 use super::locations::class_locations;
 use super::plan::PreprocessPlan;
@@ -11,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::{Image, LabelData, Segmentation};
 use crate::nnunet::plans::Rules;
 use crate::nnunet::training_case::{ClassKey, ClassLocations};
+use crate::nnunet::volume::Mask;
 use crate::tensor::Isa;
 
 /// Background outside of the nonzero region.

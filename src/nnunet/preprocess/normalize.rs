@@ -1,10 +1,10 @@
 //! Intensity normalisation (nnU-Net `default_normalization_schemes`; v1 `GenericPreprocessor`).
 
-use super::crop::Mask;
 use super::resample::Rows;
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::nnunet::plans::{Channel, Normalization, Rules};
+use crate::nnunet::volume::Mask;
 
 /// nnU-Net's floor of divisors.
 const TINY: f64 = 1e-8;

@@ -55,18 +55,13 @@ pub(super) fn shape(folder: &Path, identifier: &str, form: Form) -> Result<[usiz
     let [_, z, y, x] = match form {
         Form::Blosc => B2nd::open(&path(".b2nd"))?.shape(),
         Form::Npy => open_npy(&path(".npy"))?.shape(),
-        _ => {
-            let path = path(".npz");
-            npz_shape(&path, "seg")?.ok_or_else(|| Error::model(&path, "seg", NO_ARRAY))?
-        }
+        _ => npz_shape(&path(".npz"), "seg")?,
     };
     Ok([z, y, x])
 }
 
-const NO_ARRAY: &str = "no array of this name in the archive";
-
 fn entry(path: &Path, name: &str) -> Result<Flat> {
-    read_npz(path, name)?.ok_or_else(|| Error::model(path, name, NO_ARRAY))
+    read_npz(path, name)?.ok_or_else(|| Error::model(path, name, "no array of this name in the archive"))
 }
 
 /// The `class_locations` of a pickle of properties.

@@ -1,0 +1,244 @@
+//! The mean of several models' probabilities, and the segmentation it makes (nnU-Net `ensemble_folders`).
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::base::json::Json;
+use crate::base::progress::{Event, Progress, tell};
+use crate::error::{Error, Result};
+use crate::io::atomic::write_atomically;
+use crate::io::npy::{Archive, Stream};
+use crate::io::pth::read_pickle;
+use crate::io::pth::write::{Py, dict, pickled};
+use crate::io::{Geometry, LabelData, Segmentation, read_nifti_header, write_nifti, write_npz};
+use crate::nnunet::cases::NIFTI;
+use crate::nnunet::dataset::DatasetJson;
+use crate::nnunet::evaluate::folder;
+use crate::nnunet::json;
+use crate::nnunet::plans::Decision;
+use crate::nnunet::preprocess::resample::zeros;
+
+/// Averages the `probabilities` of the files `CASE.npz` of the same name in all `inputs` in float32 and writes the
+/// segmentations to `output`, with `probabilities` the averages as `CASE.npz` and `CASE.pkl`, too. Where a case lies is what
+/// its label map beside the first file says, or else its `.pkl`. The files written, by case.
+///
+/// Archives are read side by side, a channel at a time: memory does not follow the number of classes or folders.
+///
+/// # Errors
+/// [`Error::Usage`] for no folder; [`Error::Dataset`] naming the file that one of the folders lacks; [`Error::Model`] naming
+/// the archive that is damaged or does not fit the others or the data set; [`Error::Unsupported`] for label maps that are not
+/// NIfTI; [`Error::Cancelled`]; [`Error::Io`].
+pub fn ensemble(
+    inputs: &[PathBuf],
+    output: &Path,
+    dataset: &DatasetJson,
+    probabilities: bool,
+    progress: &mut dyn Progress,
+) -> Result<Vec<PathBuf>> {
+    let ending = dataset.file_ending.as_str();
+    if !NIFTI.contains(&ending) {
+        return Err(Error::unsupported(format!("ensembles of {ending} label maps; those of .nii.gz and .nii are")));
+    }
+    let names = names(inputs)?;
+    std::fs::create_dir_all(output).map_err(|e| Error::io("create", output, e))?;
+    // What later steps look for beside predictions.
+    json::write(&output.join("dataset.json"), &Json::from(&dataset.value), false)?;
+    let mut written = Vec::new();
+    for (done, name) in names.iter().enumerate() {
+        tell(progress, Event::Cases { done, total: names.len() })?;
+        written.extend(case(inputs, name, output, dataset, probabilities)?);
+    }
+    tell(progress, Event::Cases { done: names.len(), total: names.len() })?;
+    Ok(written)
+}
+
+/// Names of the archives, which are in each folder.
+fn names(inputs: &[PathBuf]) -> Result<Vec<OsString>> {
+    let Some(first) = inputs.first() else { return Err(Error::usage("no folder to average was given")) };
+    let sets = inputs.iter().map(|f| folder::files(f, ".npz")).collect::<Result<Vec<_>>>()?;
+    let all: BTreeSet<&OsString> = sets.iter().flatten().collect();
+    for (input, set) in inputs.iter().zip(&sets) {
+        if let Some(name) = all.iter().find(|n| set.binary_search(n).is_err()) {
+            let path = input.join(name);
+            return Err(Error::dataset(&path, "file", "missing, expected as the other folders have it"));
+        }
+    }
+    if all.is_empty() {
+        return Err(Error::dataset(first, "folder", "no .npz in it; predict with --save-probabilities"));
+    }
+    Ok(all.into_iter().cloned().collect())
+}
+
+/// Averages one case and writes it; its files.
+fn case(
+    inputs: &[PathBuf],
+    name: &OsString,
+    output: &Path,
+    dataset: &DatasetJson,
+    probabilities: bool,
+) -> Result<Vec<PathBuf>> {
+    let paths: Vec<PathBuf> = inputs.iter().map(|folder| folder.join(name)).collect();
+    let mut archives = paths.iter().map(|p| Archive::open(p)).collect::<Result<Vec<_>>>()?;
+    let mut streams = archives.iter_mut().map(|a| a.stream("probabilities")).collect::<Result<Vec<_>>>()?;
+    let shape = streams[0].shape();
+    for (path, stream) in paths.iter().zip(&streams) {
+        let heads = dataset.labels.heads();
+        if stream.shape()[0] != heads || stream.shape() != shape {
+            let (found, expected) = (stream.shape(), [heads, shape[1], shape[2], shape[3]]);
+            let what = format!("{found:?} (channel, z, y, x), expected {expected:?}");
+            return Err(Error::model(path, "probabilities", what));
+        }
+    }
+    let stem = name.to_string_lossy();
+    let stem = stem.strip_suffix(".npz").unwrap_or(&stem);
+    let label_map = format!("{stem}{}", dataset.file_ending);
+    let voxels = [shape[1], shape[2], shape[3]];
+    let geometry = geometry(&inputs[0], &label_map, stem, voxels)?;
+    if geometry.shape != voxels {
+        let what = format!("{voxels:?} voxels (z, y, x), the case has {:?}", geometry.shape);
+        return Err(Error::model(&paths[0], "probabilities", what));
+    }
+    let mut vote = Vote::new(dataset.labels.decision(), geometry.len())?;
+    let [path, npz, pkl] = [output.join(&label_map), output.join(name), output.join(format!("{stem}.pkl"))];
+    let mut written = vec![path.clone()];
+    if probabilities {
+        write_npz(&npz, |archive| {
+            archive.array("probabilities", &shape, |a| {
+                average(&mut streams, |channel, mean| {
+                    vote.channel(channel, mean);
+                    a.push(mean)
+                })
+            })
+        })?;
+        let given = inputs[0].join(format!("{stem}.pkl"));
+        let properties = match given.is_file() {
+            true => std::fs::read(&given).map_err(|e| Error::io("read", &given, e))?,
+            false => pickled(&properties_of(&geometry))?,
+        };
+        write_atomically(&pkl, |file| file.write_all(&properties).map_err(|e| Error::io("write", &pkl, e)))?;
+        written.extend([npz, pkl]);
+    } else {
+        average(&mut streams, |channel, mean| {
+            vote.channel(channel, mean);
+            Ok(())
+        })?;
+    }
+    write_nifti(&path, &Segmentation::new(vote.finish(), geometry, Vec::new())?)?;
+    Ok(written)
+}
+
+/// Calls `f(channel, mean)` for every channel: sums in the order of the folders, then a division, in float32.
+fn average(streams: &mut [Stream<'_>], mut f: impl FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+    let [channels, z, y, x] = streams[0].shape();
+    let mut mean: Vec<f32> = zeros(z * y * x, "a mean of probabilities")?;
+    let mut next: Vec<f32> = zeros(z * y * x, "probabilities")?;
+    let count = streams.len() as f32;
+    for channel in 0..channels {
+        for (i, stream) in streams.iter_mut().enumerate() {
+            if i == 0 {
+                stream.read(&mut mean)?;
+            } else {
+                stream.read(&mut next)?;
+                mean.iter_mut().zip(&next).for_each(|(m, n)| *m += n);
+            }
+        }
+        mean.iter_mut().for_each(|m| *m /= count);
+        f(channel, &mean)?;
+    }
+    streams.iter_mut().try_for_each(Stream::finish)
+}
+
+/// Labels as channel after channel comes (nnU-Net `convert_probabilities_to_segmentation`).
+struct Vote {
+    decision: Decision,
+    /// Largest probability so far; of regions nothing.
+    best: Vec<f32>,
+    labels: Vec<u16>,
+}
+
+impl Vote {
+    fn new(decision: Decision, voxels: usize) -> Result<Self> {
+        let compared = if decision == Decision::Argmax { voxels } else { 0 };
+        Ok(Self { decision, best: zeros(compared, "probabilities")?, labels: zeros(voxels, "labels")? })
+    }
+
+    fn channel(&mut self, channel: usize, mean: &[f32]) {
+        match &self.decision {
+            Decision::Regions { paint } => {
+                let label = paint[channel];
+                let inside = self.labels.iter_mut().zip(mean).filter(|(_, m)| **m > 0.5);
+                inside.for_each(|(l, _)| *l = label);
+            }
+            // As many channels as labels, which are u16.
+            Decision::Argmax if channel == 0 => self.best.copy_from_slice(mean),
+            Decision::Argmax => {
+                for ((best, label), m) in self.best.iter_mut().zip(&mut self.labels).zip(mean) {
+                    // The first of equal ones stays.
+                    if *m > *best {
+                        (*best, *label) = (*m, channel as u16);
+                    }
+                }
+            }
+        }
+    }
+
+    fn finish(self) -> LabelData {
+        if self.labels.iter().all(|l| *l < 256) {
+            return LabelData::U8(self.labels.into_iter().map(|l| l as u8).collect());
+        }
+        LabelData::U16(self.labels)
+    }
+}
+
+/// Where a case lies: as its label map does, or as the properties say that nnU-Net keeps beside its probabilities.
+fn geometry(folder: &Path, label_map: &str, stem: &str, shape: [usize; 3]) -> Result<Geometry> {
+    let (map, pkl) = (folder.join(label_map), folder.join(format!("{stem}.pkl")));
+    if map.is_file() {
+        return read_nifti_header(&map);
+    }
+    if !pkl.is_file() {
+        let what = format!("missing, expected beside {stem}.npz: it says where the case lies; {stem}.pkl does, too");
+        return Err(Error::dataset(&map, "file", what));
+    }
+    let pickle = read_pickle(&pkl)?;
+    let root = pickle.root();
+    let bad = |field: &'static str| Error::model(&pkl, field, "missing, or not the numbers that nnU-Net writes");
+    let sitk = root.get("sitk_stuff").ok_or_else(|| bad("sitk_stuff"))?;
+    let get = |field: &'static str, n: usize| -> Result<Vec<f64>> {
+        let value = sitk.get(field).and_then(|v| v.to_json(64)).ok_or_else(|| bad(field))?;
+        let list: Option<Vec<f64>> = value.as_array().and_then(|a| a.iter().map(Value::as_f64).collect());
+        list.filter(|l| l.len() == n).ok_or_else(|| bad(field))
+    };
+    let (spacing, origin, direction) = (get("spacing", 3)?, get("origin", 3)?, get("direction", 9)?);
+    let mut geometry = Geometry::new(shape, [spacing[2], spacing[1], spacing[0]]);
+    // ITK's axes go to the left and to the back, NIfTI's to the right and to the front.
+    for (row, sign) in [-1.0, -1.0, 1.0].into_iter().enumerate() {
+        for column in 0..3 {
+            geometry.affine[row][column] = sign * direction[3 * row + column] * spacing[column];
+        }
+        geometry.affine[row][3] = sign * origin[row];
+    }
+    Ok(geometry)
+}
+
+/// What nnU-Net has to know of a case to write its segmentation.
+fn properties_of(geometry: &Geometry) -> Py {
+    let floats = |values: &[f64]| values.iter().map(|v| Py::Float(*v)).collect::<Vec<Py>>();
+    let [sz, sy, sx] = geometry.spacing_mm;
+    let mut direction = Vec::new();
+    for (row, sign) in [-1.0, -1.0, 1.0].into_iter().enumerate() {
+        direction.extend([sx, sy, sz].iter().enumerate().map(|(k, s)| sign * geometry.affine[row][k] / s));
+    }
+    let affine = &geometry.affine;
+    let origin = [-affine[0][3], -affine[1][3], affine[2][3]];
+    let sitk = dict([
+        ("spacing", Py::Tuple(floats(&[sx, sy, sz]))),
+        ("origin", Py::Tuple(floats(&origin))),
+        ("direction", Py::Tuple(floats(&direction))),
+    ]);
+    dict([("sitk_stuff", sitk), ("spacing", Py::List(floats(&geometry.spacing_mm)))])
+}

@@ -1,0 +1,156 @@
+//! Means of probabilities.
+
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use stunet::io::npz::Number;
+use stunet::io::{self, Geometry, LabelData, Segmentation};
+use stunet::nnunet::dataset::DatasetJson;
+use stunet::nnunet::ensemble::ensemble;
+
+use crate::common::pickle::{Py, dict, pickle};
+
+const SHAPE: [usize; 3] = [2, 3, 4];
+const VOXELS: usize = 24;
+
+fn dataset(folder: &Path, labels: &Value, order: &Value) -> DatasetJson {
+    std::fs::create_dir_all(folder).unwrap();
+    let value = json!({"channel_names": {"0": "CT"}, "labels": labels, "regions_class_order": order, "numTraining": 1,
+                       "file_ending": ".nii.gz"});
+    let path = folder.join("dataset.json");
+    std::fs::write(&path, value.to_string()).unwrap();
+    DatasetJson::read(&path).unwrap()
+}
+
+fn write<T: Number>(folder: &Path, channels: usize, values: &[T]) {
+    std::fs::create_dir_all(folder).unwrap();
+    let [z, y, x] = SHAPE;
+    io::write_npz(folder.join("c.npz"), |npz| {
+        // nnU-Net's archives hold one array, others may hold more.
+        npz.array("other", &[2], |a| a.push(&[1i64, 2]))?;
+        npz.array("probabilities", &[channels, z, y, x], |a| a.push(values))
+    })
+    .unwrap();
+}
+
+fn write_map(folder: &Path, shape: [usize; 3]) {
+    let mut geometry = Geometry::new(shape, [3.0, 1.0, 0.5]);
+    geometry.affine[0][3] = -7.0;
+    let seg = Segmentation::new(LabelData::zeros(shape.iter().product(), 1), geometry, Vec::new()).unwrap();
+    io::write_nifti(folder.join("c.nii.gz"), &seg).unwrap();
+}
+
+fn folders(dir: &Path) -> [PathBuf; 3] {
+    ["a", "b", "out"].map(|n| dir.join(n))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+
+    #[test]
+    fn labels_follow_from_the_mean(
+        a in proptest::collection::vec(0u8..9, 3 * VOXELS),
+        b in proptest::collection::vec(0u8..9, 3 * VOXELS),
+        regions: bool,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second, out] = folders(dir.path());
+        let (labels, order) = if regions {
+            (json!({"background": 0, "w": [1, 2, 3], "c": [2, 3], "e": 3}), json!([1, 2, 3]))
+        } else {
+            (json!({"background": 0, "one": 1, "two": 2}), json!([]))
+        };
+        let data = dataset(&first, &labels, &order);
+        // Eighths are exact in both types, and often equal.
+        write(&first, 3, &a.iter().map(|v| f32::from(*v) / 8.0).collect::<Vec<_>>());
+        write(&second, 3, &b.iter().map(|v| f16::from_f32(f32::from(*v) / 8.0)).collect::<Vec<_>>());
+        write_map(&first, SHAPE);
+        let written = ensemble(&[first.clone(), second], &out, &data, true, &mut ()).unwrap();
+        prop_assert_eq!(&written, &["c.nii.gz", "c.npz", "c.pkl"].map(|n| out.join(n)));
+        let found = io::read_segmentation(&written[0]).unwrap();
+        prop_assert_eq!(found.geometry.affine, io::read_nifti_header(first.join("c.nii.gz")).unwrap().affine);
+        let sum = |c: usize, i: usize| u32::from(a[c * VOXELS + i]) + u32::from(b[c * VOXELS + i]);
+        for i in 0..VOXELS {
+            let expected = if regions {
+                (0..3).filter(|c| sum(*c, i) > 8).max().map_or(0, |c| c + 1)
+            } else {
+                (0..3).rev().max_by_key(|c| sum(*c, i)).unwrap()
+            };
+            prop_assert_eq!(usize::from(found.labels.get(i)), expected);
+        }
+        // The mean of the mean alone is itself.
+        let again = dir.path().join("again");
+        ensemble(std::slice::from_ref(&out), &again, &data, true, &mut ()).unwrap();
+        prop_assert_eq!(std::fs::read(again.join("c.npz")).unwrap(), std::fs::read(out.join("c.npz")).unwrap());
+        prop_assert_eq!(std::fs::read(again.join("c.nii.gz")).unwrap(), std::fs::read(&written[0]).unwrap());
+    }
+}
+
+#[test]
+fn a_case_lies_where_its_properties_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, _, out] = folders(dir.path());
+    let data = dataset(&first, &json!({"background": 0, "one": 1}), &json!([]));
+    write(&first, 2, &[0.5f32; 2 * VOXELS]);
+    let floats = |values: &[f64]| Py::Tuple(values.iter().map(|v| Py::Float(*v)).collect());
+    let sitk = dict([
+        ("spacing", floats(&[0.5, 1.0, 3.0])),
+        ("origin", floats(&[1.0, 2.0, 4.0])),
+        ("direction", floats(&[0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0])),
+    ]);
+    std::fs::write(first.join("c.pkl"), pickle(&dict([("sitk_stuff", sitk), ("spacing", floats(&[3.0, 1.0, 0.5]))])))
+        .unwrap();
+    let written = ensemble(std::slice::from_ref(&first), &out, &data, true, &mut ()).unwrap();
+    let g = io::read_nifti_header(&written[0]).unwrap();
+    assert_eq!((g.shape, g.spacing_mm), (SHAPE, [3.0, 1.0, 0.5]));
+    assert_eq!(g.affine, [[0.0, -1.0, 0.0, -1.0], [-0.5, 0.0, 0.0, -2.0], [0.0, 0.0, 3.0, 4.0]]);
+    // The properties travel as they are.
+    assert_eq!(std::fs::read(&written[2]).unwrap(), std::fs::read(first.join("c.pkl")).unwrap());
+    // Of our own making they say the same.
+    let second = dir.path().join("second");
+    write(&second, 2, &[0.5f32; 2 * VOXELS]);
+    std::fs::copy(&written[0], second.join("c.nii.gz")).unwrap();
+    let third = dir.path().join("third");
+    ensemble(&[second], &third, &data, true, &mut ()).unwrap();
+    std::fs::remove_file(third.join("c.nii.gz")).unwrap();
+    let again = ensemble(&[third], &dir.path().join("fourth"), &data, false, &mut ()).unwrap();
+    assert_eq!(again.len(), 1);
+    assert_eq!(io::read_nifti_header(&again[0]).unwrap().affine, g.affine);
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second, out] = folders(dir.path());
+    let data = dataset(&first, &json!({"background": 0, "one": 1}), &json!([]));
+    let inputs = [first.clone(), second.clone()];
+    let fails = |parts: &[&str]| {
+        let e = ensemble(&inputs, &out, &data, false, &mut ()).unwrap_err().to_string();
+        parts.iter().for_each(|p| assert!(e.contains(p), "{e}: {p}"));
+        assert!(!out.join("c.nii.gz").exists());
+    };
+    fails(&["b: folder: no such folder"]);
+    std::fs::create_dir(&second).unwrap();
+    fails(&["a: folder: no .npz"]);
+    write(&first, 2, &[0.5f32; 2 * VOXELS]);
+    fails(&["b/c.npz: file: missing"]);
+    write(&second, 3, &[0.5f32; 3 * VOXELS]);
+    fails(&["b/c.npz: probabilities: [3, 2, 3, 4]", "expected [2, 2, 3, 4]"]);
+    write(&second, 2, &[1i16; 2 * VOXELS]);
+    fails(&["b/c.npz", "floating"]);
+    write(&second, 2, &[0.25f32; 2 * VOXELS]);
+    fails(&["a/c.nii.gz: file: missing", "c.pkl"]);
+    write_map(&first, [2, 3, 5]);
+    fails(&["a/c.npz", "[2, 3, 5]"]);
+    write_map(&first, SHAPE);
+    // Any byte of an archive may be missing or wrong.
+    let whole = std::fs::read(second.join("c.npz")).unwrap();
+    for n in (0..whole.len()).step_by(11) {
+        std::fs::write(second.join("c.npz"), &whole[..n]).unwrap();
+        fails(&["b/c.npz"]);
+    }
+    ensemble(&inputs[..1], &out, &data, false, &mut ()).unwrap();
+    assert!(ensemble(&[], &out, &data, false, &mut ()).unwrap_err().exit_code() == 2);
+}
