@@ -5,15 +5,11 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use crate::base::json::Json;
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::npy::{Archive, Stream};
-use crate::io::pth::read_pickle;
-use crate::io::pth::write::{Py, dict, pickled};
 use crate::io::{Geometry, LabelData, Segmentation, read_nifti_header, write_nifti, write_npz};
 use crate::nnunet::cases::NIFTI;
 use crate::nnunet::dataset::DatasetJson;
@@ -21,6 +17,7 @@ use crate::nnunet::evaluate::folder;
 use crate::nnunet::json;
 use crate::nnunet::plans::Decision;
 use crate::nnunet::preprocess::resample::zeros;
+use crate::nnunet::store;
 
 /// Averages the `probabilities` of the files `CASE.npz` of the same name in all `inputs` in float32 and writes the
 /// segmentations to `output`, with `probabilities` the averages as `CASE.npz` and `CASE.pkl`, too. Where a case lies is what
@@ -115,11 +112,12 @@ fn case(
             })
         })?;
         let given = inputs[0].join(format!("{stem}.pkl"));
-        let properties = match given.is_file() {
-            true => std::fs::read(&given).map_err(|e| Error::io("read", &given, e))?,
-            false => pickled(&properties_of(&geometry))?,
-        };
-        write_atomically(&pkl, |file| file.write_all(&properties).map_err(|e| Error::io("write", &pkl, e)))?;
+        if given.is_file() {
+            let properties = std::fs::read(&given).map_err(|e| Error::io("read", &given, e))?;
+            write_atomically(&pkl, |file| file.write_all(&properties).map_err(|e| Error::io("write", &pkl, e)))?;
+        } else {
+            store::write_grid(&pkl, &geometry)?;
+        }
         written.extend([npz, pkl]);
     } else {
         average(&mut streams, |channel, mean| {
@@ -204,41 +202,5 @@ fn geometry(folder: &Path, label_map: &str, stem: &str, shape: [usize; 3]) -> Re
         let what = format!("missing, expected beside {stem}.npz: it says where the case lies; {stem}.pkl does, too");
         return Err(Error::dataset(&map, "file", what));
     }
-    let pickle = read_pickle(&pkl)?;
-    let root = pickle.root();
-    let bad = |field: &'static str| Error::model(&pkl, field, "missing, or not the numbers that nnU-Net writes");
-    let sitk = root.get("sitk_stuff").ok_or_else(|| bad("sitk_stuff"))?;
-    let get = |field: &'static str, n: usize| -> Result<Vec<f64>> {
-        let value = sitk.get(field).and_then(|v| v.to_json(64)).ok_or_else(|| bad(field))?;
-        let list: Option<Vec<f64>> = value.as_array().and_then(|a| a.iter().map(Value::as_f64).collect());
-        list.filter(|l| l.len() == n).ok_or_else(|| bad(field))
-    };
-    let (spacing, origin, direction) = (get("spacing", 3)?, get("origin", 3)?, get("direction", 9)?);
-    let mut geometry = Geometry::new(shape, [spacing[2], spacing[1], spacing[0]]);
-    // ITK's axes go to the left and to the back, NIfTI's to the right and to the front.
-    for (row, sign) in [-1.0, -1.0, 1.0].into_iter().enumerate() {
-        for column in 0..3 {
-            geometry.affine[row][column] = sign * direction[3 * row + column] * spacing[column];
-        }
-        geometry.affine[row][3] = sign * origin[row];
-    }
-    Ok(geometry)
-}
-
-/// What nnU-Net has to know of a case to write its segmentation.
-fn properties_of(geometry: &Geometry) -> Py {
-    let floats = |values: &[f64]| values.iter().map(|v| Py::Float(*v)).collect::<Vec<Py>>();
-    let [sz, sy, sx] = geometry.spacing_mm;
-    let mut direction = Vec::new();
-    for (row, sign) in [-1.0, -1.0, 1.0].into_iter().enumerate() {
-        direction.extend([sx, sy, sz].iter().enumerate().map(|(k, s)| sign * geometry.affine[row][k] / s));
-    }
-    let affine = &geometry.affine;
-    let origin = [-affine[0][3], -affine[1][3], affine[2][3]];
-    let sitk = dict([
-        ("spacing", Py::Tuple(floats(&[sx, sy, sz]))),
-        ("origin", Py::Tuple(floats(&origin))),
-        ("direction", Py::Tuple(floats(&direction))),
-    ]);
-    dict([("sitk_stuff", sitk), ("spacing", Py::List(floats(&geometry.spacing_mm)))])
+    store::read_grid(&pkl, shape)
 }

@@ -136,15 +136,27 @@ pub(super) fn properties(path: &Path, transpose_backward: [usize; 3]) -> Result<
         let what = format!("{bbox:?} of {shape_before_cropping:?} voxels does not give {shape_after_cropping:?}");
         return Err(Error::model(path, "bbox_used_for_cropping", what));
     }
-    let (value, bad) = need("spacing")?;
-    let spacing_mm: [f64; 3] = floats(&value).ok_or_else(bad)?;
     let image_shape = transpose_backward.map(|k| shape_before_cropping.get(k).copied().unwrap_or(0));
-    let mut geometry = Geometry::new(image_shape, spacing_mm);
+    let geometry = grid(root, path, image_shape)?;
+    let spacing_mm = geometry.spacing_mm;
+    let preprocessing = Properties { spacing_mm, shape_before_cropping, bbox, shape_after_cropping };
+    Ok(StoredProperties { preprocessing, geometry })
+}
+
+/// The grid of an image of `shape` voxels (z, y, x).
+pub(super) fn read_grid(path: &Path, shape: [usize; 3]) -> Result<Geometry> {
+    let pickle = read_case_pickle(path)?;
+    grid(pickle.root(), path, shape)
+}
+
+fn grid(root: View<'_>, path: &Path, shape: [usize; 3]) -> Result<Geometry> {
+    let spacing = root.get("spacing").and_then(|s| s.to_json(8)).and_then(|s| floats(&s));
+    let bad = || Error::model(path, "spacing", "missing, or not the numbers that nnU-Net writes");
+    let mut geometry = Geometry::new(shape, spacing.ok_or_else(bad)?);
     if let Some(affine) = affine(root, path)? {
         geometry.affine = affine;
     }
-    let preprocessing = Properties { spacing_mm, shape_before_cropping, bbox, shape_after_cropping };
-    Ok(StoredProperties { preprocessing, geometry })
+    Ok(geometry)
 }
 
 fn floats<const N: usize>(v: &Value) -> Option<[f64; N]> {
@@ -227,6 +239,11 @@ pub(super) fn write_properties(path: &Path, properties: &Properties, image: &Geo
     write_pickle(path, python_properties(properties, image))
 }
 
+/// As [`write_properties`] where no preprocessing is known of.
+pub(super) fn write_grid(path: &Path, image: &Geometry) -> Result<()> {
+    write_pickle(path, python_grid(image))
+}
+
 fn write_pickle(path: &Path, entries: Vec<(&str, Py)>) -> Result<()> {
     let entries = entries.into_iter().map(|(key, value)| (Py::Str(key.into()), value)).collect();
     let bytes = pickled(&Py::Dict(entries))?;
@@ -247,11 +264,25 @@ fn python_locations(case: &PreprocessedCase) -> Py {
     Py::Dict(classes.collect())
 }
 
-/// What the reader of the image noted of its grid (`SimpleITKIO`), and what preprocessing did to it.
+fn floats_of(f: &[f64]) -> Vec<Py> {
+    f.iter().map(|f| Py::Float(*f)).collect()
+}
+
+/// The grid of an image, and what preprocessing did to it.
 fn python_properties(p: &Properties, image: &Geometry) -> Vec<(&'static str, Py)> {
     let int = |n: &usize| Py::Int(*n as i64);
     let ints = |n: &[usize]| n.iter().map(int).collect::<Vec<_>>();
-    let floats = |f: &[f64]| f.iter().map(|f| Py::Float(*f)).collect::<Vec<_>>();
+    let mut out = python_grid(image);
+    out.extend([
+        ("shape_before_cropping", Py::Tuple(ints(&p.shape_before_cropping))),
+        ("bbox_used_for_cropping", Py::List(p.bbox.iter().map(|b| Py::List(ints(b))).collect())),
+        ("shape_after_cropping_and_before_resampling", Py::Tuple(ints(&p.shape_after_cropping))),
+    ]);
+    out
+}
+
+/// What nnU-Net's readers of images note of a grid: `SimpleITKIO` and `NibabelIO`.
+fn python_grid(image: &Geometry) -> Vec<(&'static str, Py)> {
     let [sz, sy, sx] = image.spacing_mm;
     let sign = [-1.0, -1.0, 1.0];
     let column = |j: usize| [0, 1, 2].map(|i| image.affine[i][j]);
@@ -260,18 +291,15 @@ fn python_properties(p: &Properties, image: &Geometry) -> Vec<(&'static str, Py)
     let direction: Vec<f64> = (0..9).map(|n| sign[n / 3] * column(n % 3)[n / 3] / length(n % 3)).collect();
     let origin: Vec<f64> = (0..3).map(|i| sign[i] * column(3)[i]).collect();
     let itk = dict([
-        ("spacing", Py::Tuple(floats(&[sx, sy, sz]))),
-        ("origin", Py::Tuple(floats(&origin))),
-        ("direction", Py::Tuple(floats(&direction))),
+        ("spacing", Py::Tuple(floats_of(&[sx, sy, sz]))),
+        ("origin", Py::Tuple(floats_of(&origin))),
+        ("direction", Py::Tuple(floats_of(&direction))),
     ]);
     // NIfTI's own axes, for models whose images nnU-Net reads by nibabel.
-    let rows = image.affine.iter().chain([&[0.0, 0.0, 0.0, 1.0]]).map(|row| Py::List(floats(row))).collect();
+    let rows = image.affine.iter().chain([&[0.0, 0.0, 0.0, 1.0]]).map(|row| Py::List(floats_of(row))).collect();
     vec![
         ("sitk_stuff", itk),
         ("nibabel_stuff", dict([("original_affine", Py::List(rows))])),
-        ("spacing", Py::List(floats(&image.spacing_mm))),
-        ("shape_before_cropping", Py::Tuple(ints(&p.shape_before_cropping))),
-        ("bbox_used_for_cropping", Py::List(p.bbox.iter().map(|b| Py::List(ints(b))).collect())),
-        ("shape_after_cropping_and_before_resampling", Py::Tuple(ints(&p.shape_after_cropping))),
+        ("spacing", Py::List(floats_of(&image.spacing_mm))),
     ]
 }

@@ -303,6 +303,22 @@ pub fn write_properties(path: &Path, properties: &Properties, image: &Geometry) 
     foreign::write_properties(path, properties, image)
 }
 
+/// The grid of an image of `shape` voxels (z, y, x), as such a file tells it.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Model`] naming the part that is missing or damaged.
+pub(super) fn read_grid(path: &Path, shape: [usize; 3]) -> Result<Geometry> {
+    foreign::read_grid(path, shape)
+}
+
+/// Writes such a file of an image of which no more is known than its grid.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn write_grid(path: &Path, image: &Geometry) -> Result<()> {
+    foreign::write_grid(path, image)
+}
+
 /// The fingerprint with which a case was written in one of the two forms that are written; `None` where there is none that
 /// can be read.
 fn made_by(folder: &Path, identifier: &str, form: Form) -> Option<String> {
