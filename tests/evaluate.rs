@@ -82,7 +82,8 @@ fn by_definition(
         for i in 0..shape.iter().product::<isize>() {
             let p = [i / (shape[1] * shape[2]), i / shape[2] % shape[1], i % shape[2]];
             let is = |p: [isize; 3]| seg.labels.get(index(p)) == u16::from(label) && !ignored(p);
-            let open = (0..6).any(|side| {
+            let flat = |k: usize| shape[k] == 1 && shape != [1; 3];
+            let open = (0..6).filter(|side| !flat(side / 2)).any(|side| {
                 let mut to = p;
                 to[side / 2] += if side % 2 == 0 { 1 } else { -1 };
                 let inside = (0..3).all(|k| (0..shape[k]).contains(&to[k]));
@@ -96,7 +97,12 @@ fn by_definition(
     };
     let (a, b) = (surface(truth), surface(found));
     if a.is_empty() || b.is_empty() {
-        return if a.is_empty() && b.is_empty() { [f64::NAN; 2] } else { [0.0, f64::INFINITY] };
+        let exists = |seg: &Segmentation| {
+            (0..seg.labels.len()).any(|i| {
+                seg.labels.get(i) == u16::from(label) && ignore.is_none_or(|l| truth.labels.get(i) != u16::from(l))
+            })
+        };
+        return if exists(truth) == exists(found) { [f64::NAN; 2] } else { [0.0, f64::INFINITY] };
     }
     let distances = |from: &[[isize; 3]], to: &[[isize; 3]]| {
         let distance = |p: &[isize; 3], q: &[isize; 3]| {

@@ -87,6 +87,10 @@ impl<'a> Archive<'a> {
             return Err(Error::model(path, printable(name), "no floating-point numbers"));
         }
         let shape = header.axes(path)?;
+        let bytes = shape.iter().try_fold(header.dtype.size(), |n, &d| n.checked_mul(d));
+        if bytes.is_none_or(|n| isize::try_from(n).is_err()) {
+            return Err(Error::model(path, "shape", format!("{shape:?}, more than any memory holds")));
+        }
         Ok(Stream { path, entry, dtype: header.dtype, shape, bytes: Vec::new() })
     }
 

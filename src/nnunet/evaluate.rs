@@ -45,6 +45,11 @@ impl Class {
         }
     }
 
+    /// Which of `classes` are not there before: nnU-Net keeps numbers by key, so that what is asked for twice counts once.
+    pub(super) fn first_of_each(classes: &[Class]) -> Vec<usize> {
+        (0..classes.len()).filter(|&i| classes[..i].iter().all(|c| c.key != classes[i].key)).collect()
+    }
+
     /// One label.
     #[must_use]
     pub fn label(value: u16) -> Class {

@@ -90,7 +90,7 @@ fn pictures_from_raw_data_to_predictions() {
     assert_eq!(run(predict).ok(), "run.json\n");
     std::fs::write(dir.path().join("out/p1.png"), b"\x89PNG\r\n\x1a\n").unwrap();
     std::fs::remove_file(dir.path().join("out/p3.png")).unwrap();
-    assert_eq!(run(predict).ok(), "out/p1.png\nout/p1.npz\nout/p3.png\nout/p3.npz\nrun.json\n");
+    assert_eq!(run(predict).ok(), "out/p1.png\nout/p1.npz\nout/p1.pkl\nout/p3.png\nout/p3.npz\nout/p3.pkl\nrun.json\n");
 
     // One picture alone, and what is no picture.
     let model = model.display();
@@ -114,11 +114,11 @@ fn stacks_of_pages_keep_their_spacing() {
     let args = format!("predict -m {fixture}/model -i {fixture}/images -o out --no-progress --continue");
     let run = |args: &str| stunet_in(dir.path(), &args.split_whitespace().collect::<Vec<_>>());
     let first = run(&args);
-    assert_eq!((first.ok(), first.err.as_str()), ("out/case.tif\n", ""));
+    assert_eq!((first.ok(), first.err.as_str()), ("out/case.tif\nout/case.json\n", ""));
     assert_eq!(run(&args).ok(), "");
     let json = std::fs::read_to_string(dir.path().join("out/case.json")).unwrap();
     assert_eq!(json, "{\n    \"spacing\": [\n        2.5,\n        0.8,\n        0.6\n    ]\n}");
     // A result of another spacing is not this image's.
     std::fs::write(dir.path().join("out/case.json"), "{\"spacing\": [1, 1, 1]}").unwrap();
-    assert_eq!(run(&args).ok(), "out/case.tif\n");
+    assert_eq!(run(&args).ok(), "out/case.tif\nout/case.json\n");
 }

@@ -95,6 +95,6 @@ fn a_cascade_is_trained_and_predicts() {
     assert!(some.code == 2 && some.err.contains("low/phantom_00002.nii.gz"), "{}", some.err);
     // Another prediction of the first stage is another training.
     run(&format!("train 900 3d_lowres all {rest} --overwrite --seed 5")).ok();
-    let other = run(&format!("{second} --continue --epochs 2"));
+    let other = run(&format!("{second} --continue").replace("--epochs 1", "--epochs 2"));
     assert!(other.code == 2 && other.err.contains("previous_stage"), "{}", other.err);
 }

@@ -44,7 +44,7 @@ pub struct Folders {
     pub label_names: Vec<(u16, String)>,
     /// Voxels of this label of the truth are left out.
     pub ignore: Option<u16>,
-    pub(super) reader: Reader,
+    pub(crate) reader: Reader,
     pub(super) ending: String,
 }
 
@@ -76,16 +76,17 @@ impl Folders {
         let labels = &dataset.labels;
         let (classes, label_names) = (Class::of(labels), labels.names());
         let called = |value: u16| label_names.iter().find(|(v, _)| *v == value).map(|(_, n)| n.clone());
-        let class_names = match labels.regions() {
+        let class_names: Vec<String> = match labels.regions() {
             // Both in the order of the regions.
             Some(_) => label_names.iter().map(|(_, name)| name.clone()).collect(),
             None => classes.iter().map(|c| called(c.labels[0]).unwrap_or_else(|| c.key.clone())).collect(),
         };
+        let once = Class::first_of_each(&classes);
         Ok(Self {
             truth: truth.into(),
             prediction: prediction.into(),
-            classes,
-            class_names,
+            classes: once.iter().map(|&i| classes[i].clone()).collect(),
+            class_names: once.iter().map(|&i| class_names[i].clone()).collect(),
             label_names,
             ignore: labels.ignore(),
             reader,
@@ -106,6 +107,8 @@ impl Folders {
             let what = format!("no label map in it, expected files ending in {}", ENDINGS.join(", "));
             return Err(Error::dataset(truth, "folder", what));
         };
+        let all: Vec<Class> = labels.iter().copied().map(Class::label).collect();
+        let labels: Vec<u16> = Class::first_of_each(&all).into_iter().map(|i| labels[i]).collect();
         let names: Vec<String> = labels.iter().map(|l| format!("label {l}")).collect();
         Ok(Self {
             truth: truth.into(),
@@ -133,18 +136,17 @@ impl Folders {
         let missing = |of: &[OsString], among: &[OsString]| -> Vec<OsString> {
             of.iter().filter(|f| among.binary_search(f).is_err()).cloned().collect()
         };
-        let fault = |missing: &[OsString], there: &Path, kind: &str, expected: &Path, more: &str| match missing {
+        let fault = |missing: &[OsString], there: &Path, kind: &str, expected: &Path| match missing {
             [] => Ok(()),
             [first, rest @ ..] => {
                 let others = if rest.is_empty() { String::new() } else { format!(" ({} others as well)", rest.len()) };
-                let what = format!("missing, expected {}{others}{more}", expected.join(first).display());
+                let what = format!("missing, expected {}{others}", expected.join(first).display());
                 Err(Error::dataset(&there.join(first), kind, what))
             }
         };
-        fault(&missing(&predictions, &truths), &self.prediction, "truth", &self.truth, "")?;
+        fault(&missing(&predictions, &truths), &self.prediction, "truth", &self.truth)?;
         if !incomplete {
-            let more = "; --chill leaves out cases that are not predicted";
-            fault(&missing(&truths, &predictions), &self.truth, "prediction", &self.prediction, more)?;
+            fault(&missing(&truths, &predictions), &self.truth, "prediction", &self.prediction)?;
         }
         Ok(predictions)
     }

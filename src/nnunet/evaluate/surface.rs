@@ -31,9 +31,9 @@ const SLACK: f64 = 1.0 + 1e-6;
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Surfaces {
-    /// Normalised surface Dice, 0 to 1; NaN for a class that is in neither.
+    /// Normalised surface Dice, 0 to 1; NaN for a class that is in neither, or that only ignored voxels surround.
     pub surface_dice: f64,
-    /// 95th percentile of the distances in mm; NaN for a class that is in neither, infinite for one that is in one only.
+    /// 95th percentile of the distances in mm; NaN as above, infinite for a class that is in one only.
     pub hausdorff_95_mm: f64,
 }
 
@@ -73,12 +73,14 @@ struct Surface {
     /// Not on it.
     off: Vec<bool>,
     voxels: usize,
+    /// The class has voxels, be they on the surface or not.
+    exists: bool,
 }
 
 fn between(a: &Surface, b: &Surface, shape: [usize; 3], spacing: [f64; 3], tolerance_mm: f64) -> Result<Surfaces> {
     if a.voxels == 0 || b.voxels == 0 {
-        let neither = a.voxels == b.voxels;
-        let [surface_dice, hausdorff_95_mm] = if neither { [f64::NAN; 2] } else { [0.0, f64::INFINITY] };
+        // A class without a surface says nothing of where its borders are.
+        let [surface_dice, hausdorff_95_mm] = if a.exists == b.exists { [f64::NAN; 2] } else { [0.0, f64::INFINITY] };
         return Ok(Surfaces { surface_dice, hausdorff_95_mm });
     }
     // One volume of distances at a time.
@@ -118,6 +120,9 @@ impl Around {
                 mask.extend(self.ranges[2].clone().map(|x| inside(at(z, y) + x)));
             }
         }
+        // Along an axis of one voxel there is no outside: the surface of a picture is its contour.
+        let flat = [0, 1, 2].map(|k| self.image[k] == 1 && self.image != [1; 3]);
+        let exists = mask.contains(&true);
         let steps = [shape[1] * shape[2], shape[2], 1];
         let image_steps = [ny * nx, nx, 1];
         let (mut off, mut voxels) = (vec![true; mask.len()], 0);
@@ -134,12 +139,12 @@ impl Around {
                     !in_image || !(in_box && mask[near] || ignored(near_index))
                 })
             };
-            if (0..3).any(open) {
+            if (0..3).filter(|k| !flat[*k]).any(open) {
                 off[i] = false;
                 voxels += 1;
             }
         }
-        Ok(Surface { off, voxels })
+        Ok(Surface { off, voxels, exists })
     }
 }
 
@@ -231,6 +236,18 @@ mod tests {
     }
 
     #[test]
+    fn the_surface_of_a_picture_is_its_contour() {
+        let disc = |radius: i32| {
+            let inside = |i: i32| (i / 120 - 60).pow(2) + (i % 120 - 60).pow(2) <= radius * radius;
+            map((0..120 * 120).map(|i| u8::from(inside(i))).collect(), [1, 120, 120], [999.0, 1.0, 1.0])
+        };
+        // Two circles three apart: on a row and a column exactly, a little more where steps meet.
+        let found = one(&disc(50), &disc(53), None, 1.0);
+        assert_eq!(found.surface_dice, 0.0);
+        assert!((3.0..3.5).contains(&found.hausdorff_95_mm), "{found:?}");
+    }
+
+    #[test]
     fn classes_that_are_missing() {
         let spacing = [1.0; 3];
         let (some, none) = (block([4, 4, 4], [1..2, 1..2, 1..2], spacing), map(vec![0; 64], [4, 4, 4], spacing));
@@ -252,6 +269,10 @@ mod tests {
         // Hidden altogether.
         let hidden = one(&map(vec![9; 8], [1, 1, 8], [1.0; 3]), &found, Some(9), 0.0);
         assert!(hidden.surface_dice.is_nan());
+        // Only ignored voxels around it: no word on its borders, though the prediction has one within.
+        let truth = map(vec![9, 9, 1, 1, 1, 9, 9, 9], [1, 1, 8], [1.0; 3]);
+        let found = map(vec![0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 8], [1.0; 3]);
+        assert!(one(&truth, &found, Some(9), 0.0).hausdorff_95_mm.is_nan());
     }
 
     #[test]
@@ -260,10 +281,10 @@ mod tests {
         let found = map(vec![0, 2, 1, 1, 0, 0], [1, 1, 6], [1.0; 3]);
         let region = [Class::region(vec![1, 2])];
         let s = compare_surfaces(&truth, &found, &region, None, 0.5).unwrap()[0];
-        // In a single row every voxel is on the surface: 2 and 3, of which one is 1 away.
-        assert_eq!(s.surface_dice, 4.0 / 5.0);
-        // Of the distances 0, 0, 1 the place 1.9.
-        assert!((s.hausdorff_95_mm - 0.9).abs() < 1e-15);
+        // In a single row the ends are the surface: two of each, of which one is 1 away.
+        assert_eq!(s.surface_dice, 2.0 / 4.0);
+        // Of the distances 0, 1 the place 0.95.
+        assert!((s.hausdorff_95_mm - 0.95).abs() < 1e-15);
         assert!(compare_surfaces(&truth, &found, &region, None, -1.0).is_err());
         assert!(compare_surfaces(&truth, &map(vec![0], [1; 3], [1.0; 3]), &region, None, 1.0).is_err());
     }

@@ -9,9 +9,8 @@ use super::{apply, keep_largest};
 use crate::base::json::Json;
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
-use crate::io::{Segmentation, read_segmentation, write_nifti};
-use crate::nnunet::cases::NIFTI;
-use crate::nnunet::dataset::DatasetJson;
+use crate::io::Segmentation;
+use crate::nnunet::dataset::{DatasetJson, Reader};
 use crate::nnunet::evaluate::{Folders, Metrics, Summary, compare, folder};
 use crate::nnunet::json;
 use crate::nnunet::labels::GivenRegion;
@@ -62,8 +61,7 @@ impl Determined {
 /// touch each other's voxels, so all of them are tried in one pass over the cases; regions need one each.
 ///
 /// # Errors
-/// Those of [`Folders::files`], reading and writing; [`Error::Unsupported`] for files that are not NIfTI;
-/// [`Error::Cancelled`].
+/// Those of [`Folders::files`], reading and writing; [`Error::Cancelled`].
 pub fn determine(
     folders: &Folders,
     dataset: &DatasetJson,
@@ -71,7 +69,6 @@ pub fn determine(
     device: &Device,
     progress: &mut dyn Progress,
 ) -> Result<Determined> {
-    nifti_only(&dataset.file_ending)?;
     let files = folders.files(true)?;
     if let Err(e) = folders.files(false) {
         tracing::warn!("{e}. Post-processing should be determined on all cases");
@@ -162,10 +159,10 @@ impl Work<'_> {
     /// The last pass, which writes what it makes.
     fn write(&mut self, steps: &[Step], output: &Path) -> Result<Summary> {
         std::fs::create_dir_all(output).map_err(|e| Error::io("create", output, e))?;
-        let files = self.files;
+        let (files, reader) = (self.files, self.folders.reader);
         let found = self.compare("all steps", |i, seg| {
             apply(steps, seg);
-            write_nifti(output.join(&files[i]), seg)
+            reader.write(&output.join(&files[i]), seg)
         })?;
         let mut written = self.folders.clone();
         written.prediction = output.into();
@@ -179,7 +176,7 @@ impl Work<'_> {
 /// the files written, by name.
 ///
 /// # Errors
-/// [`Error::Dataset`] when there is none, [`Error::Unsupported`] for an ending that is not NIfTI's, those of reading and
+/// [`Error::Dataset`] when there is none, [`Error::Unsupported`] for an ending that nothing is read by, those of reading and
 /// writing, [`Error::Cancelled`].
 pub fn apply_to_folder(
     input: &Path,
@@ -189,24 +186,17 @@ pub fn apply_to_folder(
     device: &Device,
     progress: &mut dyn Progress,
 ) -> Result<Vec<PathBuf>> {
-    nifti_only(ending)?;
     let files = folder::files(input, ending)?;
     if files.is_empty() {
         return Err(folder::nothing(input, ending));
     }
+    let reader = Reader::of_ending(ending, Some(&input.join(&files[0])))?;
     std::fs::create_dir_all(output).map_err(|e| Error::io("create", output, e))?;
     workers::map(device, files.len(), progress, |i| {
-        let mut seg = read_segmentation(input.join(&files[i]))?;
+        let mut seg = reader.label(&input.join(&files[i]))?;
         apply(steps, &mut seg);
         let path = output.join(&files[i]);
-        write_nifti(&path, &seg)?;
+        reader.write(&path, &seg)?;
         Ok(path)
     })
-}
-
-fn nifti_only(ending: &str) -> Result<()> {
-    if NIFTI.contains(&ending) {
-        return Ok(());
-    }
-    Err(Error::unsupported(format!("writing label maps ending in {ending}; those ending in .nii.gz and .nii are")))
 }

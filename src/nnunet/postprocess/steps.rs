@@ -119,16 +119,29 @@ fn read_pkl(path: &Path) -> Result<Vec<Step>> {
     if functions.len() != kwargs.len() {
         return Err(bad("as many sets of arguments as functions are expected"));
     }
+    // Of all steps together: a pickle may name one list many times.
+    let mut left = MAX_STEPS;
     let step = |(function, kwargs): (&View<'_>, &View<'_>)| {
         match function.global() {
             Some((MODULE, FUNCTION)) => {}
             Some((module, name)) => return Err(foreign(path, &format!("{module}.{name}"))),
             None => return Err(bad(&format!("{}, expected a function", function.kind()))),
         }
-        let kwargs = kwargs.to_json(MAX_STEPS).ok_or_else(|| bad("arguments that are no plain data"))?;
+        let kwargs =
+            kwargs.to_json(left).ok_or_else(|| bad("arguments that are no plain data, or too many of them"))?;
+        left -= values_in(&kwargs);
         arguments(path, &kwargs)
     };
     functions.iter().zip(kwargs).map(step).collect()
+}
+
+/// How many values there are, of which each took one of the budget.
+fn values_in(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(values_in).sum::<usize>(),
+        Value::Object(entries) => 1 + entries.values().map(values_in).sum::<usize>(),
+        _ => 1,
+    }
 }
 
 fn foreign(path: &Path, name: &str) -> Error {
