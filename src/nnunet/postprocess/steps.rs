@@ -79,7 +79,7 @@ impl Step {
     }
 }
 
-/// Reads the steps of a `.pkl` or `.json` file that nnU-Net or [`write`] wrote. Nothing in it is executed: the one function
+/// Reads the steps of a `.pkl` or `.json` file that nnU-Net or [`write()`] wrote. Nothing in it is executed: the one function
 /// that nnU-Net's post-processing consists of is known by its name, any other is refused.
 ///
 /// # Errors
