@@ -270,7 +270,7 @@ mod tests {
             (dict("<f4", "True", "1, 2, 3, 4"), 96, "Fortran"),
             (dict(">f4", "False", "1, 2, 3, 4"), 96, "type"),
             (dict("<U4", "False", "1, 2, 3, 4"), 96, "type"),
-            (dict("<f4", "False", "2, 3, 4"), 96, "3 axes"),
+            (dict("<f4", "False", "3, 4"), 48, "2 axes"),
             (dict("<f4", "False", "1, -2, 3, 4"), 96, "other than numbers"),
             ("{'descr': [('a', '<f4')]}".into(), 96, "no plain"),
         ] {
