@@ -77,7 +77,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     options.incomplete = args.chill;
     options.tolerance_mm = (!args.summary_only).then_some(args.tolerance);
     // What is wrong with the folders is told of before the hours it may take to compare them.
-    folders.files(args.chill)?;
+    folders.files(args.chill).map_err(|e| match e {
+        Error::Dataset { path, field, what } if field == "prediction" => {
+            Error::Dataset { path, field, what: format!("{what}; --chill leaves out cases that are not predicted") }
+        }
+        e => e,
+    })?;
     if let Some(images) = &args.images {
         folders.check_images(images, args.chill)?;
     }
