@@ -124,7 +124,19 @@ fn options(network: NetworkChoice) -> TrainOptions {
 
 /// A trainer in `folder`/MODEL/fold_0.
 fn trainer(folder: &Path, options: &TrainOptions, start: Start, data: Data) -> Result<Trainer> {
-    let plan = TrainingPlan::read(&folder.join("nnUNetPlans.json"), "3d_fullres")?;
+    trainer_after(None, folder, options, start, data)
+}
+
+/// Of a cascade's second stage, to which the first gave what has this digest.
+fn trainer_after(
+    digest: Option<&str>,
+    folder: &Path,
+    options: &TrainOptions,
+    start: Start,
+    data: Data,
+) -> Result<Trainer> {
+    let mut plan = TrainingPlan::read(&folder.join("nnUNetPlans.json"), "3d_fullres")?;
+    plan.previous_digest = digest.map(str::to_owned);
     let fold = folder.join(options.trainer_name()).join("fold_0");
     Trainer::new(plan, options.clone(), start, &fold, "0", data, &Device::cpu())
 }
@@ -208,6 +220,12 @@ fn a_training_goes_on_by_the_same_rules_only_and_begins_afresh_without_a_trace()
     assert!(e.to_string().contains("seed is 8 here and 7 in the checkpoint"), "{e}");
     let t = trainer(folder.path(), &first, Start::Continue, Noise::data(1, None)).unwrap();
     assert_eq!((t.state().epoch, t.state().losses.len()), (0, 1));
+    // Another prediction of the first stage of a cascade is other input.
+    let after = |digest, start| trainer_after(Some(digest), folder.path(), &first, start, Noise::data(1, None));
+    after("one", Start::Afresh).unwrap().save().unwrap();
+    let e = after("other", Start::Continue).err().unwrap();
+    assert!(e.exit_code() == 2 && e.to_string().contains("previous_stage is \"other\" here"), "{e}");
+    after("one", Start::Continue).unwrap();
 }
 
 #[test]

@@ -155,7 +155,7 @@ pub fn preprocess_plan(plans: &Path, dataset: &Path, name: &str) -> Result<(Prep
     if identifier.is_empty() || identifier.starts_with('.') || identifier.contains(['/', '\\', '\0']) {
         return Err(folder.error(format!("{identifier:?}, expected the name of a folder")));
     }
-    let (_, planar) = patch_size(&conf, usize::from(u16::MAX))?;
+    let planar = conf.need("spacing")?.items()?.len() == 2;
     let axis = |f: &Field<'_>| f.usize(2);
     let plan = PreprocessPlan {
         rules: Rules::NnunetV2,

@@ -150,7 +150,7 @@ pub(super) fn read_grid(path: &Path, shape: [usize; 3]) -> Result<Geometry> {
 }
 
 fn grid(root: View<'_>, path: &Path, shape: [usize; 3]) -> Result<Geometry> {
-    let spacing = root.get("spacing").and_then(|s| s.to_json(8)).and_then(|s| floats(&s));
+    let spacing = root.get("spacing").and_then(|s| s.to_json(64)).and_then(|s| floats(&s));
     let bad = || Error::model(path, "spacing", "missing, or not the numbers that nnU-Net writes");
     let mut geometry = Geometry::new(shape, spacing.ok_or_else(bad)?);
     if let Some(affine) = affine(root, path)? {
