@@ -298,7 +298,7 @@ fn v2_plans_are_checked() {
     let folder = v2_folder(dir.path(), &["fold_0"], 2, 3);
     // (expected in the message, change of plans.json, change of dataset.json)
     type Change = fn(&mut Value, &mut Value);
-    let cases: [(&str, Change); 32] = [
+    let cases: [(&str, Change); 33] = [
         ("configurations", |p, _| *p = json!({})),
         ("plans.json: JSON", |p, _| *p = Value::Null),
         ("no configuration \"3d_fullres\"", |p, _| p["configurations"] = json!({"2d": {}})),
@@ -316,6 +316,7 @@ fn v2_plans_are_checked() {
         ("foreground_intensity_properties_per_channel.0", |p, _| {
             p["configurations"]["3d_fullres"]["normalization_schemes"][0] = json!("CTNormalization");
         }),
+        ("NibabelIOWithReorient", |p, _| p["image_reader_writer"] = json!("NibabelIOWithReorient")),
         ("resample_torch", |p, _| p["configurations"]["3d_fullres"]["resampling_fn_data"] = json!("resample_torch")),
         ("order", |p, _| p["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"]["order"] = json!(2)),
         ("separate_z_anisotropy_threshold", |p, _| {

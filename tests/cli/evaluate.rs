@@ -79,6 +79,12 @@ fn what_is_missing_or_does_not_fit_is_one_line() {
     fails(&["evaluate", "none", "found"], 3, &["none: folder: no such folder"]);
     fails(&["evaluate", "found", "truth"], 2, &["truth/dataset.json: missing", "-l"]);
     fails(&["evaluate", "truth", "found", "--tolerance=-1"], 2, &["tolerance"]);
+    // Asked for twice, counted once.
+    let rows = |labels: &[&str]| {
+        let args = [&["evaluate", "truth", "found", "--summary-only", "-l"], labels].concat();
+        stunet_in(dir.path(), &args).ok().to_owned()
+    };
+    assert_eq!(rows(&["1", "1", "2"]), rows(&["1", "2"]));
     fails(&["evaluate", "truth", "found", "-o", "summary"], 2, &[".json"]);
     fails(&["evaluate", "truth", "found", "-il", "3"], 2, &["--labels"]);
     fails(&["evaluate", "truth", "found", "--images", "truth"], 3, &["truth/p1_0000.nii.gz: image: missing"]);

@@ -62,7 +62,6 @@ pub fn compare_surfaces(
         };
         let ignored = |i: usize| Some(truth.labels.get(i)) == ignore;
         let [a, b] = [&truth.labels, &prediction.labels].map(|labels| around.surface(labels, class, &ignored));
-        let (a, b) = (a?, b?);
         between(&a, &b, around.shape(), spacing, tolerance_mm)
     };
     classes.iter().map(of).collect()
@@ -108,7 +107,7 @@ impl Around {
     }
 
     /// The surface of a class, whose voxels, if they are not ignored, all lie in the box.
-    fn surface(&self, labels: &LabelData, class: &Class, ignored: &impl Fn(usize) -> bool) -> Result<Surface> {
+    fn surface(&self, labels: &LabelData, class: &Class, ignored: &impl Fn(usize) -> bool) -> Surface {
         let [nz, ny, nx] = self.image;
         let inside = |i: usize| class.labels.contains(&labels.get(i)) && !ignored(i);
         // Voxels of the box that are inside, each looked at once.
@@ -144,7 +143,7 @@ impl Around {
                 voxels += 1;
             }
         }
-        Ok(Surface { off, voxels, exists })
+        Surface { off, voxels, exists }
     }
 }
 

@@ -103,7 +103,7 @@ fn read_json(path: &Path) -> Result<Vec<Step>> {
         if name.str()? != FUNCTION {
             return Err(foreign(path, name.str()?));
         }
-        arguments(path, &kwargs.value.clone())
+        arguments(path, kwargs.value)
     };
     names.iter().zip(&kwargs).map(step).collect()
 }
@@ -199,6 +199,17 @@ mod tests {
         // A tuple that stands alone and a list mean the same.
         write(&path, &[Step::Region(vec![1, 2])]).unwrap();
         assert_eq!(read(&path).unwrap()[0].labels(), [1, 2]);
+    }
+
+    #[test]
+    fn all_steps_share_one_budget() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("postprocessing.pkl");
+        let steps = |n: usize| vec![Step::Foreground((1..=1000).collect()); n];
+        write(&path, &steps(60)).unwrap();
+        assert_eq!(read(&path).unwrap().len(), 60);
+        write(&path, &steps(70)).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("too many"));
     }
 
     #[test]

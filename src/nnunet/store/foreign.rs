@@ -143,8 +143,8 @@ pub(super) fn properties(path: &Path, transpose_backward: [usize; 3]) -> Result<
     Ok(StoredProperties { preprocessing, geometry })
 }
 
-/// The grid of an image of `shape` voxels (z, y, x).
-pub(super) fn read_grid(path: &Path, shape: [usize; 3]) -> Result<Geometry> {
+/// The grid of an image of `shape` voxels (z, y, x), as such a file tells it.
+pub(in crate::nnunet) fn read_grid(path: &Path, shape: [usize; 3]) -> Result<Geometry> {
     let pickle = read_case_pickle(path)?;
     grid(pickle.root(), path, shape)
 }
@@ -234,13 +234,17 @@ pub(super) fn write(
     })
 }
 
-/// Writes what a prediction's `.npz` needs beside it to be brought back to the image: nnU-Net's `properties`.
-pub(super) fn write_properties(path: &Path, properties: &Properties, image: &Geometry) -> Result<()> {
+/// Writes to `path` what nnU-Net asks for beside a prediction's probabilities: the grid of the image and what preprocessing
+/// did to it, as a pickle of plain Python (nnU-Net `export_prediction_from_logits`).
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_properties(path: &Path, properties: &Properties, image: &Geometry) -> Result<()> {
     write_pickle(path, python_properties(properties, image))
 }
 
 /// As [`write_properties`] where no preprocessing is known of.
-pub(super) fn write_grid(path: &Path, image: &Geometry) -> Result<()> {
+pub(in crate::nnunet) fn write_grid(path: &Path, image: &Geometry) -> Result<()> {
     write_pickle(path, python_grid(image))
 }
 

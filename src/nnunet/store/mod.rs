@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use dataset::{PreprocessOptions, PreprocessedConfiguration, location_classes, preprocess_dataset};
+pub use foreign::write_properties;
+pub(super) use foreign::{read_grid, write_grid};
 
 use self::case::{StoredCase, file};
 use self::own::OwnFile;
@@ -292,31 +294,6 @@ pub fn write_npz_case(
     fingerprint: &str,
 ) -> Result<()> {
     foreign::write(folder, identifier, case, image, fingerprint)
-}
-
-/// Writes to `path` what nnU-Net asks for beside a prediction's probabilities: the grid of the image and what preprocessing
-/// did to it, as a pickle of plain Python (nnU-Net `export_prediction_from_logits`).
-///
-/// # Errors
-/// [`Error::Io`].
-pub fn write_properties(path: &Path, properties: &Properties, image: &Geometry) -> Result<()> {
-    foreign::write_properties(path, properties, image)
-}
-
-/// The grid of an image of `shape` voxels (z, y, x), as such a file tells it.
-///
-/// # Errors
-/// [`Error::Io`], [`Error::Model`] naming the part that is missing or damaged.
-pub(super) fn read_grid(path: &Path, shape: [usize; 3]) -> Result<Geometry> {
-    foreign::read_grid(path, shape)
-}
-
-/// Writes such a file of an image of which no more is known than its grid.
-///
-/// # Errors
-/// [`Error::Io`].
-pub(super) fn write_grid(path: &Path, image: &Geometry) -> Result<()> {
-    foreign::write_grid(path, image)
 }
 
 /// The fingerprint with which a case was written in one of the two forms that are written; `None` where there is none that
