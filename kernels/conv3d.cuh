@@ -9,7 +9,7 @@
 // Where there are too few bricks to keep a card busy, the grid's second dimension cuts channels and planes of taps into
 // parts, each of which leaves its sums in memory.
 #pragma once
-#include "wgmma.cuh"
+#include "common.cuh"
 
 struct Conv3dParams {
     Source a, b;
@@ -191,9 +191,8 @@ __device__ __forceinline__ void leave(const Conv3dParams& p, const Tile& t, cons
 }
 
 // PLANE: stride 1 and 3 x 3 taps in the plane, known to the compiler; WM x WN warps have MI fragments of 16 voxels and NI of 8
-// filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis. GROUP: as PLANE, by warp groups of compute
-// capability 9.0, whose matrix instructions read both operands from shared memory: MI planes of 64 voxels by all filters.
-enum Way { PLANE, EVERY, GROUP };
+// filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis.
+enum Way { PLANE, EVERY };
 
 template <class T, Way WAY, int WM, int WN, int MI, int NI>
 struct Brick {
@@ -305,27 +304,11 @@ struct Brick {
             }
     }
 
-    // The same by warp groups. Rows of 8 voxels are 256 bytes, which is how far their swizzle of 32 bytes reaches, and groups
-    // of them are a row of the brick apart. A tap starts at any voxel: the swizzle is that of the address.
-    __device__ __forceinline__ void multiply_group(float (&acc)[MI][NI][4], u32 brick, u32 weight, int row) const {
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        #pragma unroll
-        for (int tap = 0; tap < 9; ++tap)
-            #pragma unroll
-            for (int i = 0; i < MI; ++i) {
-                const u32 a = brick + (row + (i * 10 + tap / 3) * PITCH_1 + tap % 3) * ROW;
-                T::multiply_group(acc[i], group_operand(a, PITCH_1 * ROW), group_operand(weight + tap * N * ROW, 8 * ROW));
-            }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    }
-
     __device__ __forceinline__ void run(unsigned char* shared) const {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wm = warp / WN, wn = warp % WN;
         const u32 start = shared_address(shared);
         const int brick_bytes = bytes(), weight_bytes = ky * kx * N * ROW, weights = p.bricks * brick_bytes;
-        const int f = WAY == GROUP ? (warp >> 2) * MI * 4 + (warp & 3) : wm * MI, r = lane & 15;
-        const int plane = (warp >> 2) * MI * rows * pitch;
+        const int f = wm * MI, r = lane & 15;
         const int row = ((f >> 2) * sz * rows + ((f & 3) * 2 + (r >> 3)) * sy) * pitch + (r & 7);
         const u32 filter = swizzle<ROW>((wn * NI * 8 + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16);
         float acc[MI][NI][4] = {};
@@ -342,7 +325,6 @@ struct Brick {
             if (asked && !fresh) copy_wait<1>();
             else copy_wait<0>();
             if (fresh) normalise(slab, shared + buffer * brick_bytes, real);
-            if (WAY == GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             __syncthreads();                                // loaded by all, and the stage before is done by all
             const bool last = tz + 1 == p.kernel_z, more = stage + 1 < end;
             if (more) {
@@ -355,8 +337,7 @@ struct Brick {
                 copy_commit();
             }
             const u32 brick = start + buffer * brick_bytes, weight = start + weights + (stage & 1) * weight_bytes;
-            if constexpr (WAY == GROUP) multiply_group(acc, brick, weight, plane + tz * rows * pitch);
-            else multiply(acc, brick, weight + filter, row + tz * rows * pitch);
+            multiply(acc, brick, weight + filter, row + tz * rows * pitch);
             fresh = last, tz = last ? 0 : tz + 1;
             if (!last || !more) continue;
             ++slab;
@@ -366,14 +347,13 @@ struct Brick {
                 copy_commit();
             }
         }
-        constexpr int STEP = WAY == GROUP ? 4 : 1;
-        if (gridDim.y > 1) leave<WN, MI, NI, STEP>(p, t, acc, f);
-        else finish<T, WAY, WM, WN, MI, NI, STEP>(p, t, acc, f, shared);
+        if (gridDim.y > 1) leave<WN, MI, NI, 1>(p, t, acc, f);
+        else finish<T, WAY, WM, WN, MI, NI>(p, t, acc, f, shared);
     }
 };
 
 #define CONV3D(NAME, STORAGE, WAY, WM, WN, MI, NI, BLOCKS)                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, AMPERE ? BLOCKS : 1) NAME(const Conv3dParams p) {              \
-        extern __shared__ __align__(WAY == GROUP ? 1024 : 128) unsigned char shared[];                                     \
+        extern __shared__ __align__(128) unsigned char shared[];                                     \
         Brick<STORAGE, WAY, WM, WN, MI, NI>(p).run(shared);                                                              \
     }

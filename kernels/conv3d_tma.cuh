@@ -1,5 +1,6 @@
-// Convolution from halo bricks that arrive as boxes of tensors, for compute capability 9.0 alone: 3 x 3 x 3 taps at stride 1,
-// sources that are read at their own size.
+// Convolution from halo bricks that arrive as boxes of tensors, for compute capability 9.0 alone: 3 x 3 x 3 taps at stride 1
+// or 2. At stride 1 the first source may be one of which each voxel is read twice along an axis: its box is half as long, and
+// a tap finds its voxel by the address that a lane gives.
 //
 // Twelve warps share the work of a block. One asks for bricks and filters as soon as there is room: a box that reaches out of
 // its tensor arrives with zeros there, which is the padding. Three normalise a brick where it lies. Eight, two groups of four,
@@ -10,6 +11,7 @@
 // and one that was loaded serves three planes of taps. Filters begin where the pattern does and stay in shared memory.
 #pragma once
 #include "conv3d.cuh"
+#include "wgmma.cuh"
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
@@ -19,7 +21,6 @@ struct Conv3dTmaParams {
     Conv3dParams p;
 };
 
-constexpr int SIDE = 10, PLANE_ROWS = SIDE * SIDE;  // voxels of a brick's row and plane
 constexpr int BRICKS = 2, COLUMNS = 9;              // buffers: a brick is a slab, a column one tap of three planes
 constexpr int GROUPS = 2, NORMALISING = 3;          // warp groups that multiply, warps that normalise
 constexpr int ALL = THREADS + (1 + NORMALISING) * 32;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barri
                  ::"r"(to), "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e) : "memory");
 }
 
-// 64 voxels by 32, 64 or 128 filters by 16 channels, added to what is there.
+// 64 voxels by 32, 64, 96 or 128 filters by 16 channels, added to what is there.
 #define TMA_OF(NAME, BASE, TYPE)                                                                                         \
     struct NAME : BASE {                                                                                                 \
         static __device__ __forceinline__ void multiply(float (&d)[4][4], const u32 (&a)[4], u64 b) {                    \
@@ -59,19 +60,33 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barri
                          R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"                                                    \
                          : D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
         }                                                                                                                \
+        static __device__ __forceinline__ void multiply(float (&d)[12][4], const u32 (&a)[4], u64 b) {                   \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE " {"                                \
+                         R48 "}, {%48,%49,%50,%51}, %52, 1, 1, 1, 0;"                                                    \
+                         : D32(0), D16(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+        }                                                                                                                \
         static __device__ __forceinline__ void multiply(float (&d)[16][4], const u32 (&a)[4], u64 b) {                   \
             asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                               \
                          R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"                                                    \
                          : D32(0), D32(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
         }                                                                                                                \
     };
+// How a source lies in a brick: voxels of its rows, rows of its planes, planes; how far its coordinates are shifted.
+struct Shape {
+    int side_x, side_y, depth, shift_x, shift_y, shift_z;
+    __device__ __forceinline__ int voxels() const { return depth * side_y * side_x; }
+};
+
 // Each group of four warps has MI planes of 64 voxels by NI * 8 filters. Of the registers that a block begins with, threads
-// that load or normalise keep FEW, and those that multiply take MANY.
-template <class T, int MI, int NI, int FEW, int MANY>
+// that load or normalise keep FEW, and those that multiply take MANY. STRIDE is that of every axis.
+template <class T, int MI, int NI, int FEW, int MANY, int STRIDE>
 struct Boxes {
     static constexpr int TZ = GROUPS * MI, N = NI * 8;
-    static constexpr int BRICK = (TZ + 2) * PLANE_ROWS * ROW, COLUMN = 3 * N * ROW;
-    static_assert(BRICK % 256 == 0 && COLUMN % 256 == 0, "the swizzle of 32 bytes repeats after 256");
+    // Voxels along an axis of the largest brick, and planes of it; planes that a group reads.
+    static constexpr int SIDE = 7 * STRIDE + 3, DEPTH = (TZ - 1) * STRIDE + 3, PLANES = (MI - 1) * STRIDE + 3;
+    // The swizzle of 32 bytes repeats after 256.
+    static constexpr int BRICK = (DEPTH * SIDE * SIDE * ROW + 255) / 256 * 256, COLUMN = 3 * N * ROW;
+    static_assert(COLUMN % 256 == 0 && TZ % 2 == 0, "boxes");
 
     const Conv3dTmaParams& q;
     const Conv3dParams& p;
@@ -93,6 +108,13 @@ struct Boxes {
     __device__ __forceinline__ u32 column_arrived(int c) const { return barriers + (3 * BRICKS + c) * 8; }
     __device__ __forceinline__ u32 column_read(int c) const { return barriers + (3 * BRICKS + COLUMNS + c) * 8; }
 
+    // Of voxels that are read twice, the ten of a row are six.
+    __device__ __forceinline__ Shape shape(bool second) const {
+        const Source& s = second ? p.b : p.a;
+        if (STRIDE == 2) return {SIDE, SIDE, DEPTH, 0, 0, 0};
+        return {s.shift_x ? 6 : SIDE, s.shift_y ? 6 : SIDE, s.shift_z ? TZ / 2 + 2 : DEPTH, s.shift_x, s.shift_y, s.shift_z};
+    }
+
     __device__ __forceinline__ void start() const {
         if (threadIdx.x == 0) {
             for (int b = 0; b < BRICKS; ++b)
@@ -107,11 +129,13 @@ struct Boxes {
     __device__ __forceinline__ void load() const {
         for (int i = 0; i < count; ++i) {
             const int b = i % BRICKS, c = (first + i) * BLOCK;
+            const bool second = c >= p.a.channels;
+            const Shape s = shape(second);
             barrier_wait(read(b), (i / BRICKS & 1) ^ 1);
-            barrier_expect(arrived(b), BRICK);
-            const int x = t.x0 - 1, y = t.y0 - 1, z = t.z0 - 1;
-            if (c < p.a.channels) load_box(bricks + b * BRICK, q.a, arrived(b), c, x, y, z, t.n);
-            else load_box(bricks + b * BRICK, q.b, arrived(b), c - p.a.channels, x, y, z, t.n);
+            barrier_expect(arrived(b), s.voxels() * ROW);
+            const int x = (t.x0 * STRIDE >> s.shift_x) - 1, y = (t.y0 * STRIDE >> s.shift_y) - 1, z = (t.z0 * STRIDE >> s.shift_z) - 1;
+            if (second) load_box(bricks + b * BRICK, q.b, arrived(b), c - p.a.channels, x, y, z, t.n);
+            else load_box(bricks + b * BRICK, q.a, arrived(b), c, x, y, z, t.n);
             for (int column = 0; column < COLUMNS; ++column) {
                 barrier_wait(column_read(column), (i & 1) ^ 1);
                 barrier_expect(column_arrived(column), COLUMN);
@@ -125,21 +149,25 @@ struct Boxes {
         for (int i = 0; i < count; ++i) {
             const int b = i % BRICKS, slab = first + i;
             const bool second = slab * BLOCK >= p.a.channels;
-            const u64 norm = second ? p.b.norm : p.a.norm;
-            const int channels = second ? p.b.channels : p.a.channels;
-            const float slope = second ? p.b.slope : p.a.slope;
+            const Source& source = second ? p.b : p.a;
             Norm8 affine;
-            if (norm)
-                affine.load((const float*)norm + (u64)t.n * 3 * channels, channels,
+            if (source.norm)
+                affine.load((const float*)source.norm + (u64)t.n * 3 * source.channels, source.channels,
                             slab * BLOCK - (second ? p.a.channels : 0) + (thread & 1) * 8);
             barrier_wait(arrived(b), i / BRICKS & 1);
-            if (norm) {
-                #pragma unroll 2
-                for (int row = thread >> 1; row < (TZ + 2) * PLANE_ROWS; row += NORMALISING * 16) {
-                    const int z = t.z0 - 1 + row / PLANE_ROWS, y = t.y0 - 1 + row / SIDE % SIDE, x = t.x0 - 1 + row % SIDE;
-                    if ((u32)z >= (u32)p.d || (u32)y >= (u32)p.h || (u32)x >= (u32)p.w) continue;
-                    uint4* v = (uint4*)(shared + b * BRICK + swizzle<ROW>(row * ROW + (thread & 1) * 16));
-                    *v = affine.template apply<T>(*v, slope);
+            if (source.norm) {
+                const Shape s = shape(second);
+                const int x0 = (t.x0 * STRIDE >> s.shift_x) - 1, y0 = (t.y0 * STRIDE >> s.shift_y) - 1,
+                          z0 = (t.z0 * STRIDE >> s.shift_z) - 1;
+                // n * by >> 16 = n / side for the numbers of a brick.
+                const u32 by_x = 65536 / s.side_x + 1, by_y = 65536 / s.side_y + 1;
+                #pragma unroll 1
+                for (int at = thread >> 1; at < s.voxels(); at += NORMALISING * 16) {
+                    const int row = at * by_x >> 16, slice = row * by_y >> 16;
+                    const int z = z0 + slice, y = y0 + row - slice * s.side_y, x = x0 + at - row * s.side_x;
+                    if ((u32)z >= (u32)source.d || (u32)y >= (u32)source.h || (u32)x >= (u32)source.w) continue;
+                    uint4* v = (uint4*)(shared + b * BRICK + swizzle<ROW>(at * ROW + (thread & 1) * 16));
+                    *v = affine.template apply<T>(*v, source.slope);
                 }
                 // The next box of this buffer comes by the asynchronous proxy, and after these writes.
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -151,25 +179,34 @@ struct Boxes {
 
     __device__ __forceinline__ void multiply(float (&acc)[MI][NI][4]) const {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane & 15;
-        const int row = (warp >> 2) * MI * PLANE_ROWS + ((warp & 3) * 2 + (r >> 3)) * SIDE + (r & 7);
+        // The lane's voxel of a plane of the output, as the input is counted; its group's first plane.
+        const int ox = (r & 7) * STRIDE, oy = ((warp & 3) * 2 + (r >> 3)) * STRIDE, oz = (warp >> 2) * MI * STRIDE;
         #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             const int b = i % BRICKS;
+            const Shape s = shape((first + i) * BLOCK >= p.a.channels);
+            const u32 from = bricks + b * BRICK, half = (lane >> 4) * 16;
+            const int plane = s.side_y * s.side_x;
+            int across[3];              // where a tap's voxel is in its row; a box of halves begins with half a voxel
+            #pragma unroll
+            for (int k = 0; k < 3; ++k) across[k] = (ox + k + s.shift_x) >> s.shift_x;
             barrier_wait(ready(b), i / BRICKS & 1);
-            u32 a[2][MI + 2][4];        // a column's voxels are multiplied while the next one's are loaded
+            u32 a[2][PLANES][4];        // a column's voxels are multiplied while the next one's are loaded
             #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
+                const int row = ((oy + c / 3 + s.shift_y) >> s.shift_y) * s.side_x + across[c % 3];
                 #pragma unroll
-                for (int k = 0; k < MI + 2; ++k) {
-                    const int at = row + k * PLANE_ROWS + c / 3 * SIDE + c % 3;
-                    load_matrices(a[c & 1][k], bricks + b * BRICK + swizzle<ROW>(at * ROW + (lane >> 4) * 16));
+                for (int k = 0; k < PLANES; ++k) {
+                    const int at = row + ((oz + k + s.shift_z) >> s.shift_z) * plane;
+                    load_matrices(a[c & 1][k], from + swizzle<ROW>(at * ROW + half));
                 }
                 barrier_wait(column_arrived(c), i & 1);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 #pragma unroll
                 for (int z = 0; z < 3; ++z)
                     #pragma unroll
-                    for (int m = 0; m < MI; ++m) T::multiply(acc[m], a[c & 1][m + z], group_operand(weights + c * COLUMN + z * N * ROW, 8 * ROW));
+                    for (int m = 0; m < MI; ++m)
+                        T::multiply(acc[m], a[c & 1][m * STRIDE + z], group_operand(weights + c * COLUMN + z * N * ROW, 8 * ROW));
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 if (c > 0) {
                     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -200,10 +237,10 @@ struct Boxes {
 };
 
 // More than there were at the beginning would be waited for without end.
-#define CONV3D_TMA(NAME, STORAGE, MI, NI, BLOCKS, FEW, MANY)                                                             \
+#define CONV3D_TMA(NAME, STORAGE, MI, NI, BLOCKS, FEW, MANY, STRIDE)                                                     \
     static_assert(FEW + GROUPS * MANY <= 65536 / (BLOCKS * ALL) / 8 * 8 * (GROUPS + 1), "registers");                    \
     extern "C" __global__ void __launch_bounds__(ALL, BLOCKS)                                                            \
     NAME(const __grid_constant__ Conv3dTmaParams q) {                                                                    \
         extern __shared__ __align__(1024) unsigned char shared[];                                                        \
-        Boxes<STORAGE, MI, NI, FEW, MANY>(q, shared).run(shared);                                                       \
+        Boxes<STORAGE, MI, NI, FEW, MANY, STRIDE>(q, shared).run(shared);                                               \
     }

@@ -95,6 +95,8 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     conv3d_tma::ptx_conv3d_tma_of_a_batch_in_f16_with_bias,
     conv3d_tma::ptx_conv3d_tma_normalises_as_it_reads,
     conv3d_tma::ptx_conv3d_tma_in_parts,
+    conv3d_tma::ptx_conv3d_tma_reads_voxels_twice,
+    conv3d_tma::ptx_conv3d_tma_strides,
 ];
 
 /// The first card.

@@ -9,7 +9,7 @@ mod trial;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::launch::{Driver, Files, Launch, Memory, Parameter, files, module, shared_limit};
+use super::launch::{Driver, Files, Launch, Memory, Parameter, files, shared_limit};
 use super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, sources, voxels};
 use crate::error::{Error, Result};
 
@@ -27,8 +27,6 @@ static BF16: Files = files!("conv3d_bf16", bf16);
 static F16: Files = files!("conv3d_f16");
 static F32: Files = files!("conv3d_f32");
 static POINTWISE: Files = files!("conv3d_pointwise");
-/// For compute capability 9.0 alone.
-static GROUP: Files = Files::new(None, module!("conv3d_group.sm90a.ptx"));
 
 /// A convolution with padding of half the kernel.
 #[derive(Debug, Clone, Copy)]
@@ -130,11 +128,9 @@ enum Kind {
     Brick(usize),
     /// The same for any kernel and stride.
     AnyBrick(usize),
-    /// As [`Kind::Brick`] by warp groups of compute capability 9.0, on trial.
-    GroupBrick(usize),
     /// Planes of 8 x 8 voxels from a box of a tensor, by warp groups of compute capability 9.0, on trial; 3 x 3 x 3 taps at
-    /// stride 1, sources that are not repeated.
-    Boxes(usize),
+    /// this stride on every axis; at 2, sources that are not repeated.
+    Boxes(usize, usize),
     /// Rows of voxels; kernel of one voxel, no moments.
     Pointwise,
     /// A thread a value in f32, no moments.
@@ -154,12 +150,14 @@ struct Variant {
     efficiency: f64,
 }
 
-const VARIANTS: [Variant; 15] = [
-    Variant { name: "tma_n128", filters: 128, kind: Kind::Boxes(4), warps: 8, efficiency: 1.6 },
-    Variant { name: "tma_n64", filters: 64, kind: Kind::Boxes(8), warps: 8, efficiency: 1.6 },
-    Variant { name: "tma_n32", filters: 32, kind: Kind::Boxes(4), warps: 8, efficiency: 1.4 },
-    Variant { name: "group_n128", filters: 128, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.2 },
-    Variant { name: "group_n64", filters: 64, kind: Kind::GroupBrick(4), warps: 8, efficiency: 1.1 },
+const VARIANTS: [Variant; 17] = [
+    Variant { name: "tma_n128", filters: 128, kind: Kind::Boxes(4, 1), warps: 8, efficiency: 1.6 },
+    Variant { name: "tma_n96", filters: 96, kind: Kind::Boxes(4, 1), warps: 8, efficiency: 1.6 },
+    Variant { name: "tma_n64", filters: 64, kind: Kind::Boxes(8, 1), warps: 8, efficiency: 1.6 },
+    Variant { name: "tma_n32", filters: 32, kind: Kind::Boxes(4, 1), warps: 8, efficiency: 1.4 },
+    Variant { name: "tma_s2_n128", filters: 128, kind: Kind::Boxes(2, 2), warps: 8, efficiency: 1.2 },
+    Variant { name: "tma_s2_n64", filters: 64, kind: Kind::Boxes(4, 2), warps: 8, efficiency: 1.2 },
+    Variant { name: "tma_s2_n32", filters: 32, kind: Kind::Boxes(4, 2), warps: 8, efficiency: 0.8 },
     Variant { name: "n64", filters: 64, kind: Kind::Brick(4), warps: 4, efficiency: 1.0 },
     Variant { name: "n32", filters: 32, kind: Kind::Brick(8), warps: 8, efficiency: 1.0 },
     Variant { name: "n16", filters: 16, kind: Kind::Brick(8), warps: 8, efficiency: 0.8 },
@@ -182,12 +180,9 @@ impl Variant {
         }
         match self.kind {
             Kind::Brick(_) => half && p.stride == [1; 3] && p.kernel[1..] == [3; 2],
-            Kind::GroupBrick(_) => {
-                half && p.stride == [1; 3] && p.kernel[1..] == [3; 2] && driver.capability() == [9, 0]
-            }
-            Kind::Boxes(_) => {
-                let whole = p.sources.iter().all(|s| s.repeat == [1; 3]);
-                half && whole && p.stride == [1; 3] && p.kernel == [3; 3] && driver.capability() == [9, 0]
+            Kind::Boxes(_, stride) => {
+                let whole = p.sources.iter().skip(2 - stride).all(|s| s.repeat == [1; 3]);
+                half && whole && p.stride == [stride; 3] && p.kernel == [3; 3] && driver.capability() == [9, 0]
             }
             Kind::AnyBrick(_) => half,
             Kind::Pointwise => half && p.kernel == [1; 3] && !measured,
@@ -198,7 +193,7 @@ impl Variant {
     /// Tiles of a sample along each axis.
     fn tiles(&self, out: [usize; 3]) -> [usize; 3] {
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) | Kind::Boxes(planes) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::Boxes(planes, _) => {
                 [out[0].div_ceil(planes), out[1].div_ceil(8), out[2].div_ceil(8)]
             }
             Kind::Pointwise | Kind::Plain => [1; 3],
@@ -208,8 +203,8 @@ impl Variant {
     /// What can be cut into parts: slabs of channels, most of them times planes of taps.
     fn stages(&self, p: &Problem<'_>) -> usize {
         match self.kind {
-            Kind::Brick(_) | Kind::AnyBrick(_) | Kind::GroupBrick(_) => slabs(p) * p.kernel[0],
-            Kind::Boxes(_) => slabs(p),
+            Kind::Brick(_) | Kind::AnyBrick(_) => slabs(p) * p.kernel[0],
+            Kind::Boxes(..) => slabs(p),
             Kind::Pointwise | Kind::Plain => 1,
         }
     }
@@ -239,7 +234,7 @@ impl Variant {
         let groups = padded(p.filters).div_ceil(self.filters);
         let voxels = p.batch * out.iter().product::<usize>();
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) | Kind::Boxes(planes) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::Boxes(planes, _) => {
                 (p.batch * self.tiles(out).iter().product::<usize>() * groups, planes * 64)
             }
             Kind::Pointwise => (voxels.div_ceil(gemm::ROWS) * groups, gemm::ROWS),
@@ -252,17 +247,22 @@ impl Variant {
         3 * self.warps * self.filters * 4
     }
 
+    /// Along every axis, of those that know one only.
+    fn stride(&self) -> usize {
+        if let Kind::Boxes(_, stride) = self.kind { stride } else { 1 }
+    }
+
     /// Counts on what only a card can confirm.
     fn on_trial(&self) -> bool {
-        matches!(self.kind, Kind::GroupBrick(_) | Kind::Boxes(_))
+        matches!(self.kind, Kind::Boxes(..))
     }
 
     /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
     /// there is more than one and room.
     fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
         let planes = match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::GroupBrick(planes) => planes,
-            Kind::Boxes(planes) => return (boxes::shared(planes, self.filters), 2),
+            Kind::Brick(planes) | Kind::AnyBrick(planes) => planes,
+            Kind::Boxes(planes, stride) => return (boxes::shared(planes, stride, self.filters), 2),
             Kind::Pointwise | Kind::Plain => return (0, 1),
         };
         let row = BLOCK * 2;
@@ -295,8 +295,7 @@ pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'s
 }
 
 /// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`. One
-/// that a card has to confirm is taken by name only, and as by [`variants`] tried on the card first, which takes memory for
-/// a moment.
+/// that a card has to confirm is tried on it first, as by [`variants`], which takes memory for a moment.
 ///
 /// # Errors
 /// As [`run`]; [`Error::Unsupported`] when nothing fits the wish; [`Error::OutOfMemory`].
@@ -305,9 +304,7 @@ pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>
     let multiprocessors = driver.multiprocessors().max(1);
     let mut fit = Vec::new();
     for v in &VARIANTS {
-        // A kernel that waits for what never comes would not end, trial or not: until a card has run them, those on trial are
-        // for whoever asks by name.
-        let asked = wish.variant.map_or(!v.on_trial(), |n| n == v.name) && v.supports(p, measured, driver);
+        let asked = wish.variant.is_none_or(|n| n == v.name) && v.supports(p, measured, driver);
         if asked && trial::passes(driver, v, p.storage)? {
             fit.push(v);
         }
@@ -425,7 +422,7 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, plan: &Plan) -> Result<()> {
     // What is refused is refused before anything runs.
     let end = (parts > 1).then(|| sum::Sum::new(p, parts, all)).transpose()?;
     let (files, entry) = (files(v, p.storage), entry(v, p.storage));
-    if let Kind::Boxes(planes) = v.kind {
+    if let Kind::Boxes(planes, _) = v.kind {
         launch.block[0] = boxes::BLOCK_THREADS;
         let (maps, params) = (boxes::maps(p, planes, v.filters)?, boxes::Params { params, unused: [0; 14] });
         files.launch(driver, &entry, launch, Parameter { maps: &maps, bytes: bytemuck::bytes_of(&params) })?;
@@ -451,8 +448,7 @@ fn files(v: &Variant, storage: Storage) -> &'static Files {
     match (v.kind, storage) {
         (Kind::Plain, _) => &F32,
         (Kind::Pointwise, _) => &POINTWISE,
-        (Kind::GroupBrick(_), _) => &GROUP,
-        (Kind::Boxes(_), _) => boxes::files(storage),
+        (Kind::Boxes(_, stride), _) => boxes::files(storage, stride),
         (_, Storage::F16) => &F16,
         _ => &BF16,
     }
@@ -467,7 +463,7 @@ pub(super) fn entries() -> Vec<Entry> {
     for v in &VARIANTS {
         let params = match v.kind {
             Kind::Pointwise => size_of::<gemm::Params>(),
-            Kind::Boxes(_) => boxes::PARAMS,
+            Kind::Boxes(..) => boxes::PARAMS,
             _ => size_of::<Params>(),
         };
         let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };

@@ -7,8 +7,11 @@ use super::super::{BLOCK, Storage, padded};
 use super::{OP, Problem, THREADS, slabs};
 use crate::error::{Error, Result};
 
-static BF16: Files = Files::new(None, module!("conv3d_tma_bf16.sm90a.ptx"));
-static F16: Files = Files::new(None, module!("conv3d_tma_f16.sm90a.ptx"));
+/// By stride: the driver assembles a file at its first use, and a network of planes has no use for the second.
+static BF16: [Files; 2] =
+    [Files::new(None, module!("conv3d_tma_bf16.sm90a.ptx")), Files::new(None, module!("conv3d_tma_s2_bf16.sm90a.ptx"))];
+static F16: [Files; 2] =
+    [Files::new(None, module!("conv3d_tma_f16.sm90a.ptx")), Files::new(None, module!("conv3d_tma_s2_f16.sm90a.ptx"))];
 
 /// Those that multiply, one warp that loads, three that normalise.
 pub(super) const BLOCK_THREADS: u32 = THREADS + 128;
@@ -28,14 +31,16 @@ pub(super) struct Params {
 /// Bytes of `Conv3dTmaParams`.
 pub(super) const PARAMS: usize = 3 * MAP + size_of::<Params>();
 
-pub(super) fn files(storage: Storage) -> &'static Files {
-    if storage == Storage::F16 { &F16 } else { &BF16 }
+pub(super) fn files(storage: Storage, stride: usize) -> &'static Files {
+    &(if storage == Storage::F16 { &F16 } else { &BF16 })[stride - 1]
 }
 
-/// Dynamic shared memory of a block with so many planes and filters.
-pub(super) fn shared(planes: usize, filters: usize) -> usize {
-    let results = planes * 64 * filters * 2;
-    (2 * (planes + 2) * 100 * ROW + 27 * filters * ROW + BARRIERS).max(results)
+/// Dynamic shared memory of a block with so many planes and filters: two bricks, the filters of a slab, and barriers.
+pub(super) fn shared(planes: usize, stride: usize, filters: usize) -> usize {
+    let (side, depth) = (7 * stride + 3, (planes - 1) * stride + 3);
+    // A brick begins where the pattern of the swizzle does.
+    let brick = (depth * side * side * ROW).next_multiple_of(256);
+    (2 * brick + 27 * filters * ROW + BARRIERS).max(planes * 64 * filters * 2)
 }
 
 /// Of the first source, of the second or again the first, and of the filters.
@@ -46,10 +51,15 @@ pub(super) fn maps(p: &Problem<'_>, planes: usize, filters: usize) -> Result<[Te
     let source = |i: usize| {
         let s = p.sources.get(i).unwrap_or(&p.sources[0]);
         let [d, h, w] = s.space;
+        // Of voxels that are read twice, half as many and one at each end.
+        let [z, y, x] = [0, 1, 2].map(|a| {
+            let voxels = [planes, 8, 8][a] as u32;
+            if s.repeat[a] == 2 { voxels / 2 + 2 } else { (voxels - 1) * p.stride[a] as u32 + 3 }
+        });
         TensorMap {
             address: s.data.address,
             sizes: [padded(s.channels), w, h, d, p.batch],
-            tile: [BLOCK as u32, 10, 10, planes as u32 + 2, 1],
+            tile: [BLOCK as u32, x, y, z, 1],
         }
     };
     let weight = TensorMap {

@@ -1,18 +1,18 @@
 //! Variants that count on what only a card can confirm are tried on every card before they are used.
 //!
-//! The trial is a small problem with every kind of edge, solved by the variant and by one that every card runs. Its numbers
+//! The trial is small problems with every kind of edge, solved by the variant and by one that every card runs. Their numbers
 //! are small integers and halves, so that sums are exact in any order and results have to have the same bytes.
 
 use super::super::launch::{Driver, Memory};
 use super::super::{Norm, Source, Storage, padded};
-use super::{OP, Plan, Problem, VARIANTS, Variant, entry, output_space, pack_weight, run};
+use super::{Kind, OP, Plan, Problem, VARIANTS, Variant, entry, pack_weight, run};
 use crate::error::{Error, Result};
 
-/// What a variant is held against.
-const PROVED: &str = "n64";
+/// What variants of stride 1 and 2 are held against, and the size of the result: bricks of the variants end beyond it, two of
+/// them lie side by side, and along z there is one of either's, so that moments are of the same voxels. Even, so that it
+/// can be that of voxels which are read twice.
+const PROVED: [(&str, [usize; 3]); 2] = [("n64", [4, 10, 6]), ("any_n64", [2, 10, 6])];
 const BATCH: usize = 2;
-/// Bricks that end beyond it on every axis, two of them side by side.
-const SPACE: [usize; 3] = [3, 9, 6];
 /// Channels of the two sources, of which the first is normalised: more slabs than there are buffers for bricks.
 const CHANNELS: [usize; 2] = [32, 32];
 
@@ -57,7 +57,13 @@ pub(super) fn passes(driver: &dyn Driver, v: &'static Variant, storage: Storage)
     if let Some(passed) = driver.findings().passed(&name) {
         return Ok(passed);
     }
-    let verdict = compare(driver, v, storage)?;
+    let mut verdict = compare(driver, v, storage, [1; 3])?;
+    // Whether it reads voxels twice; most of what else can be wrong is wrong here too.
+    if verdict.is_ok() && v.stride() == 1 && matches!(v.kind, Kind::Boxes(..)) {
+        for repeat in [[2; 3], [1, 2, 2]] {
+            verdict = verdict.and(compare(driver, v, storage, repeat)?);
+        }
+    }
     if let Err(why) = &verdict {
         // After some faults of a kernel the driver runs no other: that is said of the one that did it.
         let unusable = |next| Error::Device { what: format!("{OP}: the trial of {name} ended in {why}, then {next}") };
@@ -78,19 +84,29 @@ fn integers(n: usize, most: i32, seed: u32) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
-/// Whether the variant solves the problem as it should, or what it does instead.
-fn compare(driver: &dyn Driver, v: &'static Variant, storage: Storage) -> Result<Result<(), String>> {
-    let Some(proved) = VARIANTS.iter().find(|v| v.name == PROVED) else {
-        return Err(Error::unsupported(format!("{OP} without {PROVED}")));
+/// Whether the variant solves the problem as it should, or what it does instead. Voxels of the first source are read
+/// `repeat` times along each axis.
+fn compare(
+    driver: &dyn Driver,
+    v: &'static Variant,
+    storage: Storage,
+    repeat: [usize; 3],
+) -> Result<Result<(), String>> {
+    let (name, out) = PROVED[v.stride() - 1];
+    let Some(proved) = VARIANTS.iter().find(|v| v.name == name) else {
+        return Err(Error::unsupported(format!("{OP} without {name}")));
     };
     let mut held = Held { driver, memory: Vec::new() };
-    let voxels = BATCH * SPACE.iter().product::<usize>();
+    let voxels = BATCH * out.iter().product::<usize>();
+    let read = out.map(|n| n * v.stride());
     // The last block of filters is not full.
     let filters = v.filters + padded(1);
     let mut sources = Vec::new();
     for (i, channels) in CHANNELS.into_iter().enumerate() {
-        let values = storage.store(&integers(voxels * channels, 3, 1 + i as u32));
-        sources.push(Source::plain(held.with(&values)?, channels, SPACE));
+        let repeat = if i == 0 { repeat } else { [1; 3] };
+        let space = [0, 1, 2].map(|a| read[a] / repeat[a]);
+        let values = storage.store(&integers(BATCH * space.iter().product::<usize>() * channels, 3, 1 + i as u32));
+        sources.push(Source { repeat, ..Source::plain(held.with(&values)?, channels, space) });
     }
     let mut planes = integers(BATCH * 3 * CHANNELS[0], 1, 3);
     for (i, plane) in planes.iter_mut().enumerate() {
@@ -108,13 +124,13 @@ fn compare(driver: &dyn Driver, v: &'static Variant, storage: Storage) -> Result
         bias: Some(held.with(bytemuck::cast_slice(&integers(filters, 3, 5)))?),
         filters,
         kernel: [3; 3],
-        stride: [1; 3],
+        stride: [v.stride(); 3],
         out: Memory { address: 0, bytes: 0 },
         partials: None,
         workspace: None,
     };
     let mut solve = |v: &'static Variant| -> Result<(Vec<u8>, Vec<f32>)> {
-        let tiles = v.tiles(output_space(SPACE, p.kernel, p.stride)).iter().product::<usize>();
+        let tiles = v.tiles(out).iter().product::<usize>();
         p.out = held.room(voxels * filters * storage.bytes())?;
         let partials = held.room(BATCH * tiles * 3 * filters * 4)?;
         p.partials = Some(partials);
@@ -127,14 +143,14 @@ fn compare(driver: &dyn Driver, v: &'static Variant, storage: Storage) -> Result
         driver.download(partials, bytemuck::cast_slice_mut(&mut moments))?;
         Ok((out, moments))
     };
-    let (out, moments) = solve(proved)?;
+    let (expected, moments) = solve(proved)?;
     let (own, own_moments) = match solve(v) {
         Err(e @ Error::OutOfMemory { .. }) => return Err(e),
         Err(e) => return Ok(Err(e.to_string())),
         Ok(own) => own,
     };
-    if own != out {
-        return Ok(Err(format!("a trial gave other values than {PROVED}")));
+    if own != expected {
+        return Ok(Err(format!("a trial gave other values than {name}")));
     }
     let near = moments.chunks_exact(3 * filters).zip(own_moments.chunks_exact(3 * filters)).all(|(a, b)| {
         let of = |m: &[f32], i: usize| [0, 1, 2].map(|k| f64::from(m[k * filters + i]));
@@ -143,7 +159,7 @@ fn compare(driver: &dyn Driver, v: &'static Variant, storage: Storage) -> Result
     Ok(if moments.len() == own_moments.len() && near {
         Ok(())
     } else {
-        Err(format!("a trial gave other moments than {PROVED}"))
+        Err(format!("a trial gave other moments than {name}"))
     })
 }
 
