@@ -148,7 +148,7 @@ start_torch() {
     for model in $models; do
         rm -f "$results/go_$model"
         timeout -k 5 "$limit" python3 "$here/bench_torch.py" net --model "$model" --patch "$patch" --limit 60 \
-            --go "$results/go_$model" > "$results/torch_net_$model.log" 2>&1 &
+            --compile-limit $((ready > 60 ? ready - 30 : 30)) --go "$results/go_$model" > "$results/torch_net_$model.log" 2>&1 &
         torch[$model]=$!
     done
 }
