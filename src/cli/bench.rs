@@ -205,7 +205,7 @@ fn time(device: &Device, runs: u16, key: &[usize], mut f: impl FnMut() -> Result
 }
 
 /// Of [`time_in_a_row`]: seconds that one of its passes takes about, calls that it has at most, and passes between two waits.
-const PASS: f64 = 5e-4;
+const PASS: f64 = 1e-3;
 const MOST_CALLS: f64 = 200.0;
 const PASSES: usize = 4;
 
