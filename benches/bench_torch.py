@@ -3,17 +3,24 @@
 
   bench_torch.py net --model base          forward passes of a STU-Net in every memory format and mode
   bench_torch.py layers --model base       its convolutions one by one
+  bench_torch.py norm --model base         instance normalisation with leaky ReLU at the size of every stage
   bench_torch.py table --results FOLDER    a table of what gpu_run.sh left there; needs no PyTorch
 
 One line of JSON a case. bf16 by autocast, cudnn.benchmark on, TF32 allowed, warmed up, timed by CUDA events, median of as
 many runs as fit into --secs; the fastest mode is the opponent. With --smoke the processor runs it at small sizes, which
 says that the script works and nothing else.
+
+Compiling takes longer than all the timing. With --go FILE a process builds and compiles everything, says {"ready": ...} and
+times nothing until FILE is there: several can get ready beside each other and beside other work, and then be timed one by
+one. Memory is that of a mode alone: its weights, its input and what a pass takes beyond what was there before.
 """
 
 import argparse
+import copy
 import glob
 import json
 import os
+import signal
 import statistics
 import time
 
@@ -30,11 +37,14 @@ DRIFT = 0.03
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["net", "layers", "table"])
+    p.add_argument("what", choices=["net", "layers", "norm", "table"])
     p.add_argument("--model", choices=MODELS, default="base")
     p.add_argument("--patch", type=int, default=128, help="voxels along each axis")
     p.add_argument("--secs", type=float, default=0.5, help="seconds of timed runs of a case")
-    p.add_argument("--limit", type=float, default=500, help="seconds after which no case begins")
+    p.add_argument("--limit", type=float, default=500, help="seconds of timing after which no case begins")
+    p.add_argument("--go", metavar="FILE", help="get ready, and time only when FILE exists")
+    p.add_argument("--compile-limit", type=int, default=200, help="seconds of getting ready; of norm, of a compilation")
+    p.add_argument("--autotune", action="store_true", help="compile by max-autotune-no-cudagraphs: minutes")
     p.add_argument("--smoke", action="store_true", help="on the processor, small")
     p.add_argument("--results", default=".", help="folder of gpu_run.sh's logs")
     return p.parse_args()
@@ -88,9 +98,11 @@ def network(torch, dims, depth):
             self.conv3 = nn.Conv3d(i, o, 1, stride) if projected else None
 
         def forward(self, x):
-            y = F.leaky_relu(self.norm1(self.conv1(x)), 0.01)
+            # In place, as STU-Net itself.
+            y = F.leaky_relu(self.norm1(self.conv1(x)), 0.01, inplace=True)
             y = self.norm2(self.conv2(y))
-            return F.leaky_relu(y + (x if self.conv3 is None else self.conv3(x)), 0.01)
+            y += x if self.conv3 is None else self.conv3(x)
+            return F.leaky_relu(y, 0.01, inplace=True)
 
     def stage(i, o, stride):
         return nn.Sequential(Block(i, o, stride, True), *[Block(o, o, 1, False) for _ in range(depth - 1)])
@@ -121,38 +133,167 @@ def formats(torch):
     return (("ncdhw", torch.contiguous_format), ("channels_last_3d", torch.channels_last_3d))
 
 
+def compiled(torch, f, a):
+    # Shapes never change here.
+    return torch.compile(f, dynamic=False, mode="max-autotune-no-cudagraphs" if a.autotune else "default")
+
+
+def within(seconds, f):
+    """Calls f; an error after so many seconds."""
+
+    def late(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        return f()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Case:
+    """A network in one memory format and mode."""
+
+    def __init__(self, torch, device, memory_format, mode, model, x, own):
+        self.format, self.mode, self.own = memory_format, mode, own
+        autocast = mode != "eager_bf16"
+
+        def forward():
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+                return model(x)
+
+        self.forward = forward
+
+
+def cases(torch, device, patch, dims, depth, a):
+    """What there is to be timed. Weights are there once for all modes that have the same."""
+    allocated = torch.cuda.memory_allocated if device == "cuda" else lambda: 0
+    for name, memory_format in formats(torch):
+        torch.manual_seed(0)
+        before = allocated()
+        model = network(torch, dims, depth).to(device).to(memory_format=memory_format).eval()
+        x = torch.randn(1, 1, patch, patch, patch, device=device).to(memory_format=memory_format)
+        own = allocated() - before
+        yield Case(torch, device, name, "eager", model, x, own)
+        # Without autocast no weight is rounded anew in every pass.
+        before = allocated()
+        model16, x16 = copy.deepcopy(model).bfloat16(), x.bfloat16()
+        yield Case(torch, device, name, "eager_bf16", model16, x16, allocated() - before)
+        if not a.smoke:
+            yield Case(torch, device, name, "compile", compiled(torch, model, a), x, own)
+
+
+def pickers(torch, final):
+    """How cuDNN chooses. While others have the card it must not choose by time, and what it chose is kept by a key of which
+    this switch is a part; on 16 bits it has no other effect."""
+    torch.backends.cudnn.benchmark = final
+    torch.backends.cudnn.allow_tf32 = final
+
+
 def net(torch, device, timer, a):
     dims, depth = MODELS[a.model]
     patch = a.patch
     if a.smoke:
         dims, patch = [c // 8 for c in dims], 64
     begin = time.time()
-    for name, memory_format in formats(torch):
-        for mode in ("eager",) if a.smoke else ("eager", "compile"):
-            if time.time() - begin > a.limit:
-                say(model=a.model, format=name, mode=mode, error="no time left")
-                continue
-            torch.manual_seed(0)
-            model = network(torch, dims, depth).to(device).to(memory_format=memory_format).eval()
-            x = torch.randn(1, 1, patch, patch, patch, device=device).to(memory_format=memory_format)
-            run = torch.compile(model, mode="max-autotune-no-cudagraphs") if mode == "compile" else model
+    ready = []
+    pickers(torch, a.go is None)
+    # What is to be compiled last, and given up when time is: the others then still count.
+    for case in sorted(cases(torch, device, patch, dims, depth, a), key=lambda c: c.mode == "compile"):
+        about = {"model": a.model, "format": case.format, "mode": case.mode}
+        try:
+            left = max(1, int(a.compile_limit - time.time() + begin))
+            took = timer.clocked(lambda: within(left, case.forward))
+            ready.append((about, case))
+            say(**about, prepared_seconds=round(took / 1e3, 1))
+        except Exception as e:  # A mode that does not work is no reason to lose the others.
+            say(**about, error=str(e)[:200])
+    say(ready=a.model, seconds=round(time.time() - begin, 1))
+    while a.go and not os.path.exists(a.go):
+        time.sleep(0.05)
+    pickers(torch, True)
+    begin = time.time()
+    for about, case in ready:
+        if time.time() - begin > a.limit:
+            say(**about, error="no time left")
+            continue
+        try:
+            case.forward()
+            peak = before = 0
             if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-
-            def forward():
-                with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
-                    return run(x)
-
-            try:
-                ms = timer.median(forward)
-                peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-                say(model=a.model, patch=patch, format=name, mode=mode, ms=round(ms, 4), peak_bytes=peak)
-            except Exception as e:  # A mode that does not work is no reason to lose the others.
-                say(model=a.model, format=name, mode=mode, error=str(e)[:200])
-            del model, run, x
-            if device == "cuda":
-                torch._dynamo.reset()
+                torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            ms = timer.median(case.forward)
+            if device == "cuda":
+                peak = case.own + torch.cuda.max_memory_allocated() - before
+            say(**about, patch=patch, ms=round(ms, 4), peak_bytes=peak)
+        except Exception as e:
+            say(**about, error=str(e)[:200])
+    for about, case in ready:
+        if case.mode.startswith("eager") and time.time() - begin < a.limit:
+            try:
+                say(**about, kernels=longest(torch, device, case.forward))
+            except Exception as e:
+                say(**about, kernels_error=str(e)[:200])
+
+
+def longest(torch, device, f):
+    """Names and milliseconds of the five kernels that take longest: convolutions that are not cuDNN's would be seen."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as p:
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    times = {}
+    for e in p.key_averages():
+        if device == "cuda":
+            us = getattr(e, "self_device_time_total", None) or getattr(e, "self_cuda_time_total", 0)
+        else:
+            us = e.self_cpu_time_total
+        times[e.key[:120]] = times.get(e.key[:120], 0) + us
+    return {k: round(times[k] / 1e3, 3) for k in sorted(times, key=times.get, reverse=True)[:5]}
+
+
+def norm(torch, device, timer, a):
+    """As `stunet bench instance-norm`: from a stored activation to another one."""
+    functional = torch.nn.functional
+    dims, _ = MODELS[a.model]
+    patch = 32 if a.smoke else a.patch
+    begin = time.time()
+    for stage, channels in enumerate(dims):
+        size = patch >> stage
+        row = {"norm": f"{channels} at {size}x{size}x{size}"}
+        if size**3 == 1:
+            continue  # PyTorch normalises no single voxel.
+        for name, memory_format in formats(torch):
+            x = torch.randn(1, channels, size, size, size, device=device, dtype=torch.bfloat16)
+            x = x.to(memory_format=memory_format)
+            w, b = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+
+            def run(x):
+                y = functional.instance_norm(x, weight=w, bias=b, eps=1e-5)
+                return functional.leaky_relu(y, 0.01, inplace=True)
+
+            for mode in ("eager",) if a.smoke else ("eager", "compile"):
+                if time.time() - begin > a.limit:
+                    row[f"{name}_{mode}_error"] = "no time left"
+                    continue
+                f = compiled(torch, run, a) if mode == "compile" else run
+                try:
+                    with torch.inference_mode():
+                        within(a.compile_limit, lambda: f(x))
+                        row[f"{name}_{mode}"] = round(timer.median(lambda: f(x)), 5)
+                except Exception as e:
+                    row[f"{name}_{mode}_error"] = str(e)[:100]
+                if mode == "compile":
+                    torch._dynamo.reset()
+        say(**row)
 
 
 def layers(torch, device, timer, a):
@@ -196,10 +337,23 @@ def records(path):
     return [r for r in found if isinstance(r, dict)]
 
 
+def summed(what):
+    """Channels of two inputs as one number."""
+    channels, _, rest = what.partition("->")
+    return f"{sum(int(c) for c in channels.split('+'))}->{rest}"
+
+
+def times_of(row):
+    return [v for k, v in row.items() if isinstance(v, float) and k.startswith(("ncdhw", "channels_last_3d"))]
+
+
 def table(folder):
+    def log(name):
+        return records(os.path.join(folder, f"{name}.log"))
+
     for first in sorted(glob.glob(os.path.join(folder, "ours_1_*.log"))):
         model = os.path.basename(first)[len("ours_1_") : -len(".log")]
-        ours = [r for n in (1, 2) for r in records(os.path.join(folder, f"ours_{n}_{model}.log")) if "seconds" in r]
+        ours = [r for n in (1, 2) for r in log(f"ours_{n}_{model}") if "seconds" in r]
         if not ours:
             print(f"{model}: no numbers of ours, see {first}\n")
             continue
@@ -208,22 +362,68 @@ def table(folder):
         line = f"{model} {ours[0]['patch']} {ours[0]['precision']}: ours {' / '.join(f'{m:.3f}' for m in ms)} ms, {peak / 2**20:.0f} MiB"
         if max(ms) / min(ms) > 1 + DRIFT:
             line += f" (drift {max(ms) / min(ms) - 1:.1%}: no comparison)"
-        theirs = [r for r in records(os.path.join(folder, f"torch_net_{model}.log")) if "ms" in r]
-        if theirs:
-            best = min(theirs, key=lambda r: r["ms"])
-            line += f"; PyTorch {best['ms']:.3f} ms, {best['peak_bytes'] / 2**20:.0f} MiB ({best['format']}, {best['mode']})"
-            line += f"; ratio {best['ms'] / max(ms):.2f}"
+        for key, what in (("seconds_in_a_row", "one after the other"), ("seconds_on_host", "labels on the host")):
+            if key in ours[-1]:
+                line += f"; {what} {ours[-1][key] * 1e3:.3f} ms"
         print(line + "\n")
-        opponents = {r["layer"]: r for r in records(os.path.join(folder, f"torch_layers_{model}.log")) if "layer" in r}
-        print("| layer | kernel | ours ms | TFLOP/s | PyTorch ms | ratio |\n|---|---|---|---|---|---|")
-        for layer in ours[-1]["layers"]:
-            own = layer["seconds"] * 1e3
-            rate = f"{layer['gflops'] / 1e3:.1f}" if layer["gflops"] else ""
-            row = opponents.get(layer["what"], {})
-            times = [row[k] for k in ("ncdhw", "channels_last_3d") if k in row]
-            them = f"{min(times):.4f} | {min(times) / own:.2f}" if times and own else " | "
-            print(f"| {layer['operation']} {layer['what']} | {layer['implementation']} | {own:.4f} | {rate} | {them} |")
-        print()
+        forward_table(log(f"torch_net_{model}"), max(ms), peak)
+        layer_table(ours[-1], log(f"variants_{model}"), log(f"torch_layers_{model}"))
+        norm_table(log(f"ours_norm_{model}"), log(f"torch_norm_{model}"))
+
+
+def forward_table(theirs, own, peak):
+    """Every mode of PyTorch, beside the slower of our runs."""
+    timed = [r for r in theirs if "ms" in r]
+    if not timed:
+        return
+    best = min(timed, key=lambda r: r["ms"])
+    print("| PyTorch | ms | ratio | MiB | ratio |\n|---|---|---|---|---|")
+    for r in theirs:
+        title = f"{r.get('format')}, {r.get('mode')}"
+        if "ms" in r:
+            mark = " (fastest)" if r is best else ""
+            memory = f"{r['peak_bytes'] / 2**20:.0f} | {r['peak_bytes'] / peak:.2f}"
+            print(f"| {title}{mark} | {r['ms']:.3f} | {r['ms'] / own:.2f} | {memory} |")
+        elif "error" in r:
+            print(f"| {title}: {r['error']} | | | | |")
+    print()
+    for r in theirs:
+        if "kernels" in r:
+            print(f"{r['format']}, {r['mode']}: {'; '.join(f'{ms} ms {k}' for k, ms in r['kernels'].items())}\n")
+
+
+def layer_table(pass_, variants, theirs):
+    opponents = {r["layer"]: r for r in theirs if "layer" in r}
+    row_of = {summed(l["what"]): l for r in variants for l in r.get("layers", []) if "in_a_row" in l}
+    if not opponents and not row_of:
+        return
+    # With its launch and a wait a small layer of a pass takes twice as long.
+    print("Layers alone, many runs in a row; with * as part of a pass, with its launch and a wait.\n")
+    print("| layer | kernel | ours ms | TFLOP/s | PyTorch ms | ratio |\n|---|---|---|---|---|---|")
+    for layer in pass_["layers"]:
+        alone = row_of.get(layer["what"]) if layer["operation"] == "conv3d" else None
+        l = alone or layer
+        own = l["seconds"] * 1e3
+        rate = f"{l['gflops'] / 1e3:.1f}" if l["gflops"] else ""
+        times = times_of(opponents.get(layer["what"], {}))
+        them = f"{min(times):.4f} | {min(times) / own:.2f}" if times and own else " | "
+        mark = "" if alone else "*"
+        print(f"| {layer['operation']} {layer['what']} | {l['implementation']} | {own:.4f}{mark} | {rate} | {them} |")
+    print()
+
+
+def norm_table(ours, theirs):
+    opponents = {r["norm"]: times_of(r) for r in theirs if "norm" in r}
+    layers = [l for r in ours for l in r.get("layers", [])]
+    if not layers:
+        return
+    print("| instance norm, leaky ReLU | ours ms | of a copy | PyTorch ms | ratio |\n|---|---|---|---|---|")
+    for l in layers:
+        own, share = l["seconds"] * 1e3, l.get("memory_share")
+        times = opponents.get(l["what"], [])
+        them = f"{min(times):.4f} | {min(times) / own:.2f}" if times else " | "
+        print(f"| {l['what']} | {own:.4f} | {f'{share:.0%}' if share else ''} | {them} |")
+    print()
 
 
 def main():
@@ -242,7 +442,7 @@ def main():
         cudnn=torch.backends.cudnn.version(),
         device="cpu" if a.smoke else torch.cuda.get_device_name(),
     )
-    (net if a.what == "net" else layers)(torch, device, timer, a)
+    {"net": net, "layers": layers, "norm": norm}[a.what](torch, device, timer, a)
 
 
 if __name__ == "__main__":

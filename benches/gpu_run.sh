@@ -5,16 +5,19 @@
 #   benches/gpu_run.sh prepare      where the sources are: builds, and packs all that travels into .gpu/ (which git ignores)
 #   bash .gpu/gpu_run.sh check      on the machine with the GPU: every kernel and whole networks on the card; sanitizers
 #   bash .gpu/gpu_run.sh bench      ours, PyTorch, ours again; a table; our layers by every variant; whole predictions
+#   bash .gpu/gpu_run.sh visit      check without sanitizers, while PyTorch compiles; then bench
 #   bash .gpu/gpu_run.sh prof       what ncu says of the kernels of one forward pass
 #
-# Logs and tables go to $OUT [gpu-results]. MODELS="small base" names the networks [small base large huge], PATCH their
-# window [128], LIMIT the seconds that a whole check or bench may take [540]. Each step has a time limit of its own and the
-# next one follows after a failure, so that one bad kernel does not cost the visit. Clocks, power and the card's modes stay
-# as they are.
+# Logs and tables go to $OUT [gpu-results]. MODELS="small base" names the networks [small base large huge], LAYERS those
+# whose layers are held against PyTorch's [base], PATCH their window [128], READY the seconds that PyTorch may take to get
+# ready [240], LIMIT those that all of it may take [540]. Each step has a time limit of its own and the next one follows after
+# a failure, so that one bad kernel does not cost the visit. Clocks, power and the card's modes stay as they are.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 models=${MODELS:-small base large huge}
+layers=${LAYERS:-base}
 patch=${PATCH:-128}
+ready=${READY:-240}
 limit=${LIMIT:-540}
 results=${OUT:-gpu-results}
 
@@ -94,59 +97,156 @@ end() {
     return "$failed"
 }
 
-check() {
-    begin
+note() { echo "$1" | tee -a "$results/summary.txt"; }
+
+kernels() {
     # The test asks for a card, so that a machine on which none is found does not look like one on which all is well.
-    export STUNET_GPU=require RUST_BACKTRACE=0
-    local run=("$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card)
-    # A process each: after a fault of one kernel the driver lets the process run no other.
-    local part
-    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate resample probe runtime graph devices network library STU-Net; do
-        step 90 "kernels_$part" env STUNET_GPU_TESTS="$part" "${run[@]}"
+    local run=(env STUNET_GPU=require RUST_BACKTRACE=0)
+    local tests=("$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card)
+    # A process each: after a fault of one kernel the driver lets the process run no other. Last what may wait for ever.
+    local part words
+    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate resample probe runtime graph devices network library STU-Net hopper tma; do
+        case $part in
+        hopper) words="hopper -tma" ;;
+        tma) words=tma ;;
+        *) words="$part -hopper -tma" ;;
+        esac
+        step 90 "kernels_$part" "${run[@]}" STUNET_GPU_TESTS="$words" "${tests[@]}"
     done
     step 60 forward "$here/bin/stunet" bench forward --device cuda --model small --patch 32 --runs 1
     step 60 conv3d_all "$here/bin/stunet" bench conv3d --device cuda --model small --patch 32 --runs 1 --all --json
     step 60 predict "$here/bin/stunet" bench predict --device cuda --model small --patch 64 --shape 80 96 128 --tta --runs 1
-    if command -v compute-sanitizer > /dev/null; then
-        # Tens of times slower: of each family the smallest. Reads of what nothing wrote are found without: it is no number.
-        local tool small="batch_in_f16 in_parts repeated one_voxel residual first transpose3d tensor in_place equal_scores window aggregate_scores probe_products"
-        for tool in memcheck racecheck synccheck; do
-            step 120 "$tool" env STUNET_GPU_TESTS="$small" \
-                compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "${run[@]}"
-        done
-    else
-        echo "no compute-sanitizer" | tee -a "$results/summary.txt"
+}
+
+sanitizers() {
+    if ! command -v compute-sanitizer > /dev/null; then
+        note "no compute-sanitizer"
+        return 0
     fi
+    # Tens of times slower: of each family the smallest. Reads of what nothing wrote are found without: it is no number.
+    local tool small="batch_in_f16 in_parts repeated one_voxel residual first transpose3d tensor in_place equal_scores window aggregate_scores probe_products"
+    for tool in memcheck racecheck synccheck; do
+        step 120 "$tool" env STUNET_GPU=require RUST_BACKTRACE=0 STUNET_GPU_TESTS="$small" \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+            "$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card
+    done
+}
+
+# PyTorch's processes by model.
+declare -A torch=()
+
+# Starts one for every model, which compiles and then waits to be told to go.
+start_torch() {
+    # Memory that another process holds is none of a mode's, and threads that compile leave some to the checks.
+    export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$results/cache/inductor TORCHINDUCTOR_COMPILE_THREADS=3
+    if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+        note "no PyTorch with CUDA: only ours"
+        return 0
+    fi
+    trap 'kill "${torch[@]}" 2> /dev/null || true' EXIT
+    local model
+    for model in $models; do
+        rm -f "$results/go_$model"
+        timeout -k 5 "$limit" python3 "$here/bench_torch.py" net --model "$model" --patch "$patch" --limit 60 \
+            --compile-limit $((ready > 60 ? ready - 30 : 30)) --go "$results/go_$model" > "$results/torch_net_$model.log" 2>&1 &
+        torch[$model]=$!
+    done
+}
+
+# Waits until all of them are ready. What is not by then would disturb the others.
+await_torch() {
+    local model until=$((SECONDS + ready)) begin=$SECONDS
+    for model in "${!torch[@]}"; do
+        until grep -q '"ready"' "$results/torch_net_$model.log"; do
+            if ! kill -0 "${torch[$model]}" 2> /dev/null || [ "$SECONDS" -ge "$until" ]; then
+                note "torch_net_$model did not get ready"
+                tail -n 5 "$results/torch_net_$model.log" | cut -c1-300
+                kill "${torch[$model]}" 2> /dev/null || true
+                unset "torch[$model]"
+                failed=1
+                break
+            fi
+            sleep 0.2
+        done
+    done
+    [ "${#torch[@]}" = 0 ] || note "waited $((SECONDS - begin)) s for PyTorch"
+}
+
+# Has a model's process time what it made ready, until it ends.
+torch_net() { # model
+    local pid=${torch[$1]:-} rc=0
+    [ -n "$pid" ] || return 0
+    touch "$results/go_$1"
+    step 90 "torch_wait_$1" tail --pid="$pid" -s 0.1 -f /dev/null
+    kill "$pid" 2> /dev/null || true
+    wait "$pid" || rc=$?
+    unset "torch[$1]"
+    if [ "$rc" != 0 ]; then
+        note "torch_net_$1 rc $rc"
+        tail -n 5 "$results/torch_net_$1.log" | cut -c1-300
+        failed=1
+    fi
+}
+
+measures() {
+    local model what has_torch=${#torch[@]}
+    for model in $models; do
+        what=("$here/bin/stunet" bench forward --device cuda --model "$model" --patch "$patch" --runs 20 --json)
+        step 60 "ours_1_$model" "${what[@]}"
+        torch_net "$model"
+        step 60 "ours_2_$model" "${what[@]}"
+    done
+    for model in $layers; do
+        what=(--model "$model" --patch "$patch")
+        # Every variant of every layer, against the card's roofline.
+        step 60 "variants_$model" "$here/bin/stunet" bench conv3d --device cuda "${what[@]}" --all --json
+        step 60 "ours_norm_$model" "$here/bin/stunet" bench instance-norm --device cuda "${what[@]}" --json
+        if [ "$has_torch" != 0 ]; then
+            step 60 "torch_layers_$model" python3 "$here/bench_torch.py" layers "${what[@]}" --limit 50
+            step 90 "torch_norm_$model" python3 "$here/bench_torch.py" norm "${what[@]}" --limit 60 --compile-limit 30
+        fi
+    done
+    for model in $models; do
+        # Windows one after the other, as a prediction runs them: sums on the card, passes as graphs.
+        step 60 "predict_$model" "$here/bin/stunet" bench predict --device cuda --model "$model" --patch "$patch" --json
+        case " $layers " in
+        *" $model "*) ;;
+        *) step 60 "variants_$model" "$here/bin/stunet" bench conv3d --device cuda --model "$model" --patch "$patch" --all --json ;;
+        esac
+    done
+    python3 "$here/bench_torch.py" table --results "$results" | tee "$results/table.md"
+}
+
+check() {
+    begin
+    kernels
+    sanitizers
     end
 }
 
 bench() {
     begin
-    export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$results/cache/inductor
-    local model ours torch
-    torch=$(python3 -c 'import torch; print(int(torch.cuda.is_available()))' 2> /dev/null || echo 0)
-    [ "$torch" = 1 ] || echo "no PyTorch with CUDA: only ours" | tee -a "$results/summary.txt"
-    for model in $models; do
-        ours=("$here/bin/stunet" bench forward --device cuda --model "$model" --patch "$patch" --runs 20 --json)
-        step 60 "ours_1_$model" "${ours[@]}"
-        if [ "$torch" = 1 ]; then
-            step 120 "torch_net_$model" python3 "$here/bench_torch.py" net --model "$model" --patch "$patch" --limit 110
-            step 60 "torch_layers_$model" python3 "$here/bench_torch.py" layers --model "$model" --patch "$patch" --limit 50
-        fi
-        step 60 "ours_2_$model" "${ours[@]}"
-        # Every variant of every layer, against the card's roofline.
-        step 60 "variants_$model" "$here/bin/stunet" bench conv3d --device cuda --model "$model" --patch "$patch" --all --json
-        # Windows one after the other, as a prediction runs them: sums on the card, passes as graphs.
-        step 60 "predict_$model" "$here/bin/stunet" bench predict --device cuda --model "$model" --patch "$patch" --json
-    done
-    python3 "$here/bench_torch.py" table --results "$results" | tee "$results/table.md"
+    start_torch
+    await_torch
+    measures
+    end
+}
+
+visit() {
+    begin
+    start_torch
+    kernels
+    await_torch
+    measures
     end
 }
 
 prof() {
     begin
-    # A page of text for each kernel. The first passes are not of interest.
-    step 300 ncu ncu --clock-control none --target-processes all --launch-skip "${SKIP:-0}" --launch-count "${COUNT:-60}" \
+    # A page of text for each kernel. What the card is measured with comes first and is not of interest; of the rest, skips and
+    # counts are of launches that match. A pass has 60 to 120 of them, more the deeper the network.
+    step 300 ncu ncu --clock-control none --target-processes all --launch-skip "${SKIP:-0}" --launch-count "${COUNT:-80}" \
+        --kernel-name 'regex:^(conv|head|moments|instance|relayout|aggregate|resample)' \
         --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis --section WarpStateStats \
         --section SchedulerStats --section LaunchStats \
         "$here/bin/stunet" bench forward --device cuda --model "${models%% *}" --patch "$patch" --runs 1
@@ -158,6 +258,7 @@ case ${1:-} in
 prepare) prepare ;;
 check) check ;;
 bench) bench ;;
+visit) visit ;;
 prof) prof ;;
-*) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2 ;;
+*) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -3,6 +3,7 @@
 mod conv3d;
 mod export;
 mod forward;
+mod instance_norm;
 mod predict;
 mod record;
 mod train_step;
@@ -24,13 +25,15 @@ use super::args::{DeviceArgs, PrecisionChoice};
 /// Rates are effective: the multiplications and additions of plain convolutions, divided by the time. Winograd's
 /// algorithm does fewer, so that the share of the roofline, which is what this machine reaches with multiply-additions in
 /// registers, can be above 1. On a GPU these are products of matrices by mma.sync, beyond which Hopper has a faster unit; what
-/// its memory reaches with a copy is given beside. With --json the last line is one JSON object.
+/// its memory reaches with a copy is given beside. What a card is given is on it already; forward says what labels on the host
+/// cost beside. With --json the last line is one JSON object.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   stunet bench conv3d --model base --patch 96 160 128 --all
   stunet bench forward --model base --runs 3 --json
   stunet bench forward --strict --isa avx2 --threads 1
+  stunet bench instance-norm --device cuda
   stunet bench train-step --patch 64 --batch 2
   stunet bench predict --shape 224 202 244 --json
   stunet bench export --classes 105")]
@@ -43,6 +46,7 @@ pub(super) struct Args {
 enum What {
     Conv3d(conv3d::Args),
     Forward(forward::Args),
+    InstanceNorm(instance_norm::Args),
     TrainStep(train_step::Args),
     Predict(predict::Args),
     Export(export::Args),
@@ -52,6 +56,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match &args.what {
         What::Conv3d(a) => a.run(),
         What::Forward(a) => a.run(),
+        What::InstanceNorm(a) => a.run(),
         What::TrainStep(a) => a.run(),
         What::Predict(a) => a.run(),
         What::Export(a) => a.run(),
@@ -179,7 +184,8 @@ impl Seconds {
     }
 }
 
-/// Seconds of `runs` calls, after two that are not counted. Calls of the same `key` ask for the same tensors.
+/// Seconds of `runs` calls, each until a card has done its work, after two that are not counted. Calls of the same `key` ask
+/// for the same tensors.
 fn time(device: &Device, runs: u16, key: &[usize], mut f: impl FnMut() -> Result<()> + Send) -> Result<Seconds> {
     let mut seconds = Vec::with_capacity(usize::from(runs));
     device.install(|| -> Result<()> {
@@ -190,11 +196,48 @@ fn time(device: &Device, runs: u16, key: &[usize], mut f: impl FnMut() -> Result
         for _ in 0..runs {
             let begin = Instant::now();
             device.planned(key, &mut f)?;
+            device.synchronize()?;
             seconds.push(begin.elapsed().as_secs_f64());
         }
         Ok(())
     })?;
     Ok(Seconds::of(seconds))
+}
+
+/// Of [`time_in_a_row`]: seconds that one of its passes takes about, calls that it has at most, and passes between two waits.
+const PASS: f64 = 1e-3;
+const MOST_CALLS: f64 = 200.0;
+const PASSES: usize = 4;
+
+/// As [`time`]; on a card the mean of calls that are issued one after the other before it is waited for, and how many they
+/// are: a short call alone would be measured with its launch and the wait.
+fn time_in_a_row(
+    device: &Device,
+    runs: u16,
+    key: &[usize],
+    mut f: impl FnMut() -> Result<()> + Send,
+) -> Result<(Seconds, Option<usize>)> {
+    if device.is_cpu() {
+        return Ok((time(device, runs, key, f)?, None));
+    }
+    let calls = (PASS / time(device, 3, key, &mut f)?.min).clamp(1.0, MOST_CALLS) as usize;
+    let mut seconds = Vec::with_capacity(usize::from(runs));
+    // Another computation than a single call.
+    let key = [key, &[calls]].concat();
+    let mut passes = || (0..PASSES).try_for_each(|_| device.planned(&key, || (0..calls).try_for_each(|_| f())));
+    device.install(|| -> Result<()> {
+        passes()?;
+        for _ in 0..runs {
+            device.synchronize()?;
+            let begin = Instant::now();
+            // The first is issued launch by launch. The others, which find the card busy, are graphs, if any are made.
+            passes()?;
+            device.synchronize()?;
+            seconds.push(begin.elapsed().as_secs_f64() / (PASSES * calls) as f64);
+        }
+        Ok(())
+    })?;
+    Ok((Seconds::of(seconds), Some(PASSES * calls)))
 }
 
 /// Operations per second in registers: the best of some milliseconds at a time; and of a card bytes per second of a copy in

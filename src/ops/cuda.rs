@@ -422,8 +422,8 @@ pub(super) fn instance_norm(
     apply(cx, x, &n, residual)
 }
 
-/// See [`super::head_labels`].
-pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], labels: &mut [u16]) -> Result<()> {
+/// See [`super::head_labels`]; its labels stay on the card, where [`read_labels`] finds them.
+pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]) -> Result<Tensor> {
     const OP: &str = "head_labels";
     use backend::head_labels as kernel;
     let clock = cx.clock();
@@ -433,7 +433,8 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     let (driver, device) = (card(OP, cx.device())?, cx.device());
     let w = upload(OP, &kernel::pack_weight(weight, [bias.len(), channels], storage(precision))?, precision, device)?;
     let b = upload(OP, bytemuck::cast_slice(&kernel::pack_bias(bias)), Precision::F32, device)?;
-    let out = plain(labels.len().div_ceil(2), device)?;
+    // Two labels have the room of a float.
+    let out = plain((batch * space.iter().product::<usize>()).div_ceil(2), device)?;
     let p = kernel::Problem {
         storage: storage(precision),
         batch,
@@ -445,9 +446,15 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
         labels: memory(OP, device, &out)?,
     };
     kernel::run(driver, &p)?;
-    driver.download(memory(OP, device, &out)?, bytemuck::cast_slice_mut(labels))?;
     let macs = [batch, channels, bias.len()].iter().chain(&space).fold(1, |n: u64, &v| n.saturating_mul(v as u64));
-    note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))
+    note(cx, OP, clock, "head_labels", macs, || format!("{channels}->{} at {space:?}", bias.len()))?;
+    Ok(out)
+}
+
+/// Copies the labels of [`head_labels`], all of them.
+pub(super) fn read_labels(from: &Tensor, labels: &mut [u16]) -> Result<()> {
+    const OP: &str = "head_labels";
+    card(OP, from.device())?.download(memory(OP, from.device(), from)?, bytemuck::cast_slice_mut(labels))
 }
 
 /// A network's last layer on a card, where windows' scores are summed.

@@ -19,17 +19,37 @@ pub fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]) -> Re
     run(cx, x, weight, bias, None)
 }
 
-pub(super) fn run(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], name: Option<&str>) -> Result<Vec<u16>> {
-    let [n, channels, d, h, w] = activation(OP, x.value().dims())?;
-    let classes = bias.len();
+/// As [`head_labels`] where nobody reads the labels: on a card they stay there.
+pub(super) fn unread(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]) -> Result<()> {
+    sizes(&x, weight, bias)?;
+    on_card!(cx.device(), super::cuda::head_labels(cx, x, weight, bias).map(drop));
+    run(cx, x, weight, bias, None).map(drop)
+}
+
+/// Those of `x`, which weights and biases fit.
+fn sizes(x: &Var, weight: &[f32], bias: &[f32]) -> Result<[usize; 5]> {
+    let sizes = activation(OP, x.value().dims())?;
+    let (channels, classes) = (sizes[1], bias.len());
     if !(1..=1 << 16).contains(&classes) || weight.len() != classes * channels {
         let what = format!("{} weights for {classes} classes and {channels} channels", weight.len());
         return Err(Error::shape(OP, what));
     }
+    Ok(sizes)
+}
+
+pub(super) fn run(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32], name: Option<&str>) -> Result<Vec<u16>> {
+    let [n, channels, d, h, w] = sizes(&x, weight, bias)?;
+    let classes = bias.len();
     let clock = cx.clock();
     let voxels = d * h * w;
+    on_card!(cx.device(), {
+        let there = super::cuda::head_labels(cx, x, weight, bias)?;
+        // Zeros and their page faults take the processor's time while the card computes.
+        let mut out = labels(n * voxels, cx)?;
+        super::cuda::read_labels(&there, &mut out)?;
+        Ok(out)
+    });
     let mut out = labels(n * voxels, cx)?;
-    on_card!(cx.device(), super::cuda::head_labels(cx, x, weight, bias, &mut out).map(|()| out));
     let x = blocked(OP, x.into_value())?;
     let p = Problem { x: x.stored(), channels, voxels, weight, bias };
     let ran = dispatch!(cx.device(), head_labels::forward(name, &p, &mut out))?;

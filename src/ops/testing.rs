@@ -169,6 +169,11 @@ pub fn head_labels(name: &str, cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &
     super::head_labels::run(cx, x, weight, bias, Some(name))
 }
 
+/// [`super::head_labels`] whose labels nobody reads: on a card they stay there, and are not waited for.
+pub fn head_labels_unread(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]) -> Result<()> {
+    super::head_labels::unread(cx, x, weight, bias)
+}
+
 /// A filter parameter from values in `[O, I, kD, kH, kW]` order.
 pub fn filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Param> {
     stored_filter(values, dims, Precision::F32, device)

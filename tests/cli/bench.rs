@@ -40,6 +40,8 @@ fn forward_ends_in_labels() {
     let layers = value["layers"].as_array().unwrap();
     assert_eq!(layers.last().unwrap()["operation"], "head_labels");
     assert_eq!(layers.last().unwrap()["what"], "16->7 at 32x64x32");
+    // Of a card only.
+    assert!(["seconds_on_host", "seconds_in_a_row"].iter().all(|k| value.get(k).is_none()), "{value}");
     assert!(layers.iter().any(|l| l["operation"] == "conv3d" && l["gflops"].as_f64().unwrap() > 0.0));
     let text = bench("forward", &[]);
     assert!(
@@ -71,6 +73,23 @@ fn conv3d_shows_what_it_chooses_from() {
         }
         assert!(layers.iter().any(|l| l["implementations"].as_array().unwrap().len() > 1));
     }
+}
+
+#[test]
+fn instance_norm_is_timed_at_every_stage() {
+    let ran = bench("instance-norm", &["--json"]);
+    let value: Value = serde_json::from_str(ran.ok()).unwrap();
+    let layers = value["layers"].as_array().unwrap();
+    assert_eq!(
+        (layers.len(), &layers[0]["what"], &layers[5]["what"]),
+        (6, &"16 at 32x32x32".into(), &"256 at 1x1x1".into())
+    );
+    for layer in layers {
+        let [seconds, rate] = ["seconds", "gb_per_second"].map(|k| layer[k].as_f64().unwrap());
+        assert!(seconds > 0.0 && rate > 0.0 && layer["gflops"].is_null(), "{layer}");
+    }
+    let text = bench("instance-norm", &[]);
+    assert!(text.ok().contains("GB/s") && !text.out.contains("FLOP"), "{}", text.out);
 }
 
 #[test]
@@ -115,7 +134,7 @@ fn wrong_values_are_refused() {
         (&["--threads", "0"], "--threads"),
         (&["--isa", "mmx"], "avx512"),
     ] {
-        for what in ["conv3d", "forward", "predict"] {
+        for what in ["conv3d", "forward", "instance-norm", "predict"] {
             let ran = stunet(&[&["bench", what, "--device", "cpu"], more].concat());
             assert!(ran.error(2).contains(expected), "{what} {more:?}: {}", ran.err);
         }

@@ -1,6 +1,6 @@
 //! The driver's side. On a machine with a card every test of a kernel runs once more, on the card; without one that is
 //! said and passes, unless the environment variable STUNET_GPU is `require`. STUNET_GPU_TESTS names a part of them: words of
-//! which a test's name has to hold one.
+//! which a test's name has to hold one, and words after a minus sign of which it must hold none.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -82,12 +82,13 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     runtime::ptx_runtime_uploads_arrive,
     runtime::ptx_graph_of_a_pass_gives_the_same_bytes,
     runtime::ptx_graph_of_another_network_is_never_run,
-    runtime::ptx_graph_of_boxes_gives_the_same_bytes,
+    runtime::ptx_graph_of_boxes_by_tma_gives_the_same_bytes,
     device::ptx_stunet_through_the_library,
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,
     device::ptx_prediction_on_another_grid_through_the_library,
     device::ptx_variants_through_the_library,
+    device::ptx_head_labels_that_stay,
     device::ptx_first_layers_through_the_library,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
@@ -119,10 +120,11 @@ fn ptx_on_a_card() {
     let [major, minor] = card.capability();
     println!("{}, compute capability {major}.{minor}", card.name());
     let words = std::env::var("STUNET_GPU_TESTS").unwrap_or_default();
-    let words: Vec<&str> = words.split_whitespace().collect();
+    let (without, words): (Vec<&str>, Vec<&str>) = words.split_whitespace().partition(|w| w.starts_with('-'));
+    let without: Vec<&str> = without.iter().map(|w| &w[1..]).collect();
     let (mut failed, mut ran) = (Vec::new(), 0);
     let mut step = |name: &str, f: &dyn Fn()| {
-        if !words.is_empty() && !words.iter().any(|w| name.contains(w)) {
+        if (!words.is_empty() && !words.iter().any(|w| name.contains(w))) || without.iter().any(|w| name.contains(w)) {
             return;
         }
         ran += 1;

@@ -237,6 +237,23 @@ pub(super) fn ptx_variants_through_the_library() {
     }
 }
 
+/// Labels that nobody reads are decided all the same, and their memory is given back.
+#[test]
+pub(super) fn ptx_head_labels_that_stay() {
+    let sim = Arc::new(Sim::of(0, [8, 6]));
+    let device = Device::on(sim.clone(), "sim".into());
+    let mut cx = Ctx::infer(&device);
+    let x = Tensor::from_host(&random(16 * 60, 1), Dims::from([1, 16, 3, 4, 5]), &device).unwrap();
+    let x = cx.leaf(testing::stored(x, Precision::Bf16).unwrap());
+    let before = device.memory().in_use;
+    testing::head_labels_unread(&mut cx, x.clone(), &random(7 * 16, 2), &random(7, 3)).unwrap();
+    device.synchronize().unwrap();
+    assert!(sim.ran("head_labels_bf16"));
+    assert_eq!(device.memory().in_use, before);
+    let e = testing::head_labels_unread(&mut cx, x, &random(7 * 15, 2), &random(7, 3)).unwrap_err().to_string();
+    assert!(e.contains("105 weights for 7 classes and 16 channels"), "{e}");
+}
+
 /// The image as it arrives, at every stride: what the processor makes of it, without voxels of it in memory.
 #[test]
 pub(super) fn ptx_first_layers_through_the_library() {

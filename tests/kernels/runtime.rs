@@ -89,7 +89,7 @@ pub(super) fn ptx_graph_of_a_pass_gives_the_same_bytes() {
 
 /// A graph holds what its launches were given of tensors whose boxes they copy. No prediction takes such a kernel by itself.
 #[test]
-pub(super) fn ptx_graph_of_boxes_gives_the_same_bytes() {
+pub(super) fn ptx_graph_of_boxes_by_tma_gives_the_same_bytes() {
     let results = [Lacks::Nothing, Lacks::Graphs].map(|lacks| {
         let sim = Arc::new(Sim::of(1, [9, 0]).lacking(lacks));
         let (device, dims) = (device(&sim), [1, 16, 5, 6, 9]);

@@ -10,12 +10,15 @@ use stunet::tensor::Precision;
 use stunet::{Device, Error, Result};
 
 use super::record::{Candidate, Layer};
-use super::{Options, Seconds, input, time};
+use super::{Options, Seconds, input, time_in_a_row};
 
 /// The 3x3x3 convolutions of a STU-Net, stage by stage, and how each is chosen
 ///
 /// Every implementation that fits a layer has an estimated time; the least is chosen. A layer of two inputs, in the
 /// decoder, is listed after the encoder's. The total is that of one run of every layer by its choice.
+///
+/// A card is given many runs of a layer before it is waited for, of which the mean is said: they all read the same input, which
+/// a card's second-level cache may hold when it is small.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Time every implementation of the instruction set, not only the choice
@@ -83,26 +86,23 @@ impl Args {
         let mut layer = Layer {
             operation: "conv3d",
             what: shape.describe(),
-            implementation: "",
-            seconds: 0.0,
-            gflops: None,
-            roofline_share: None,
             implementations: Vec::with_capacity(estimates.len()),
+            ..Layer::default()
         };
         let mut of_choice = None;
         for (i, e) in estimates.into_iter().enumerate() {
-            let seconds = if e.chosen || self.all {
+            let (seconds, in_a_row) = if e.chosen || self.all {
                 let run = || {
                     let mut cx = options.ctx(device).storing(precision);
-                    testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how)?;
-                    device.synchronize()
+                    testing::conv3d(e.name, &mut cx, xs.clone(), &w, None, how).map(drop)
                 };
-                Some(time(device, runs, &[number, i], run)?)
+                let (seconds, in_a_row) = time_in_a_row(device, runs, &[number, i], run)?;
+                (Some(seconds), in_a_row)
             } else {
-                None
+                (None, None)
             };
             if e.chosen {
-                layer.implementation = e.name;
+                (layer.implementation, layer.in_a_row) = (e.name, in_a_row);
                 of_choice = seconds;
             }
             layer.implementations.push(Candidate {
@@ -113,6 +113,7 @@ impl Args {
                 estimated_seconds: e.cycles * 32.0 / roofline,
                 seconds: seconds.map(|s| s.median),
                 seconds_min: seconds.map(|s| s.min),
+                in_a_row,
             });
         }
         let seconds = of_choice.ok_or_else(|| Error::Unsupported { what: format!("no {}", layer.what) })?;

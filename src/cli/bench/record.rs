@@ -29,6 +29,13 @@ pub(super) struct Record {
     /// Median.
     pub(super) seconds: f64,
     pub(super) seconds_min: f64,
+    /// Of a pass through a card that ends with the labels on the host, where `seconds` leave them on the card.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seconds_on_host: Option<f64>,
+    /// Of passes through a card that are issued one after the other, as a prediction's windows are; `seconds` are of passes
+    /// that are each waited for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seconds_in_a_row: Option<f64>,
     /// Operations of plain convolutions by the median.
     pub(super) gflops: f64,
     /// Above 1 where an algorithm does fewer operations.
@@ -66,7 +73,7 @@ pub(super) struct Prediction {
 }
 
 /// One layer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(super) struct Layer {
     pub(super) operation: &'static str,
     pub(super) what: String,
@@ -75,6 +82,15 @@ pub(super) struct Layer {
     /// None where nothing is multiplied.
     pub(super) gflops: Option<f64>,
     pub(super) roofline_share: Option<f64>,
+    /// Bytes read and written at least, by the time, and as a share of what the card's memory reaches with a copy. Above 1
+    /// where a cache holds them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) gb_per_second: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory_share: Option<f64>,
+    /// Calls that a card was given before it was waited for, of which `seconds` is the mean; none where each was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) in_a_row: Option<usize>,
     /// What the implementation was chosen from.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) implementations: Vec<Candidate>,
@@ -93,6 +109,9 @@ pub(super) struct Candidate {
     /// Median and least, where it was timed.
     pub(super) seconds: Option<f64>,
     pub(super) seconds_min: Option<f64>,
+    /// As of the layer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) in_a_row: Option<usize>,
 }
 
 impl From<&Step> for Layer {
@@ -103,8 +122,7 @@ impl From<&Step> for Layer {
             implementation: s.implementation,
             seconds: s.seconds,
             gflops: (s.macs > 0).then(|| s.macs as f64 * 2e-9 / s.seconds.max(1e-9)),
-            roofline_share: None,
-            implementations: Vec::new(),
+            ..Self::default()
         }
     }
 }
@@ -124,6 +142,7 @@ impl Record {
     pub(super) fn print(mut self, json: bool) -> Result<()> {
         for layer in &mut self.layers {
             layer.roofline_share = layer.gflops.map(|g| g / self.roofline_gflops);
+            layer.memory_share = layer.gb_per_second.zip(self.memory_gb_per_second).map(|(own, copy)| own / copy);
         }
         if json {
             return output::line(serde_json::to_string(&self).map_err(|e| Error::Unsupported { what: e.to_string() })?);
@@ -153,7 +172,11 @@ impl Record {
         }
         let (share, peak) = (self.roofline_share * 100.0, self.roofline_gflops);
         let rate = format!("{:.1} GFLOP/s, {share:.0} % of {peak:.1}", self.gflops);
-        output::line(format!("median {:.4} s, min {:.4} s, {rate}", self.seconds, self.seconds_min))?;
+        let rate = if self.gflops > 0.0 { format!(", {rate}") } else { String::new() };
+        output::line(format!("median {:.4} s, min {:.4} s{rate}", self.seconds, self.seconds_min))?;
+        if let Some((host, row)) = self.seconds_on_host.zip(self.seconds_in_a_row) {
+            output::line(format!("with the labels on the host {host:.4} s, one pass after the other {row:.4} s"))?;
+        }
         if let Some(memory) = self.memory_gb_per_second {
             output::line(format!("memory copies {memory:.0} GB/s"))?;
         }
@@ -163,17 +186,18 @@ impl Record {
 }
 
 fn print_layer(l: &Layer) -> Result<()> {
-    let rate = l.gflops.map(|g| format!("{g:.1}")).unwrap_or_default();
-    let share = l.roofline_share.map(|s| format!(" {:>4.0} %", s * 100.0)).unwrap_or_default();
+    let (rate, unit) = l.gb_per_second.map_or((l.gflops, "GFLOP/s"), |b| (Some(b), "GB/s"));
+    let rate = rate.map(|r| format!("{r:.1}")).unwrap_or_default();
+    let share = l.roofline_share.or(l.memory_share).map(|s| format!(" {:>4.0} %", s * 100.0)).unwrap_or_default();
     let title = format!("{} {}", l.operation, l.what);
     output::line(format!(
-        "  {title:<62} {:<20} {:>9.3} ms {rate:>8} GFLOP/s{share}",
+        "  {title:<62} {:<20} {:>9.4} ms {rate:>8} {unit}{share}",
         l.implementation,
         l.seconds * 1e3
     ))?;
     l.implementations.iter().try_for_each(|c| {
         let mark = if c.chosen { '*' } else { ' ' };
-        let measured = c.seconds.map_or_else(|| "-".into(), |s| format!("{:.3} ms", s * 1e3));
+        let measured = c.seconds.map_or_else(|| "-".into(), |s| format!("{:.4} ms", s * 1e3));
         // A card's rule compares without saying seconds.
         let estimated = if c.estimated_seconds.is_nan() {
             String::new()
