@@ -37,9 +37,8 @@ constexpr int ODD = 10;                 // at stride 2, where the odd columns st
 // Where a block is and what of it is inside of the output.
 struct Tile {
     int n, index, z0, y0, x0, first;    // sample, tile of the sample, first output voxel, first filter
-    __device__ __forceinline__ Tile(const Conv3dParams& p, int planes, int filters) {
+    __device__ __forceinline__ Tile(const Conv3dParams& p, int planes, int filters, int i = blockIdx.x) {
         const int groups = (p.filters + filters - 1) / filters;
-        int i = blockIdx.x;
         first = i % groups * filters, i /= groups;      // fastest: blocks that share a brick run side by side
         const int tiles = p.tiles_z * p.tiles_y * p.tiles_x;
         n = i / tiles, index = i % tiles;
@@ -53,23 +52,25 @@ __device__ __forceinline__ bool voxel_of(const Conv3dParams& p, const Tile& t, i
     return z < p.out_d && y < p.out_h && x < p.out_w;
 }
 
-// All threads that compute have come here: those of the block, or if it has others the first THREADS.
-template <bool APART>
+// All threads of a crew have come here: the block, or one of several runs of CREW threads that each have a tile.
+template <int CREW>
 __device__ __forceinline__ void meet() {
-    if constexpr (APART) asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-    else __syncthreads();
+    if constexpr (CREW == 0) __syncthreads();
+    else if constexpr (CREW == THREADS) asm volatile("bar.sync 1, %0;" ::"n"(CREW) : "memory");
+    else asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / CREW), "n"(CREW) : "memory");
 }
 
 // Adds the bias, takes the sums, and writes the results through shared memory: 16 bytes a thread, neighbours beside
 // neighbours. `shared` is free and at least WM * MI * 16 * N * 2 bytes. OWNER tells entries apart that would otherwise
 // share one static array, which PTX would have to declare outside of both.
-// The warp's i-th fragment is number `fragment` + i * STEP of the block. APART: the block has other threads that do not come here.
-template <class T, int OWNER, int WM, int WN, int MI, int NI, int STEP = 1, bool APART = false>
+// The warp's i-th fragment is number `fragment` + i * STEP of the tile, which a crew of CREW threads has; 0: the whole block.
+template <class T, int OWNER, int WM, int WN, int MI, int NI, int STEP = 1, int CREW = 0>
 __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, float (&acc)[MI][NI][4], int fragment,
                                        unsigned char* shared) {
-    constexpr int N = WN * NI * 8;
-    __shared__ float sums[3][WM][N];
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, wm = warp / WN, wn = warp % WN;
+    constexpr int N = WN * NI * 8, COUNT = CREW ? CREW : THREADS;
+    __shared__ float all[THREADS / COUNT][3][WM][N];
+    float(&sums)[3][WM][N] = all[CREW ? threadIdx.x / COUNT : 0];
+    const int tid = CREW ? threadIdx.x % COUNT : threadIdx.x, lane = tid & 31, warp = tid >> 5, wm = warp / WN, wn = warp % WN;
     const int column = wn * NI * 8 + (lane & 3) * 2;
     bool inside[MI][2];
     #pragma unroll
@@ -92,7 +93,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
             }
     }
     // From here on no warp reads the bricks.
-    meet<APART>();
+    meet<CREW>();
     #pragma unroll
     for (int i = 0; i < MI; ++i)
         #pragma unroll
@@ -122,7 +123,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
                 for (int far = 4; far < 32; far *= 2) s += __shfl_xor_sync(~0u, s, far);
                 if (lane < 4) sums[0][wm][column + j * 8 + e] = s;
             }
-        meet<APART>();
+        meet<CREW>();
         #pragma unroll
         for (int j = 0; j < NI; ++j)
             #pragma unroll
@@ -144,7 +145,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
                     first += __shfl_xor_sync(~0u, first, far), second += __shfl_xor_sync(~0u, second, far);
                 if (lane < 4) sums[1][wm][column + j * 8 + e] = first, sums[2][wm][column + j * 8 + e] = second;
             }
-        meet<APART>();
+        meet<CREW>();
         if (tid < N && t.first + tid < p.filters) {
             float s = 0.f, first = 0.f, second = 0.f;
             #pragma unroll
@@ -157,10 +158,10 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
             to[2 * p.filters] = fmaxf(__fmaf_rn(-off, first, second), 0.f);
         }
     } else {
-        meet<APART>();
+        meet<CREW>();
     }
     #pragma unroll 2
-    for (int i = tid; i < WM * MI * 16 * (N / 8); i += THREADS) {
+    for (int i = tid; i < WM * MI * 16 * (N / 8); i += COUNT) {
         const int row = i / (N / 8), c = i % (N / 8) * 8;
         int z, y, x;
         if (voxel_of(p, t, row >> 4, row & 15, z, y, x) && t.first + c < p.filters) {

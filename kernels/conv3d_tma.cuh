@@ -47,9 +47,14 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barri
                  ::"r"(to), "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e) : "memory");
 }
 
-// 64 voxels by 32, 64, 96 or 128 filters by 16 channels, added to what is there.
+// 64 voxels by 16, 32, 64, 96 or 128 filters by 16 channels, added to what is there.
 #define TMA_OF(NAME, BASE, TYPE)                                                                                         \
     struct NAME : BASE {                                                                                                 \
+        static __device__ __forceinline__ void multiply(float (&d)[2][4], const u32 (&a)[4], u64 b) {                    \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {"                                \
+                         R8 "}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"                                                       \
+                         : D4(0), D4(1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                           \
+        }                                                                                                                \
         static __device__ __forceinline__ void multiply(float (&d)[4][4], const u32 (&a)[4], u64 b) {                    \
             asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {"                                \
                          R16 "}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"                                                    \
@@ -232,7 +237,7 @@ struct Boxes {
         multiply(acc);
         const int fragment = (warp >> 2) * MI * 4 + (warp & 3);
         if (gridDim.y > 1) leave<1, MI, NI, 4>(p, t, acc, fragment);
-        else finish<T, 0, WARPS, 1, MI, NI, 4, true>(p, t, acc, fragment, shared);
+        else finish<T, 0, WARPS, 1, MI, NI, 4, THREADS>(p, t, acc, fragment, shared);
     }
 };
 

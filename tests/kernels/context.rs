@@ -98,6 +98,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     conv3d_tma::ptx_conv3d_tma_in_parts,
     conv3d_tma::ptx_conv3d_tma_reads_voxels_twice,
     conv3d_tma::ptx_conv3d_tma_strides,
+    conv3d_tma::ptx_conv3d_tma_with_filters_that_stay,
 ];
 
 /// The first card.

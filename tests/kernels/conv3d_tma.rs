@@ -16,6 +16,21 @@ fn case(space: [usize; 3], channels: usize, filters: usize) -> Case {
 fn check(c: &Case, parts: &[usize]) {
     if Sim::of(0, c.card).capability() == c.card {
         check_by(c, parts, "tma");
+        if c.stride == [1; 3] && parts == [1] {
+            check_by(c, parts, "resident");
+        }
+    }
+}
+
+/// More tiles than the interpreter's card has blocks that stay: groups have several each, and filters lie in two groups.
+#[test]
+pub(super) fn ptx_conv3d_tma_with_filters_that_stay() {
+    let sources = vec![(16, [2; 3], false), (20, [1; 3], true)];
+    let c = Case { batch: 2, bias: true, sources, ..case([18, 18, 34], 0, 24) };
+    if Sim::of(0, c.card).capability() == c.card {
+        check_by(&c, &[1], "resident");
+        let sources = vec![(20, [1; 3], true)];
+        check_by(&Case { storage: Storage::F16, sources, filters: 48, ..c }, &[1], "resident");
     }
 }
 
@@ -107,7 +122,7 @@ pub(super) fn ptx_conv3d_tma_is_for_its_card_and_problems() {
     assert_eq!(named([9, 0], &problem(f16, &[Source { space: [128; 3], ..x }, twice])), 0);
     assert_eq!(named([9, 0], &conv3d::Problem { stride: [2; 3], ..problem(f16, &[twice]) }), 0);
     let plan = |card, wish| conv3d::plan(&Sim::of(0, card), &problem(f16, &sources), true, wish).unwrap().name();
-    assert_eq!(plan([9, 0], Wish::default()), "tma_n32");
+    assert_eq!(plan([9, 0], Wish::default()), "resident_n32");
     assert_eq!(plan([9, 0], Wish { variant: Some("tma_n64"), parts: None }), "tma_n64");
     assert!(!plan([10, 0], Wish::default()).starts_with("tma"));
 }
@@ -124,7 +139,10 @@ fn refused(name: &'static str, entry: &'static str, edit: &(dyn Fn(&str) -> Stri
     let e = conv3d::plan(&faulty, &p, false, wish).unwrap_err().to_string();
     assert!(e.contains(variant), "{e}");
     // The others are taken for granted here.
-    for other in ["tma_n32", "tma_n64", "tma_n96", "tma_n128"].into_iter().filter(|o| *o != variant) {
+    for other in ["resident_n16", "resident_n32", "tma_n32", "tma_n64", "tma_n96", "tma_n128"]
+        .into_iter()
+        .filter(|o| *o != variant)
+    {
         faulty.findings().keep(&format!("conv3d_{other}_{}", storage.name()), Ok(()));
     }
     let names = conv3d::variants(&faulty, &p, false);

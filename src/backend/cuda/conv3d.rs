@@ -131,6 +131,8 @@ enum Kind {
     /// Planes of 8 x 8 voxels from a box of a tensor, by warp groups of compute capability 9.0, on trial; 3 x 3 x 3 taps at
     /// this stride on every axis; at 2, sources that are not repeated.
     Boxes(usize, usize),
+    /// As [`Kind::Boxes`] at stride 1 with filters that stay in shared memory, on trial.
+    Resident(usize),
     /// Rows of voxels; kernel of one voxel, no moments.
     Pointwise,
     /// A thread a value in f32, no moments.
@@ -150,7 +152,9 @@ struct Variant {
     efficiency: f64,
 }
 
-const VARIANTS: [Variant; 17] = [
+const VARIANTS: [Variant; 19] = [
+    Variant { name: "resident_n32", filters: 32, kind: Kind::Resident(4), warps: 8, efficiency: 1.6 },
+    Variant { name: "resident_n16", filters: 16, kind: Kind::Resident(4), warps: 8, efficiency: 1.0 },
     Variant { name: "tma_n128", filters: 128, kind: Kind::Boxes(4, 1), warps: 8, efficiency: 1.6 },
     Variant { name: "tma_n96", filters: 96, kind: Kind::Boxes(4, 1), warps: 8, efficiency: 1.6 },
     Variant { name: "tma_n64", filters: 64, kind: Kind::Boxes(8, 1), warps: 8, efficiency: 1.6 },
@@ -180,7 +184,8 @@ impl Variant {
         }
         match self.kind {
             Kind::Brick(_) => half && p.stride == [1; 3] && p.kernel[1..] == [3; 2],
-            Kind::Boxes(_, stride) => {
+            Kind::Boxes(..) | Kind::Resident(_) => {
+                let stride = self.stride();
                 let whole = p.sources.iter().skip(2 - stride).all(|s| s.repeat == [1; 3]);
                 half && whole && p.stride == [stride; 3] && p.kernel == [3; 3] && driver.capability() == [9, 0]
             }
@@ -193,7 +198,7 @@ impl Variant {
     /// Tiles of a sample along each axis.
     fn tiles(&self, out: [usize; 3]) -> [usize; 3] {
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::Boxes(planes, _) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::Boxes(planes, _) | Kind::Resident(planes) => {
                 [out[0].div_ceil(planes), out[1].div_ceil(8), out[2].div_ceil(8)]
             }
             Kind::Pointwise | Kind::Plain => [1; 3],
@@ -205,7 +210,7 @@ impl Variant {
         match self.kind {
             Kind::Brick(_) | Kind::AnyBrick(_) => slabs(p) * p.kernel[0],
             Kind::Boxes(..) => slabs(p),
-            Kind::Pointwise | Kind::Plain => 1,
+            Kind::Resident(_) | Kind::Pointwise | Kind::Plain => 1,
         }
     }
 
@@ -234,7 +239,7 @@ impl Variant {
         let groups = padded(p.filters).div_ceil(self.filters);
         let voxels = p.batch * out.iter().product::<usize>();
         match self.kind {
-            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::Boxes(planes, _) => {
+            Kind::Brick(planes) | Kind::AnyBrick(planes) | Kind::Boxes(planes, _) | Kind::Resident(planes) => {
                 (p.batch * self.tiles(out).iter().product::<usize>() * groups, planes * 64)
             }
             Kind::Pointwise => (voxels.div_ceil(gemm::ROWS) * groups, gemm::ROWS),
@@ -254,14 +259,15 @@ impl Variant {
 
     /// Counts on what only a card can confirm.
     fn on_trial(&self) -> bool {
-        matches!(self.kind, Kind::Boxes(..))
+        matches!(self.kind, Kind::Boxes(..) | Kind::Resident(_))
     }
 
     /// Dynamic shared memory, and how many bricks it holds: two, so that one is loaded while the other is computed with, where
     /// there is more than one and room.
-    fn shared(&self, p: &Problem<'_>, slabs: usize, limit: usize) -> (usize, usize) {
+    fn shared(&self, p: &Problem<'_>, stages: usize, limit: usize) -> (usize, usize) {
         let planes = match self.kind {
             Kind::Brick(planes) | Kind::AnyBrick(planes) => planes,
+            Kind::Resident(planes) => return (boxes::resident(planes, slabs(p), self.filters), 2),
             Kind::Boxes(planes, stride) => return (boxes::shared(planes, stride, self.filters), 2),
             Kind::Pointwise | Kind::Plain => return (0, 1),
         };
@@ -271,7 +277,7 @@ impl Variant {
         let brick = depth * (7 * p.stride[1] + p.kernel[1]) * pitch * row;
         let weights = 2 * p.kernel[1] * p.kernel[2] * self.filters * row;
         let results = planes * 64 * self.filters * 2;
-        let bricks = if slabs > 1 && 2 * brick + weights + self.sums() <= limit { 2 } else { 1 };
+        let bricks = if stages > 1 && 2 * brick + weights + self.sums() <= limit { 2 } else { 1 };
         ((bricks * brick + weights).max(results), bricks)
     }
 }
@@ -422,7 +428,12 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, plan: &Plan) -> Result<()> {
     // What is refused is refused before anything runs.
     let end = (parts > 1).then(|| sum::Sum::new(p, parts, all)).transpose()?;
     let (files, entry) = (files(v, p.storage), entry(v, p.storage));
-    if let Kind::Boxes(planes, _) = v.kind {
+    if let Kind::Boxes(planes, _) | Kind::Resident(planes) = v.kind {
+        if v.kind == Kind::Resident(planes) {
+            // Blocks that stay, as many for each group of filters.
+            let groups = filters.div_ceil(v.filters);
+            launch.grid[0] = int(OP, blocks.min((driver.multiprocessors() / groups).max(1) * groups))?.unsigned_abs();
+        }
         launch.block[0] = boxes::BLOCK_THREADS;
         let (maps, params) = (boxes::maps(p, planes, v.filters)?, boxes::Params { params, unused: [0; 14] });
         files.launch(driver, &entry, launch, Parameter { maps: &maps, bytes: bytemuck::bytes_of(&params) })?;
@@ -448,6 +459,7 @@ fn files(v: &Variant, storage: Storage) -> &'static Files {
     match (v.kind, storage) {
         (Kind::Plain, _) => &F32,
         (Kind::Pointwise, _) => &POINTWISE,
+        (Kind::Resident(_), _) => boxes::resident_files(storage),
         (Kind::Boxes(_, stride), _) => boxes::files(storage, stride),
         (_, Storage::F16) => &F16,
         _ => &BF16,
@@ -463,7 +475,7 @@ pub(super) fn entries() -> Vec<Entry> {
     for v in &VARIANTS {
         let params = match v.kind {
             Kind::Pointwise => size_of::<gemm::Params>(),
-            Kind::Boxes(..) => boxes::PARAMS,
+            Kind::Boxes(..) | Kind::Resident(_) => boxes::PARAMS,
             _ => size_of::<Params>(),
         };
         let storages: &[Storage] = if v.kind == Kind::Plain { &[Storage::F32] } else { &[Storage::Bf16, Storage::F16] };

@@ -1,4 +1,4 @@
-//! Convolution from boxes of tensors, `kernels/conv3d_tma.cuh`.
+//! Convolution from boxes of tensors, `kernels/conv3d_tma.cuh` and `kernels/conv3d_resident.cuh`.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -12,6 +12,9 @@ static BF16: [Files; 2] =
     [Files::new(None, module!("conv3d_tma_bf16.sm90a.ptx")), Files::new(None, module!("conv3d_tma_s2_bf16.sm90a.ptx"))];
 static F16: [Files; 2] =
     [Files::new(None, module!("conv3d_tma_f16.sm90a.ptx")), Files::new(None, module!("conv3d_tma_s2_f16.sm90a.ptx"))];
+
+static RESIDENT_BF16: Files = Files::new(None, module!("conv3d_resident_bf16.sm90a.ptx"));
+static RESIDENT_F16: Files = Files::new(None, module!("conv3d_resident_f16.sm90a.ptx"));
 
 /// Those that multiply, one warp that loads, three that normalise.
 pub(super) const BLOCK_THREADS: u32 = THREADS + 128;
@@ -33,6 +36,17 @@ pub(super) const PARAMS: usize = 3 * MAP + size_of::<Params>();
 
 pub(super) fn files(storage: Storage, stride: usize) -> &'static Files {
     &(if storage == Storage::F16 { &F16 } else { &BF16 })[stride - 1]
+}
+
+pub(super) fn resident_files(storage: Storage) -> &'static Files {
+    if storage == Storage::F16 { &RESIDENT_F16 } else { &RESIDENT_BF16 }
+}
+
+/// Dynamic shared memory of a block whose filters stay: two bricks and the results of each of two groups, the filters, and
+/// barriers: three for each of the bricks, one for each slab.
+pub(super) fn resident(planes: usize, slabs: usize, filters: usize) -> usize {
+    let brick = ((planes + 2) * 100 * ROW).next_multiple_of(256);
+    4 * brick + 2 * planes * 64 * filters * 2 + slabs * 27 * filters * ROW + (12 + slabs) * 8
 }
 
 /// Dynamic shared memory of a block with so many planes and filters: two bricks, the filters of a slab, and barriers.

@@ -5,7 +5,7 @@
 
 use super::super::launch::{Driver, Memory};
 use super::super::{Norm, Source, Storage, padded};
-use super::{Kind, OP, Plan, Problem, VARIANTS, Variant, entry, pack_weight, run};
+use super::{OP, Plan, Problem, VARIANTS, Variant, entry, pack_weight, run};
 use crate::error::{Error, Result};
 
 /// What variants of stride 1 and 2 are held against, and the size of the result: bricks of the variants end beyond it, two of
@@ -59,7 +59,7 @@ pub(super) fn passes(driver: &dyn Driver, v: &'static Variant, storage: Storage)
     }
     let mut verdict = compare(driver, v, storage, [1; 3])?;
     // Whether it reads voxels twice; most of what else can be wrong is wrong here too.
-    if verdict.is_ok() && v.stride() == 1 && matches!(v.kind, Kind::Boxes(..)) {
+    if verdict.is_ok() && v.stride() == 1 {
         for repeat in [[2; 3], [1, 2, 2]] {
             verdict = verdict.and(compare(driver, v, storage, repeat)?);
         }
