@@ -60,6 +60,15 @@ __device__ __forceinline__ u32 swizzle(u32 offset) {
     return offset ^ ((offset >> 7 & KEY) << 4);
 }
 
+// Words to memory that is not shared, at once: what is written as a vector, the compiler may take apart.
+__device__ __forceinline__ void store_words(void* to, const u32 (&v)[2]) {
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(to)), "r"(v[0]), "r"(v[1]) : "memory");
+}
+__device__ __forceinline__ void store_words(void* to, const u32 (&v)[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
+                 ::"l"(__cvta_generic_to_global(to)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
 #if AMPERE
 struct Bf16 {
     static __device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }

@@ -14,7 +14,7 @@ struct GemmParams {
     int d, h, w;        // voxels to compute: of the output, or of the input that is scattered
     int stride_z, stride_y, stride_x;   // of the input that is read
     int kernel_z, kernel_y, kernel_x;   // taps that are scattered
-    int unused;
+    int blocks;         // of a sample and a group of filters, in voxels.cuh
 };
 
 // The end of a residual block: leaky(normalised(y) + product + bias).
@@ -34,7 +34,7 @@ enum Use { PRODUCT, END, END_OF_PLANES };
 template <class T, Use USE, int WM, int WN, int MI, int NI, class Params>
 __device__ __forceinline__ void gemm(const Params& p) {
     constexpr bool ENDS = USE != PRODUCT;
-    constexpr int N = WN * NI * 8, STAGE = (ROWS + N) * ROW, STAGES = USE == END_OF_PLANES ? 2 : 4;
+    constexpr int N = WN * NI * 8, STAGE = (ROWS + N) * ROW, STAGES = 4;
     static_assert(WM * WN * 32 == THREADS && WM * MI * 16 == ROWS && NI % 2 == 0, "tile");
     static_assert(ENDS || STAGES * STAGE >= ROWS * N * 2, "results reuse the stages");
     __shared__ __align__(128) unsigned char shared[STAGES * STAGE + (ENDS ? ROWS * N * 2 : 0)];
@@ -60,16 +60,7 @@ __device__ __forceinline__ void gemm(const Params& p) {
     auto load = [&](int slab, int stage) {
         const int c = slab * BLOCK;
         const u32 to = base + stage * STAGE;
-        if constexpr (USE == END_OF_PLANES) {
-            const u64 plane = (u64)p.a.d * p.a.h * p.a.w;
-            const float* from = (const float*)p.a.data + (u64)n * p.channels * plane + ((u64)z * p.a.h + y) * p.a.w + x;
-            float v[8];
-            #pragma unroll
-            for (int k = 0; k < 8; ++k) v[k] = real && part + k < p.channels ? from[(part + k) * plane] : 0.f;
-            Halves<T>::store8(shared + stage * STAGE + place, 0, v);
-        } else {
-            copy16(to + place, c < p.a.channels ? from_a + c : from_b + (c - p.a.channels), real ? 16 : 0);
-        }
+        copy16(to + place, c < p.a.channels ? from_a + c : from_b + (c - p.a.channels), real ? 16 : 0);
         if (tid < N * 2) {
             const bool ok = first + (tid >> 1) < p.filters;
             const u16* w = (const u16*)p.weight + ((u64)(slab * taps + tap) * p.filters + first) * BLOCK + tid * 8;

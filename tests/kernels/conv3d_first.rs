@@ -61,7 +61,8 @@ fn check_on(
     let results: usize = case.out().iter().product();
     let padded = filters.next_multiple_of(16);
     let run = |seed: u64| {
-        let sim = Sim::of(seed, card);
+        // So small a card that its blocks compute several tiles.
+        let sim = Sim::of(seed, card).with_multiprocessors(1);
         let p = first::Problem {
             storage,
             batch,
@@ -104,10 +105,49 @@ pub(super) fn ptx_conv3d_first() {
 }
 
 #[test]
+pub(super) fn ptx_conv3d_first_over_many_tiles() {
+    // Tiles along every axis and in several samples, shared unevenly.
+    check(2, 1, [9, 17, 20], 32, [3; 3], [1; 3], Storage::Bf16, true);
+    check(3, 2, [5, 9, 19], 80, [3; 3], [1; 3], Storage::F16, true);
+}
+
+#[test]
 pub(super) fn ptx_conv3d_first_strides() {
     check(2, 1, [9, 17, 20], 16, [3; 3], [2; 3], Storage::Bf16, true);
     check(1, 8, [7, 18, 19], 40, [3; 3], [2; 3], Storage::F16, true);
     check(1, 4, [6, 9, 18], 32, [1, 3, 3], [1, 2, 2], Storage::Bf16, false);
     check(1, 3, [8, 5, 11], 20, [3, 1, 3], [2, 2, 1], Storage::F16, false);
     check(1, 1, [1, 2, 17], 32, [3; 3], [1, 1, 2], Storage::Bf16, true);
+}
+
+/// What the interpreter counts: results fill their sectors, filters and sums lie in banks of their own.
+#[test]
+pub(super) fn ptx_conv3d_first_wastes_no_sector() {
+    for filters in [16, 32] {
+        let (sim, space) = (Sim::new(0).with_multiprocessors(1), [8, 16, 16]);
+        let [n, tiles] = [space.iter().product::<usize>(), first::tiles(space)];
+        let weight = first::pack_weight(&random(filters * 27, 1), [filters, 1, 3, 3, 3], Storage::Bf16).unwrap();
+        let p = first::Problem {
+            storage: Storage::Bf16,
+            batch: 1,
+            channels: 1,
+            planes: sim.with(&Storage::F32.store(&random(n, 2))),
+            wide: true,
+            space,
+            weight: sim.with(&weight),
+            bias: None,
+            filters,
+            kernel: [3; 3],
+            stride: [1; 3],
+            out: room(&sim, n * filters, Storage::Bf16),
+            partials: Some(room(&sim, tiles * 3 * filters, Storage::F32)),
+        };
+        first::run(&sim, &p).unwrap();
+        let [entry] = &sim.entries()[..] else { panic!("{:?}", sim.entries()) };
+        for (what, banks) in [("ldmatrix", true), ("cp.async", false), ("st.global", false)] {
+            let t = sim.traffic(entry, what);
+            let (used, ideal) = if banks { (t.wavefronts, t.ideal_wavefronts) } else { (t.sectors, t.ideal_sectors) };
+            assert!(t.requests > 0 && used <= ideal, "{entry}: {what}: {used} for {ideal}");
+        }
+    }
 }

@@ -9,11 +9,36 @@ use crate::tensor::cuda::Memory;
 /// Voxels of a block.
 pub(super) const ROWS: usize = 128;
 /// Filters that a block may have.
-pub(super) const BLOCKS: [usize; 3] = [16, 32, 64];
+pub(super) const BLOCKS: [usize; 3] = [16, 32, WIDEST];
+/// The most of them.
+pub(super) const WIDEST: usize = 64;
 
 /// Filters of a block, of so many with their padding.
 pub(super) fn block(filters: usize) -> usize {
     if filters <= 32 { filters } else { 64 }
+}
+
+/// How `kernels/voxels.cuh` cuts a problem: the blocks of a sample and a group of filters.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cut {
+    /// Filters of a block.
+    pub(super) filters: usize,
+    /// Voxels of a tile.
+    pub(super) tile: usize,
+    /// Dynamic shared memory.
+    pub(super) shared: usize,
+    /// Blocks that are worth starting for each multiprocessor; those walk over the tiles.
+    pub(super) each: usize,
+}
+
+impl Cut {
+    /// Blocks of a sample and a group, all with about as many tiles, and of the whole launch.
+    pub(super) fn blocks(&self, batch: usize, voxels: usize, filters: usize, multiprocessors: usize) -> (usize, usize) {
+        let (tiles, groups) = (voxels.div_ceil(self.tile), filters.div_ceil(self.filters));
+        let wished = self.each.saturating_mul(multiprocessors) / (batch * groups);
+        let blocks = tiles.div_ceil(tiles.div_ceil(wished.max(1)));
+        (blocks, blocks * batch * groups)
+    }
 }
 
 /// `GemmParams` of `kernels/gemm.cuh`.
@@ -32,7 +57,8 @@ pub(super) struct Params {
     pub(super) stride: [i32; 3],
     /// Taps that are scattered.
     pub(super) kernel: [i32; 3],
-    pub(super) unused: i32,
+    /// Of a sample and a group of filters, for `kernels/voxels.cuh`.
+    pub(super) blocks: i32,
 }
 
 /// Without `space`, `stride`, `kernel` and `out`; the filter of one tap.
@@ -71,6 +97,6 @@ pub(super) fn over(
         space: [0; 3],
         stride: [1; 3],
         kernel: [1; 3],
-        unused: 0,
+        blocks: 0,
     })
 }

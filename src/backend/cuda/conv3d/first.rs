@@ -1,16 +1,18 @@
 //! The first convolution, of few channels given as planes, `kernels/conv3d_first.cu`.
 
 use super::super::launch::{Driver, Files, Launch, Memory, files};
-use super::super::{BLOCK, Entry, SourceParams, Storage, int, ints, padded, voxels};
-use super::{OP, Params, THREADS, output_space};
+use super::super::{Entry, SourceParams, Storage, int, ints, padded, voxels};
+use super::{OP, Params, output_space};
 use crate::error::{Error, Result};
 
 static FILES: Files = files!("conv3d_first");
 
 /// Most channels of the input.
 pub const CHANNELS: usize = 8;
-/// Planes of 8 x 8 voxels of a block.
+/// Planes of 8 x 8 voxels of a tile, a warp each.
 const PLANES: usize = 4;
+/// Blocks for a multiprocessor, of which 4 run at once; they share the tiles.
+const EACH: usize = 8;
 
 /// A convolution with padding of half the kernel.
 #[derive(Debug, Clone, Copy)]
@@ -102,8 +104,10 @@ pub fn run(driver: &dyn Driver, p: &Problem) -> Result<()> {
     };
     let edges = [PLANES, 8, 8].into_iter().zip(p.stride).zip(p.kernel).map(|((n, s), k)| (n - 1) * s + k);
     let brick = p.channels * edges.product::<usize>() * 2;
-    let shared = (terms / BLOCK * block * BLOCK * 2 + brick).max(PLANES * 64 * block * 2);
-    let launch = Launch::line(count * filters.div_ceil(block), THREADS, shared)?;
+    let shared = terms * block * 2 + brick;
+    let groups = filters.div_ceil(block);
+    let blocks = (EACH * driver.multiprocessors().max(1) / groups).clamp(1, count);
+    let launch = Launch::line(blocks * groups, 32 * int(OP, PLANES)?.unsigned_abs(), shared)?;
     FILES.launch(driver, &entry(block, p.wide, p.storage), launch, bytemuck::bytes_of(&params))
 }
 

@@ -2,8 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::super::gemm::Cut;
 use super::super::launch::{Driver, Files, Launch, Memory, files};
-use super::super::{Entry, Source, SourceParams, Storage, gemm, int, ints, padded, voxels};
+use super::super::{BLOCK, Entry, Source, SourceParams, Storage, gemm, int, ints, padded, voxels};
 use super::{OP, THREADS, first};
 use crate::error::{Error, Result};
 
@@ -57,6 +58,35 @@ struct Params {
     channels: i32,
 }
 
+/// Most voxels that are few: too few blocks of eight warps for a card.
+const FEW: usize = 2048;
+/// Bytes of the weights of all channels that a block may keep in shared memory.
+const WEIGHTS: usize = 32 << 10;
+/// Blocks for a multiprocessor, of which 2 to 4 run at once: a multiple of all of these.
+const EACH: usize = 12;
+/// Filters and voxels of a block that cuts the channels.
+const DEEP: [usize; 2] = [32, 32];
+
+/// Which kernel: its name, and how it cuts the problem unless that is `kernels/gemm.cuh`'s own way. It depends on sizes
+/// alone, so that a result does not depend on the card.
+fn way(planes: bool, voxels: usize, slabs: usize, filters: usize) -> (String, Option<Cut>) {
+    let weights = |block: usize| slabs * block * BLOCK * 2;
+    let constants = |block: usize| 4 * 4 * block;
+    if !planes && voxels <= FEW && slabs >= 16 {
+        let [block, tile] = DEEP;
+        let shared = THREADS as usize * tile * block / 32 * 4 + constants(block);
+        return ("deep".into(), Some(Cut { filters: block, tile, shared, each: usize::MAX }));
+    }
+    let block = gemm::block(filters);
+    let block = if block == 64 && (weights(64) > WEIGHTS || voxels <= FEW && !planes) { 32 } else { block };
+    if weights(block) > WEIGHTS {
+        return ("wide".into(), None);
+    }
+    let tile = if planes && block == 16 { 256 } else { 128 };
+    let name = format!("{}n{block}", if planes { "planes_" } else { "" });
+    (name, Some(Cut { filters: block, tile, shared: weights(block) + constants(block), each: EACH }))
+}
+
 /// Runs it.
 ///
 /// # Errors
@@ -93,28 +123,32 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>) -> Result<()> {
     };
     let rows = voxels(OP, p.batch, out)?;
     int(OP, rows + gemm::ROWS)?;
+    let (planes, slabs) = (channels > 0, gemm.sources.iter().map(|s| s.channels as usize).sum::<usize>() / BLOCK);
+    let (name, cut) = way(planes, rows, slabs, padded(filters));
     let y = p.y.params(OP, p.storage, p.batch)?;
     gemm.space = ints(OP, out)?;
     gemm.stride = ints(OP, p.stride)?;
     gemm.out = p.out.at_least(rows * padded(filters) * p.storage.bytes(), OP, "the result")?;
+    let (count, shared) = match cut {
+        Some(cut) => {
+            let (blocks, all) = cut.blocks(p.batch, rows / p.batch, padded(filters), driver.multiprocessors().max(1));
+            gemm.blocks = int(OP, blocks)?;
+            (all, cut.shared)
+        }
+        None => (rows.div_ceil(gemm::ROWS) * padded(filters).div_ceil(gemm::WIDEST), 0),
+    };
     let params = Params { gemm, y: y.data, norm: y.norm, slope: norm.slope, channels: int(OP, channels)? };
-    let block = gemm::block(padded(filters));
-    let launch = Launch::line(rows.div_ceil(gemm::ROWS) * padded(filters).div_ceil(block), THREADS, 0)?;
-    FILES.launch(driver, &entry(channels > 0, block, p.storage), launch, bytemuck::bytes_of(&params))
+    let launch = Launch::line(count, THREADS, shared)?;
+    FILES.launch(driver, &entry(&name, p.storage), launch, bytemuck::bytes_of(&params))
 }
 
-fn entry(planes: bool, block: usize, storage: Storage) -> String {
-    format!("conv3d_residual_{}n{block}_{}", if planes { "planes_" } else { "" }, storage.name())
+fn entry(name: &str, storage: Storage) -> String {
+    format!("conv3d_residual_{name}_{}", storage.name())
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    let mut all = Vec::new();
-    for storage in [Storage::Bf16, Storage::F16] {
-        for planes in [false, true] {
-            for block in gemm::BLOCKS {
-                all.extend(Entry::of(&FILES, entry(planes, block, storage), size_of::<Params>()));
-            }
-        }
-    }
-    all
+    let blocks = ["", "planes_"].into_iter().flat_map(|p| gemm::BLOCKS.map(|b| format!("{p}n{b}")));
+    let names: Vec<String> = blocks.chain(["deep".into(), "wide".into()]).collect();
+    let all = [Storage::Bf16, Storage::F16].into_iter().flat_map(|s| names.iter().map(move |n| entry(n, s)));
+    all.flat_map(|name| Entry::of(&FILES, name, size_of::<Params>())).collect()
 }
