@@ -257,6 +257,16 @@ impl Variant {
         if let Kind::Boxes(_, stride) = self.kind { stride } else { 1 }
     }
 
+    /// Has run on an interpreter only, with this problem. A kernel that waits for what never comes would not end, trial or
+    /// not: until a card has run it, it is for whoever asks by name.
+    fn is_new(&self, p: &Problem<'_>) -> bool {
+        match self.kind {
+            Kind::Resident(_) | Kind::Boxes(_, 2) => true,
+            Kind::Boxes(..) => self.filters == 96 || repeats(p),
+            _ => false,
+        }
+    }
+
     /// Counts on what only a card can confirm.
     fn on_trial(&self) -> bool {
         matches!(self.kind, Kind::Boxes(..) | Kind::Resident(_))
@@ -282,6 +292,11 @@ impl Variant {
     }
 }
 
+/// Whether voxels of a source are read more than once.
+fn repeats(p: &Problem<'_>) -> bool {
+    p.sources.iter().any(|s| s.repeat != [1; 3])
+}
+
 fn slabs(p: &Problem<'_>) -> usize {
     p.sources.iter().map(|s| padded(s.channels) / BLOCK).sum()
 }
@@ -297,11 +312,12 @@ pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -
 #[must_use]
 pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'static str> {
     let fit = VARIANTS.iter().filter(|v| v.supports(p, measured, driver));
-    fit.filter(|v| trial::passes(driver, v, p.storage).unwrap_or(false)).map(|v| v.name).collect()
+    fit.filter(|v| trial::passes(driver, v, p).unwrap_or(false)).map(|v| v.name).collect()
 }
 
 /// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`. One
-/// that a card has to confirm is tried on it first, as by [`variants`], which takes memory for a moment.
+/// that a card has to confirm is tried on it first, as by [`variants`], which takes memory for a moment; what no card has run
+/// at all so far is taken by name only.
 ///
 /// # Errors
 /// As [`run`]; [`Error::Unsupported`] when nothing fits the wish; [`Error::OutOfMemory`].
@@ -310,8 +326,8 @@ pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>
     let multiprocessors = driver.multiprocessors().max(1);
     let mut fit = Vec::new();
     for v in &VARIANTS {
-        let asked = wish.variant.is_none_or(|n| n == v.name) && v.supports(p, measured, driver);
-        if asked && trial::passes(driver, v, p.storage)? {
+        let asked = wish.variant.map_or(!v.is_new(p), |n| n == v.name) && v.supports(p, measured, driver);
+        if asked && trial::passes(driver, v, p)? {
             fit.push(v);
         }
     }

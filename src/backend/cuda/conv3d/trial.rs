@@ -5,7 +5,7 @@
 
 use super::super::launch::{Driver, Memory};
 use super::super::{Norm, Source, Storage, padded};
-use super::{OP, Plan, Problem, VARIANTS, Variant, entry, pack_weight, run};
+use super::{OP, Plan, Problem, VARIANTS, Variant, entry, pack_weight, repeats, run};
 use crate::error::{Error, Result};
 
 /// What variants of stride 1 and 2 are held against, and the size of the result: bricks of the variants end beyond it, two of
@@ -45,24 +45,25 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Whether the card may use the variant: known, or found out now.
+/// Whether the card may use the variant for such a problem: known, or found out now.
 ///
 /// # Errors
 /// [`Error::OutOfMemory`]; [`Error::Device`] of a card that runs nothing, perhaps since the trial.
-pub(super) fn passes(driver: &dyn Driver, v: &'static Variant, storage: Storage) -> Result<bool> {
+pub(super) fn passes(driver: &dyn Driver, v: &'static Variant, p: &Problem<'_>) -> Result<bool> {
     if !v.on_trial() {
         return Ok(true);
     }
-    let name = entry(v, storage);
+    // What reads voxels twice is asked only of who does.
+    let (name, repeats): (_, &[[usize; 3]]) = match repeats(p) {
+        true => (format!("{} of voxels read twice", entry(v, p.storage)), &[[2; 3], [1, 2, 2]]),
+        false => (entry(v, p.storage), &[[1; 3]]),
+    };
     if let Some(passed) = driver.findings().passed(&name) {
         return Ok(passed);
     }
-    let mut verdict = compare(driver, v, storage, [1; 3])?;
-    // Whether it reads voxels twice; most of what else can be wrong is wrong here too.
-    if verdict.is_ok() && v.stride() == 1 {
-        for repeat in [[2; 3], [1, 2, 2]] {
-            verdict = verdict.and(compare(driver, v, storage, repeat)?);
-        }
+    let mut verdict = Ok(());
+    for repeat in repeats {
+        verdict = verdict.and(compare(driver, v, p.storage, *repeat)?);
     }
     if let Err(why) = &verdict {
         // After some faults of a kernel the driver runs no other: that is said of the one that did it.
