@@ -118,6 +118,17 @@ const OF_POSTPROCESSING: &[(&str, Rule)] = &[
 /// `nnUNetv2_ensemble`.
 const OF_ENSEMBLES: &[(&str, Rule)] = &[("--save_npz", Is("--save-probabilities")), ("-np", NO_WORKERS)];
 
+/// `nnUNetv2_export_model_to_zip`.
+const OF_EXPORTS: &[(&str, Rule)] = &[
+    ("-tr", Is("--trainer")),
+    ("-chk", Is("--checkpoint")),
+    ("--exp_cv_preds", Is("--validations")),
+    (
+        "--not_strict",
+        Ignored { value: false, why: "configurations that were not trained are left out unless named with -c" },
+    ),
+];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -132,6 +143,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
         Some("evaluate") => OF_EVALUATION,
         Some("ensemble") => OF_ENSEMBLES,
         Some("postprocess") => OF_POSTPROCESSING,
+        Some("export") => OF_EXPORTS,
         Some("convert" | "inspect") => OF_MODELS,
         Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,
         _ => {

@@ -21,6 +21,7 @@ mod postprocess;
 mod predict;
 mod preprocess;
 mod progress;
+mod share;
 mod system;
 mod train;
 mod verify;
@@ -76,6 +77,8 @@ enum Command {
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
+    Export(share::ExportArgs),
+    Import(share::ImportArgs),
     Inspect(inspect::Args),
     Info(info::Args),
     Bench(bench::Args),
@@ -113,6 +116,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,
+        Command::Export(a) => share::export(&a)?,
+        Command::Import(a) => share::import(&a)?,
         Command::Inspect(a) => inspect::run(&a)?,
         Command::Info(a) => info::run(&a)?,
         Command::Bench(a) => bench::run(&a)?,

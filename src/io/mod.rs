@@ -12,6 +12,7 @@ pub mod picture;
 pub(crate) mod pth;
 pub(crate) mod sealed;
 pub mod weights;
+pub(crate) mod zipped;
 
 pub use image::{Geometry, Image, LabelData, Segmentation};
 pub use nifti::{

@@ -1,7 +1,6 @@
 //! NumPy archives, written piece by piece.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
 
 use bytemuck::Pod;
@@ -10,6 +9,7 @@ use zip::write::{SimpleFileOptions, StreamWriter};
 use zip::{CompressionMethod, DateTime, ZipWriter};
 
 use super::atomic::write_atomically;
+use super::zipped::Output;
 use crate::error::{Error, Result};
 
 /// Types of numbers in an archive.
@@ -42,7 +42,7 @@ numbers!(f16: "f2", f32: "f4", f64: "f8", u8: "u1", u16: "u2", i16: "i2", i32: "
 pub fn write_npz(path: impl AsRef<Path>, fill: impl FnOnce(&mut NpzWriter<'_>) -> Result<()>) -> Result<()> {
     let path = path.as_ref();
     write_atomically(path, |file| {
-        let mut npz = NpzWriter { zip: ZipWriter::new_stream(Output { file, failed: false }), path };
+        let mut npz = NpzWriter { zip: ZipWriter::new_stream(Output::new(file)), path };
         fill(&mut npz)?;
         npz.zip.finish().map_err(|e| zip_error(path, e))?;
         Ok(())
@@ -53,28 +53,6 @@ pub fn write_npz(path: impl AsRef<Path>, fill: impl FnOnce(&mut NpzWriter<'_>) -
 pub struct NpzWriter<'a> {
     zip: ZipWriter<StreamWriter<Output<'a>>>,
     path: &'a Path,
-}
-
-/// Reports the first failure and swallows what comes after it: a `ZipWriter` that is dropped unfinished tries to finish,
-/// and complains on stderr when it cannot.
-struct Output<'a> {
-    file: &'a mut BufWriter<File>,
-    failed: bool,
-}
-
-impl Write for Output<'_> {
-    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
-        if self.failed {
-            return Ok(buf.len());
-        }
-        let written = self.file.write(buf);
-        self.failed = written.is_err();
-        written
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        if self.failed { Ok(()) } else { self.file.flush() }
-    }
 }
 
 impl NpzWriter<'_> {
@@ -159,6 +137,7 @@ fn zip_error(path: &Path, e: zip::result::ZipError) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::Read;
 
     fn read(path: &Path, entry: &str) -> Vec<u8> {

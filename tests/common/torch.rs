@@ -64,11 +64,14 @@ pub struct Entry {
     /// Bit 0: encrypted.
     pub flags: u16,
     pub crc: u32,
+    /// Of Unix, with the kind of file; 0: written on a system without modes.
+    pub mode: u32,
 }
 
 impl Entry {
     pub fn stored(name: &str, data: &[u8]) -> Self {
-        Entry { name: name.into(), data: data.into(), method: 0, size: data.len() as u32, flags: 0, crc: crc32(data) }
+        let (size, crc) = (data.len() as u32, crc32(data));
+        Entry { name: name.into(), data: data.into(), method: 0, size, flags: 0, crc, mode: 0 }
     }
 }
 
@@ -92,9 +95,11 @@ pub fn zip(entries: &[Entry]) -> Vec<u8> {
         out.extend(&fields);
         out.extend(e.name.bytes());
         out.extend(&e.data);
-        directory.extend(b"PK\x01\x02\x14\x00");
+        directory.extend(b"PK\x01\x02\x14");
+        directory.push(if e.mode > 0 { 3 } else { 0 });
         directory.extend(&fields);
-        directory.extend([0; 10]);
+        directory.extend([0; 6]);
+        directory.extend((e.mode << 16).to_le_bytes());
         directory.extend(at.to_le_bytes());
         directory.extend(e.name.bytes());
     }

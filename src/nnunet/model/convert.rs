@@ -92,12 +92,12 @@ fn check_free(dst: &Path) -> Result<()> {
 }
 
 /// A folder that is removed again unless it is renamed.
-struct Temporary {
-    path: PathBuf,
+pub(super) struct Temporary {
+    pub(super) path: PathBuf,
 }
 
 impl Temporary {
-    fn beside(dst: &Path) -> Result<Self> {
+    pub(super) fn beside(dst: &Path) -> Result<Self> {
         let Some(name) = dst.file_name() else {
             return Err(Error::usage(format!("{}: expected the name of a new folder", dst.display())));
         };
@@ -130,7 +130,7 @@ impl Drop for Temporary {
 }
 
 /// Makes renames durable where the system can; not all can open a folder.
-fn sync_folder(path: &Path) {
+pub(super) fn sync_folder(path: &Path) {
     if let Ok(f) = File::open(path) {
         let _ = f.sync_all();
     }

@@ -7,6 +7,7 @@
 //! | own | `model.json`, `fold_k.safetensors` | |
 
 mod architecture;
+pub mod archive;
 mod convert;
 mod inspect;
 mod own;
