@@ -87,7 +87,6 @@ struct Resident {
         });
     }
 
-    // Padding stays zero. A thread has one half of every voxel's channels.
     __device__ __forceinline__ void normalise(unsigned char* shared, int thread) const {
         each([&](const Tile& t, int slab, int b, int parity) {
             const bool second = slab * BLOCK >= p.a.channels;
@@ -97,22 +96,8 @@ struct Resident {
                 affine.load((const float*)source.norm + (u64)t.n * 3 * source.channels, source.channels,
                             slab * BLOCK - (second ? p.a.channels : 0) + (thread & 1) * 8);
             barrier_wait(arrived(b), parity);
-            if (source.norm) {
-                const Shape s = shape(second);
-                const int x0 = (t.x0 >> s.shift_x) - 1, y0 = (t.y0 >> s.shift_y) - 1, z0 = (t.z0 >> s.shift_z) - 1;
-                // n * by >> 16 = n / side for the numbers of a brick.
-                const u32 by_x = 65536 / s.side_x + 1, by_y = 65536 / s.side_y + 1;
-                #pragma unroll 2
-                for (int at = thread >> 1; at < s.voxels(); at += NORMALISING * 16) {
-                    const int row = at * by_x >> 16, slice = row * by_y >> 16;
-                    const int z = z0 + slice, y = y0 + row - slice * s.side_y, x = x0 + at - row * s.side_x;
-                    if ((u32)z >= (u32)source.d || (u32)y >= (u32)source.h || (u32)x >= (u32)source.w) continue;
-                    uint4* v = (uint4*)(shared + b * BRICK + swizzle<ROW>(at * ROW + (thread & 1) * 16));
-                    *v = affine.template apply<T>(*v, source.slope);
-                }
-                // The next box of this buffer comes by the asynchronous proxy, and after these writes.
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            }
+            if (source.norm)
+                normalise_brick<T>(source, shape(second), affine, t.z0, t.y0, t.x0, shared + b * BRICK, thread);
             __syncwarp();
             if ((thread & 31) == 0) barrier_arrive(ready(b));
         });

@@ -82,6 +82,26 @@ struct Shape {
     __device__ __forceinline__ int voxels() const { return depth * side_y * side_x; }
 };
 
+// Normalises a brick where it lies; its tile begins at that voxel of the input. Padding stays zero. A thread of those that
+// normalise has one half of every voxel's channels.
+template <class T>
+__device__ __forceinline__ void normalise_brick(const Source& source, const Shape& s, const Norm8& affine, int z, int y, int x,
+                                                unsigned char* brick, int thread) {
+    const int x0 = (x >> s.shift_x) - 1, y0 = (y >> s.shift_y) - 1, z0 = (z >> s.shift_z) - 1;
+    // n * by >> 16 = n / side for the numbers of a brick.
+    const u32 by_x = 65536 / s.side_x + 1, by_y = 65536 / s.side_y + 1;
+    #pragma unroll 1
+    for (int at = thread >> 1; at < s.voxels(); at += NORMALISING * 16) {
+        const int row = at * by_x >> 16, slice = row * by_y >> 16;
+        const int vz = z0 + slice, vy = y0 + row - slice * s.side_y, vx = x0 + at - row * s.side_x;
+        if ((u32)vz >= (u32)source.d || (u32)vy >= (u32)source.h || (u32)vx >= (u32)source.w) continue;
+        uint4* v = (uint4*)(brick + swizzle<ROW>(at * ROW + (thread & 1) * 16));
+        *v = affine.template apply<T>(*v, source.slope);
+    }
+    // The next box of this buffer comes by the asynchronous proxy, and after these writes.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Each group of four warps has MI planes of 64 voxels by NI * 8 filters. Of the registers that a block begins with, threads
 // that load or normalise keep FEW, and those that multiply take MANY. STRIDE is that of every axis.
 template <class T, int MI, int NI, int FEW, int MANY, int STRIDE>
@@ -149,7 +169,6 @@ struct Boxes {
         }
     }
 
-    // Padding stays zero. A thread has one half of every voxel's channels.
     __device__ __forceinline__ void normalise(unsigned char* shared, int thread) const {
         for (int i = 0; i < count; ++i) {
             const int b = i % BRICKS, slab = first + i;
@@ -160,23 +179,9 @@ struct Boxes {
                 affine.load((const float*)source.norm + (u64)t.n * 3 * source.channels, source.channels,
                             slab * BLOCK - (second ? p.a.channels : 0) + (thread & 1) * 8);
             barrier_wait(arrived(b), i / BRICKS & 1);
-            if (source.norm) {
-                const Shape s = shape(second);
-                const int x0 = (t.x0 * STRIDE >> s.shift_x) - 1, y0 = (t.y0 * STRIDE >> s.shift_y) - 1,
-                          z0 = (t.z0 * STRIDE >> s.shift_z) - 1;
-                // n * by >> 16 = n / side for the numbers of a brick.
-                const u32 by_x = 65536 / s.side_x + 1, by_y = 65536 / s.side_y + 1;
-                #pragma unroll 1
-                for (int at = thread >> 1; at < s.voxels(); at += NORMALISING * 16) {
-                    const int row = at * by_x >> 16, slice = row * by_y >> 16;
-                    const int z = z0 + slice, y = y0 + row - slice * s.side_y, x = x0 + at - row * s.side_x;
-                    if ((u32)z >= (u32)source.d || (u32)y >= (u32)source.h || (u32)x >= (u32)source.w) continue;
-                    uint4* v = (uint4*)(shared + b * BRICK + swizzle<ROW>(at * ROW + (thread & 1) * 16));
-                    *v = affine.template apply<T>(*v, source.slope);
-                }
-                // The next box of this buffer comes by the asynchronous proxy, and after these writes.
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            }
+            if (source.norm)
+                normalise_brick<T>(source, shape(second), affine, t.z0 * STRIDE, t.y0 * STRIDE, t.x0 * STRIDE,
+                                   shared + b * BRICK, thread);
             __syncwarp();
             if ((thread & 31) == 0) barrier_arrive(ready(b));
         }
