@@ -21,6 +21,7 @@ mod postprocess;
 mod predict;
 mod preprocess;
 mod progress;
+mod select;
 mod system;
 mod train;
 mod verify;
@@ -73,6 +74,7 @@ enum Command {
     Evaluate(evaluate::Args),
     Postprocess(postprocess::Args),
     Ensemble(ensemble::Args),
+    Select(select::Args),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
@@ -110,6 +112,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Evaluate(a) => evaluate::run(&a)?,
         Command::Postprocess(a) => postprocess::run(&a)?,
         Command::Ensemble(a) => ensemble::run(&a)?,
+        Command::Select(a) => select::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,
