@@ -28,7 +28,7 @@ fn image(path: &Path) {
 fn help_fits_the_screen_and_says_what_it_has_to() {
     let commands =
         ["", "predict", "demo", "convert", "inspect", "info", "bench", "completions", "train", "phantoms", "evaluate"];
-    for command in commands {
+    for command in commands.into_iter().chain(["select"]) {
         for flag in ["--help", "-h"] {
             let args: Vec<&str> = [command, flag].into_iter().filter(|a| !a.is_empty()).collect();
             let ran = stunet(&args);

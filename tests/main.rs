@@ -60,6 +60,7 @@ mod pth;
 mod ptx;
 mod reference;
 mod resample;
+mod select;
 mod share;
 mod storage;
 mod store;

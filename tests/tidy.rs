@@ -329,6 +329,7 @@ fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
         "evaluate",
         "postprocess",
         "ensemble",
+        "select",
         "demo",
         "convert",
         "inspect",

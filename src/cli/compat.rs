@@ -129,6 +129,14 @@ const OF_EXPORTS: &[(&str, Rule)] = &[
     ),
 ];
 
+/// `nnUNetv2_find_best_configuration`.
+const OF_SELECTION: &[(&str, Rule)] = &[
+    ("-tr", Is("--trainers")),
+    ("--disable_ensembling", Is("--no-ensembling")),
+    ("--no_overwrite", Is("--no-overwrite")),
+    ("-np", NO_WORKERS),
+];
+
 /// The arguments in our spelling, and warnings about those that were dropped.
 ///
 /// # Errors
@@ -144,6 +152,7 @@ pub(super) fn rewrite(argv: impl IntoIterator<Item = OsString>) -> Result<(Vec<O
         Some("ensemble") => OF_ENSEMBLES,
         Some("postprocess") => OF_POSTPROCESSING,
         Some("export") => OF_EXPORTS,
+        Some("select") => OF_SELECTION,
         Some("convert" | "inspect") => OF_MODELS,
         Some("verify" | "fingerprint" | "plan" | "preprocess" | "plan-and-preprocess") => OF_DATASETS,
         _ => {
@@ -230,6 +239,10 @@ mod tests {
         let (ours, warnings) =
             rewritten("stunet postprocess apply -i a -o b -pp_pkl_file p.pkl -plans_json p -np 4").unwrap();
         assert_eq!((ours.as_str(), warnings), ("stunet postprocess apply -i a -o b --steps p.pkl", 2));
+        let (ours, warnings) =
+            rewritten("stunet select 4 -tr T -c 2d 3d_fullres -np 4 --disable_ensembling --no_overwrite").unwrap();
+        let expected = "stunet select 4 --trainers T -c 2d 3d_fullres --no-ensembling --no-overwrite";
+        assert_eq!((ours.as_str(), warnings), (expected, 1));
         assert_eq!(rewritten("stunet predict -t 4").unwrap_err().exit_code(), 2);
     }
 }

@@ -21,6 +21,7 @@ mod postprocess;
 mod predict;
 mod preprocess;
 mod progress;
+mod select;
 mod share;
 mod system;
 mod train;
@@ -74,6 +75,7 @@ enum Command {
     Evaluate(evaluate::Args),
     Postprocess(postprocess::Args),
     Ensemble(ensemble::Args),
+    Select(select::Args),
     Phantoms(phantoms::Args),
     Demo(demo::Args),
     Convert(convert::Args),
@@ -113,6 +115,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Evaluate(a) => evaluate::run(&a)?,
         Command::Postprocess(a) => postprocess::run(&a)?,
         Command::Ensemble(a) => ensemble::run(&a)?,
+        Command::Select(a) => select::run(&a)?,
         Command::Phantoms(a) => phantoms::run(&a)?,
         Command::Demo(a) => demo::run(&a)?,
         Command::Convert(a) => convert::run(&a)?,

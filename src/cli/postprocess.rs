@@ -110,17 +110,22 @@ fn run_determine(common: &Common, reference: &Path, remove: bool) -> Result<()> 
     let dice = [&found.before, &found.after].map(|s| s.foreground_dice());
     output::line(format!("mean Dice {:.5}, {:.5} after {} steps", dice[0], dice[1], found.steps.len()))?;
     for step in &found.steps {
-        output::line(match step {
-            Step::Label(label) => format!("largest component of label {label}"),
-            Step::Region(labels) => format!("largest component of region {labels:?}"),
-            step => format!("largest component of all foreground {:?}", step.labels()),
-        })?;
+        output::line(described(step))?;
     }
     found.write(&common.input)?.iter().try_for_each(|path| output::path(path))?;
     if !remove {
         output::path(&postprocessed)?;
     }
     Ok(())
+}
+
+/// What a step keeps.
+pub(super) fn described(step: &Step) -> String {
+    match step {
+        Step::Label(label) => format!("largest component of label {label}"),
+        Step::Region(labels) => format!("largest component of region {labels:?}"),
+        step => format!("largest component of all foreground {:?}", step.labels()),
+    }
 }
 
 fn run_apply(common: &Common, target: &Path, file: &Path) -> Result<()> {

@@ -56,7 +56,8 @@ impl Bar {
     }
 
     fn count(&self, done: usize, total: usize, what: &str) {
-        if self.bar.length().is_none() {
+        // Some commands go through cases several times, not always as many.
+        if self.bar.length() != Some(total as u64) {
             self.bar.set_length(total as u64);
             self.bar.reset_eta();
             let text = format!("{{prefix}} [{{bar:24}}] {{pos}}/{{len}} {what} {{elapsed}} left {{eta}} {{msg}}");

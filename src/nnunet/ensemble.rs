@@ -36,10 +36,7 @@ pub fn ensemble(
     probabilities: bool,
     progress: &mut dyn Progress,
 ) -> Result<Vec<PathBuf>> {
-    let ending = dataset.file_ending.as_str();
-    if !NIFTI.contains(&ending) {
-        return Err(Error::unsupported(format!("ensembles of {ending} label maps; those of .nii.gz and .nii are")));
-    }
+    check_ending(dataset)?;
     let names = names(inputs)?;
     std::fs::create_dir_all(output).map_err(|e| Error::io("create", output, e))?;
     // What later steps look for beside predictions.
@@ -47,10 +44,20 @@ pub fn ensemble(
     let mut written = Vec::new();
     for (done, name) in names.iter().enumerate() {
         tell(progress, Event::Cases { done, total: names.len() })?;
-        written.extend(case(inputs, name, output, dataset, probabilities)?);
+        let paths: Vec<PathBuf> = inputs.iter().map(|folder| folder.join(name)).collect();
+        written.extend(case(&paths, output, dataset, probabilities)?);
     }
     tell(progress, Event::Cases { done: names.len(), total: names.len() })?;
     Ok(written)
+}
+
+/// [`Error::Unsupported`] for a data set whose label maps are not written here.
+pub(super) fn check_ending(dataset: &DatasetJson) -> Result<()> {
+    let ending = dataset.file_ending.as_str();
+    if NIFTI.contains(&ending) {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!("ensembles of {ending} label maps; those of .nii.gz and .nii are")))
 }
 
 /// Names of the archives, which are in each folder.
@@ -70,15 +77,18 @@ fn names(inputs: &[PathBuf]) -> Result<Vec<OsString>> {
     Ok(all.into_iter().cloned().collect())
 }
 
-/// Averages one case and writes it; its files.
-fn case(
-    inputs: &[PathBuf],
-    name: &OsString,
+/// Averages one case, which is called as the first of its archives is, and writes it to `output`; its files.
+///
+/// # Errors
+/// As [`ensemble`].
+pub(super) fn case(
+    paths: &[PathBuf],
     output: &Path,
     dataset: &DatasetJson,
     probabilities: bool,
 ) -> Result<Vec<PathBuf>> {
-    let paths: Vec<PathBuf> = inputs.iter().map(|folder| folder.join(name)).collect();
+    let Some(first) = paths.first() else { return Err(Error::usage("no probabilities to average were given")) };
+    let name = first.file_name().unwrap_or_default();
     let mut archives = paths.iter().map(|p| Archive::open(p)).collect::<Result<Vec<_>>>()?;
     let mut streams = archives.iter_mut().map(|a| a.stream("probabilities")).collect::<Result<Vec<_>>>()?;
     let shape = streams[0].shape();
@@ -94,10 +104,10 @@ fn case(
     let stem = stem.strip_suffix(".npz").unwrap_or(&stem);
     let label_map = format!("{stem}{}", dataset.file_ending);
     let voxels = [shape[1], shape[2], shape[3]];
-    let geometry = geometry(&inputs[0], &label_map, stem, voxels)?;
+    let geometry = geometry(first, &label_map, stem, voxels)?;
     if geometry.shape != voxels {
         let what = format!("{voxels:?} voxels (z, y, x), the case has {:?}", geometry.shape);
-        return Err(Error::model(&paths[0], "probabilities", what));
+        return Err(Error::model(first, "probabilities", what));
     }
     let mut vote = Vote::new(dataset.labels.decision(), geometry.len())?;
     let [path, npz, pkl] = [output.join(&label_map), output.join(name), output.join(format!("{stem}.pkl"))];
@@ -111,7 +121,7 @@ fn case(
                 })
             })
         })?;
-        let given = inputs[0].join(format!("{stem}.pkl"));
+        let given = first.with_file_name(format!("{stem}.pkl"));
         if given.is_file() {
             let properties = std::fs::read(&given).map_err(|e| Error::io("read", &given, e))?;
             write_atomically(&pkl, |file| file.write_all(&properties).map_err(|e| Error::io("write", &pkl, e)))?;
@@ -193,8 +203,8 @@ impl Vote {
 }
 
 /// Where a case lies: as its label map does, or as the properties say that nnU-Net keeps beside its probabilities.
-fn geometry(folder: &Path, label_map: &str, stem: &str, shape: [usize; 3]) -> Result<Geometry> {
-    let (map, pkl) = (folder.join(label_map), folder.join(format!("{stem}.pkl")));
+fn geometry(archive: &Path, label_map: &str, stem: &str, shape: [usize; 3]) -> Result<Geometry> {
+    let (map, pkl) = (archive.with_file_name(label_map), archive.with_file_name(format!("{stem}.pkl")));
     if map.is_file() {
         return read_nifti_header(&map);
     }

@@ -19,6 +19,7 @@ pub mod postprocess;
 pub mod predict;
 pub mod preprocess;
 pub mod report;
+pub mod select;
 pub mod split;
 pub mod store;
 #[doc(hidden)]
