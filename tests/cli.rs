@@ -5,6 +5,7 @@ mod bench;
 mod cuda;
 mod demo;
 mod evaluate;
+mod integration;
 mod outputs;
 #[cfg(feature = "natural")]
 mod planar;
