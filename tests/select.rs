@@ -250,7 +250,7 @@ fn a_mean_and_its_post_processing_may_be_the_best() {
 
 #[track_caller]
 fn fails(found: Result<Selected>, code: u8, parts: &[&str]) {
-    let e = found.err().expect("an error");
+    let e = found.expect_err("an error");
     let text = e.to_string();
     parts.iter().for_each(|p| assert!(text.contains(p), "{text}: {p}"));
     assert_eq!(e.exit_code(), code, "{text}");
