@@ -221,7 +221,7 @@ fn entries<R: Read + std::io::Seek>(archive: &mut ZipArchive<R>, file: &Path, le
             return Err(refuse("a name that is not the same on every system, refused"));
         }
         let kind = entry.unix_mode().map_or(0, |mode| mode & KIND);
-        if entry.is_symlink() || ![0, REGULAR, FOLDER].contains(&kind) || (kind == FOLDER) > entry.is_dir() {
+        if entry.is_symlink() || ![0, REGULAR, FOLDER].contains(&kind) || (kind == FOLDER && !entry.is_dir()) {
             return Err(refuse("a link or a device, refused"));
         }
         if entry.encrypted() {
