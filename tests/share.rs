@@ -129,6 +129,49 @@ fn share_replaces_nothing_unless_told_to() {
     assert_eq!(tree(&target).len(), 0, "something was left");
 }
 
+/// What else is there is no model and no file, and would be gone.
+#[test]
+fn share_replaces_models_by_models_and_files_by_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let results = results(dir.path());
+    let before = contents(&results);
+    let file = dir.path().join("model.zip");
+    // A file where a data set is, and a model where one is.
+    let mut e = entries();
+    e.push(Entry::stored("Dataset001_Tiny/ensembles", b"x"));
+    let own = dir.path().join("Dataset001_Tiny");
+    convert(results.join(MODEL), &own, &ModelOptions::new()).unwrap();
+    for bytes in [zip(&e), {
+        export(&[own], &file);
+        fs::read(&file).unwrap()
+    }] {
+        fs::write(&file, bytes).unwrap();
+        let e = archive::import(&file, &results, true, &mut ()).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains("is not a"), "{e}");
+        assert!(contents(&results) == before, "something was changed");
+    }
+}
+
+/// Each fold's plans, and the post-processing that is part of the model.
+#[test]
+fn share_all_of_a_model_of_v1_and_other_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let v1 = v1_folder(dir.path(), "fold_0", "model_final_checkpoint", 3);
+    v1_folder(dir.path(), "fold_1", "model_final_checkpoint", 3);
+    write(&v1.join("postprocessing.json"), r#"{"for_which_classes": [1]}"#);
+    let file = dir.path().join("m.zip");
+    let names = export(&[v1], &file);
+    assert_eq!(names.iter().filter(|n| n.ends_with(".model.pkl")).count(), 2, "{names:?}");
+    assert!(names.iter().any(|n| n.ends_with("/postprocessing.json")), "{names:?}");
+    archive::import(&file, &dir.path().join("out"), false, &mut ()).unwrap();
+
+    let v2 = v2_folder(&dir.path().join("Dataset001_Tiny"), &["fold_0"], 1, 3);
+    fs::rename(v2.join("fold_0/checkpoint_final.pth"), v2.join("fold_0/checkpoint_best.pth")).unwrap();
+    let best = ModelOptions::new().checkpoint("checkpoint_best");
+    archive::export(&[v2], &file, &best, false, &mut ()).unwrap();
+    archive::import(&file, &dir.path().join("out"), false, &mut ()).unwrap();
+}
+
 #[test]
 fn share_on_the_command_line() {
     let dir = tempfile::tempdir().unwrap();

@@ -74,7 +74,13 @@ pub fn export(
                 wanted.extend(plain_files(&fold.join("validation"))?);
             }
         }
-        wanted.insert(folder.join("dataset_fingerprint.json"));
+        // Of nnU-Net v1 each fold's plans lie beside its checkpoint, and post-processing beside the folds.
+        wanted.extend(opened.sources.iter().filter(|p| p.extension().is_some_and(|e| e == "model")).map(|p| {
+            let mut plans = p.clone().into_os_string();
+            plans.push(".pkl");
+            plans.into()
+        }));
+        wanted.extend(["dataset_fingerprint.json", "postprocessing.json", "plans.pkl"].map(|name| folder.join(name)));
         for results in sub_folders(&folder)?.into_iter().filter(|f| named(f).starts_with("crossval_results_folds_")) {
             wanted.extend(if predictions {
                 plain_files(&results)?
@@ -174,29 +180,81 @@ pub fn import(file: &Path, results: &Path, overwrite: bool, progress: &mut dyn P
     // A model moves as a folder, of other files each.
     let others = entries.iter().map(|e| &e.path).filter(|p| !models.iter().any(|m| p.starts_with(m)));
     let moves: Vec<PathBuf> = models.iter().chain(others).cloned().collect();
-    if let Some(there) = moves.iter().map(|m| results.join(m)).find(|p| !overwrite && p.symlink_metadata().is_ok()) {
-        return Err(Error::usage(format!("{}: is there already; --overwrite replaces it", there.display())));
+    for path in &moves {
+        check_place(&results.join(path), models.contains(path), overwrite)?;
     }
     fs::create_dir_all(results).map_err(|e| Error::io("create", results, e))?;
     let temporary = Temporary::beside(&results.join("import"))?;
+    let [fresh, old] = ["new", "old"].map(|name| temporary.path.join(name));
+    for folder in [&fresh, &old] {
+        fs::create_dir(folder).map_err(|e| Error::io("create", folder, e))?;
+    }
     for (done, entry) in entries.iter().enumerate() {
         tell(progress, Event::Cases { done, total: entries.len() })?;
-        unpack(&mut archive, file, entry, &temporary.path)?;
+        unpack(&mut archive, file, entry, &fresh)?;
     }
     for model in &models {
-        // What this version does not support may well be right.
-        if let Err(Error::Model { field, what, path }) =
-            ModelFolder::open(temporary.path.join(model), &ModelOptions::new())
-        {
-            let entry = path.strip_prefix(&temporary.path).unwrap_or(&path).display().to_string();
-            return Err(Error::model(file, format!("{entry}: {field}"), what));
+        for checkpoint in checkpoints(&entries, model) {
+            let options = ModelOptions { checkpoint, ..ModelOptions::new() };
+            match ModelFolder::open(fresh.join(model), &options) {
+                // What this version does not support may well be right.
+                Ok(_) | Err(Error::Unsupported { .. }) => {}
+                Err(Error::Model { field, what, path }) => {
+                    let entry = path.strip_prefix(&fresh).unwrap_or(&path).display().to_string();
+                    return Err(Error::model(file, format!("{entry}: {field}"), what));
+                }
+                Err(e) => return Err(e),
+            }
         }
     }
     tell(progress, Event::Cases { done: entries.len(), total: entries.len() })?;
-    for path in &moves {
-        place(&temporary.path.join(path), &results.join(path), &temporary.path.join(".replaced"))?;
+    let mut placed = Vec::new();
+    for (number, path) in moves.iter().enumerate() {
+        let (to, aside) = (results.join(path), old.join(number.to_string()));
+        let done =
+            check_place(&to, models.contains(path), overwrite).and_then(|()| place(&fresh.join(path), &to, &aside));
+        match done {
+            Ok(()) => placed.push((to, aside)),
+            Err(e) => {
+                // As it was. What cannot be put back is not thrown away either.
+                let back = placed.iter().rev().all(|(to, aside)| put_back(to, aside).is_ok());
+                if !back || fs::read_dir(&old).is_ok_and(|mut rest| rest.next().is_some()) {
+                    std::mem::forget(temporary);
+                }
+                return Err(e);
+            }
+        }
     }
     Ok(models.iter().map(|m| results.join(m)).collect())
+}
+
+/// Names of the checkpoints in a model's folds; of a folder of this project there is nothing to choose.
+fn checkpoints(entries: &[Entry], model: &Path) -> BTreeSet<Option<String>> {
+    let of_fold = entries.iter().map(|e| &e.path).filter(|p| p.parent().and_then(Path::parent) == Some(model));
+    let weights = of_fold.filter(|p| p.extension().is_some_and(|e| e == "pth" || e == "model"));
+    let names: BTreeSet<Option<String>> = weights.map(|p| Some(named(p))).collect();
+    if names.is_empty() { BTreeSet::from([None]) } else { names }
+}
+
+/// Whether there is room for a model or a file: nothing, or with `overwrite` one of the same kind.
+fn check_place(to: &Path, is_model: bool, overwrite: bool) -> Result<()> {
+    let Ok(there) = to.symlink_metadata() else { return Ok(()) };
+    if !overwrite {
+        return Err(Error::usage(format!("{}: is there already; --overwrite replaces it", to.display())));
+    }
+    let folds = || sub_folders(to).is_ok_and(|all| all.iter().any(|f| named(f).starts_with("fold_")));
+    let same = match is_model {
+        true => there.is_dir() && (to.join(own::FILE).is_file() || to.join("plans.json").is_file() || folds()),
+        false => there.is_file(),
+    };
+    if same {
+        return Ok(());
+    }
+    let kind = if is_model { "a model" } else { "a file" };
+    Err(Error::usage(format!(
+        "{}: is there already and is not {kind}, which is all that would be replaced",
+        to.display()
+    )))
 }
 
 /// All files, each checked by what the directory says of it.
@@ -311,28 +369,32 @@ fn unpack<R: Read + std::io::Seek>(archive: &mut ZipArchive<R>, file: &Path, ent
     out.into_inner().map_err(|e| write(e.into_error()))?.sync_all().map_err(write)
 }
 
-/// Moves a folder or file to where it belongs; what is there goes to `replaced` and then for good.
-fn place(from: &Path, to: &Path, replaced: &Path) -> Result<()> {
+/// Moves a folder or file to where it belongs, and what is there to `aside`.
+fn place(from: &Path, to: &Path, aside: &Path) -> Result<()> {
     let io = |e| Error::io("create", to, e);
     let parent = to.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io)?;
     let there = to.symlink_metadata().is_ok();
     if there {
-        fs::rename(to, replaced).map_err(io)?;
+        fs::rename(to, aside).map_err(io)?;
     }
     if let Err(e) = fs::rename(from, to) {
-        if there {
-            // Back to what was; the first error is the one to tell.
-            let _ = fs::rename(replaced, to);
-        }
+        // What cannot go back stays aside; the first error is the one to tell.
+        let _ = if there { fs::rename(aside, to) } else { Ok(()) };
         return Err(io(e));
     }
     sync_folder(parent);
-    if there {
-        let gone = if replaced.is_dir() { fs::remove_dir_all(replaced) } else { fs::remove_file(replaced) };
-        gone.map_err(|e| Error::io("remove", replaced, e))?;
-    }
     Ok(())
+}
+
+/// Undoes [`place`].
+fn put_back(to: &Path, aside: &Path) -> std::io::Result<()> {
+    if to.is_dir() {
+        fs::remove_dir_all(to)?
+    } else {
+        fs::remove_file(to)?
+    }
+    if aside.symlink_metadata().is_ok() { fs::rename(aside, to) } else { Ok(()) }
 }
 
 /// A file's name in the archive.
