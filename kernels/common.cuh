@@ -179,3 +179,16 @@ struct Norm8 {
         return make_uint4(pair<T>(v.x, 0, slope), pair<T>(v.y, 2, slope), pair<T>(v.z, 4, slope), pair<T>(v.w, 6, slope));
     }
 };
+
+// The same of four.
+struct Norm4 {
+    float4 mean, scale, shift;
+    __device__ __forceinline__ void load(const float* norm, int channels, int c) {
+        mean = *(const float4*)(norm + c), scale = *(const float4*)(norm + channels + c), shift = *(const float4*)(norm + 2 * channels + c);
+    }
+    template <class T>
+    __device__ __forceinline__ uint2 apply(uint2 v, float slope) const {
+        return make_uint2(T::pack(normalised(T::low(v.x), mean.x, scale.x, shift.x, slope), normalised(T::high(v.x), mean.y, scale.y, shift.y, slope)),
+                          T::pack(normalised(T::low(v.y), mean.z, scale.z, shift.z, slope), normalised(T::high(v.y), mean.w, scale.w, shift.w, slope)));
+    }
+};

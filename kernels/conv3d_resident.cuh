@@ -36,11 +36,7 @@ struct Resident {
     __device__ __forceinline__ int step() const { return gridDim.x / groups; }
     __device__ __forceinline__ Tile tile(int unit) const { return Tile(p, MI, N, unit * groups + blockIdx.x % groups); }
 
-    // Of voxels that are read twice, the ten of a row are six.
-    __device__ __forceinline__ Shape shape(bool second) const {
-        const Source& s = second ? p.b : p.a;
-        return {s.shift_x ? 6 : SIDE, s.shift_y ? 6 : SIDE, s.shift_z ? MI / 2 + 2 : DEPTH, s.shift_x, s.shift_y, s.shift_z};
-    }
+    __device__ __forceinline__ Shape shape(int slab) const { return Shape(source_of(p, slab), MI, 1); }
 
     __device__ __forceinline__ void start() const {
         if (threadIdx.x == 0) {
@@ -70,14 +66,8 @@ struct Resident {
     __device__ __forceinline__ void load() const {
         bool first = true;
         each([&](const Tile& t, int slab, int b, int parity) {
-            const int c = slab * BLOCK;
-            const bool second = c >= p.a.channels;
-            const Shape s = shape(second);
             barrier_wait(read(b), parity ^ 1);
-            barrier_expect(arrived(b), s.voxels() * ROW);
-            const int x = (t.x0 >> s.shift_x) - 1, y = (t.y0 >> s.shift_y) - 1, z = (t.z0 >> s.shift_z) - 1;
-            if (second) load_box(bricks + b * BRICK, q.b, arrived(b), c - p.a.channels, x, y, z, t.n);
-            else load_box(bricks + b * BRICK, q.a, arrived(b), c, x, y, z, t.n);
+            load_brick(q, t, shape(slab), slab, bricks + b * BRICK, arrived(b));
             if (first) {
                 barrier_expect(filters(slab), COLUMNS * COLUMN);
                 for (int column = 0; column < COLUMNS; ++column)
@@ -89,40 +79,20 @@ struct Resident {
 
     __device__ __forceinline__ void normalise(unsigned char* shared, int thread) const {
         each([&](const Tile& t, int slab, int b, int parity) {
-            const bool second = slab * BLOCK >= p.a.channels;
-            const Source& source = second ? p.b : p.a;
-            Norm8 affine;
-            if (source.norm)
-                affine.load((const float*)source.norm + (u64)t.n * 3 * source.channels, source.channels,
-                            slab * BLOCK - (second ? p.a.channels : 0) + (thread & 1) * 8);
-            barrier_wait(arrived(b), parity);
-            if (source.norm)
-                normalise_brick<T>(source, shape(second), affine, t.z0, t.y0, t.x0, shared + b * BRICK, thread);
-            __syncwarp();
-            if ((thread & 31) == 0) barrier_arrive(ready(b));
+            normalise_brick<T, MI, 1>(p, t, slab, shared + b * BRICK, arrived(b), parity, ready(b), thread);
         });
     }
 
     __device__ __forceinline__ void multiply(float (&acc)[MI][NI][4], int slab, int b, int parity) const {
-        const int lane = threadIdx.x & 31, r = lane & 15;
-        const int ox = r & 7, oy = (threadIdx.x >> 5 & 3) * 2 + (r >> 3);
-        const Shape s = shape(slab * BLOCK >= p.a.channels);
-        const u32 from = bricks + b * BRICK, half = (lane >> 4) * 16, weight = weights + slab * COLUMNS * COLUMN;
-        const int plane = s.side_y * s.side_x;
-        int across[3];              // where a tap's voxel is in its row; a box of halves begins with half a voxel
-        #pragma unroll
-        for (int k = 0; k < 3; ++k) across[k] = (ox + k + s.shift_x) >> s.shift_x;
+        const Shape s = shape(slab);
+        const Voxels voxels(s, bricks + b * BRICK, 0);
+        const u32 weight = weights + slab * COLUMNS * COLUMN;
         barrier_wait(filters(slab), 0);
         barrier_wait(ready(b), parity);
         u32 a[2][MI + 2][4];        // a column's voxels are multiplied while the next one's are loaded
         #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
-            const int row = ((oy + c / 3 + s.shift_y) >> s.shift_y) * s.side_x + across[c % 3];
-            #pragma unroll
-            for (int k = 0; k < MI + 2; ++k) {
-                const int at = row + ((k + s.shift_z) >> s.shift_z) * plane;
-                load_matrices(a[c & 1][k], from + swizzle<ROW>(at * ROW + half));
-            }
+            voxels.load(a[c & 1], c);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
             #pragma unroll
             for (int z = 0; z < 3; ++z)
@@ -133,7 +103,7 @@ struct Resident {
             if (c > 0) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         }
         // Voxels are in registers.
-        if (lane == 0) barrier_arrive(read(b));
+        if ((threadIdx.x & 31) == 0) barrier_arrive(read(b));
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     }
 

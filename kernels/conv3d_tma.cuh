@@ -76,31 +76,85 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barri
                          : D32(0), D32(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
         }                                                                                                                \
     };
-// How a source lies in a brick: voxels of its rows, rows of its planes, planes; how far its coordinates are shifted.
+// How a source lies in a brick of so many planes of output: voxels of its rows, rows of its planes, planes; how far its
+// coordinates are shifted. Of voxels that are read twice, the ten of a row are six.
 struct Shape {
-    int side_x, side_y, depth, shift_x, shift_y, shift_z;
-    __device__ __forceinline__ int voxels() const { return depth * side_y * side_x; }
-};
-
-// Normalises a brick where it lies; its tile begins at that voxel of the input. Padding stays zero. A thread of those that
-// normalise has one half of every voxel's channels.
-template <class T>
-__device__ __forceinline__ void normalise_brick(const Source& source, const Shape& s, const Norm8& affine, int z, int y, int x,
-                                                unsigned char* brick, int thread) {
-    const int x0 = (x >> s.shift_x) - 1, y0 = (y >> s.shift_y) - 1, z0 = (z >> s.shift_z) - 1;
-    // n * by >> 16 = n / side for the numbers of a brick.
-    const u32 by_x = 65536 / s.side_x + 1, by_y = 65536 / s.side_y + 1;
-    #pragma unroll 1
-    for (int at = thread >> 1; at < s.voxels(); at += NORMALISING * 16) {
-        const int row = at * by_x >> 16, slice = row * by_y >> 16;
-        const int vz = z0 + slice, vy = y0 + row - slice * s.side_y, vx = x0 + at - row * s.side_x;
-        if ((u32)vz >= (u32)source.d || (u32)vy >= (u32)source.h || (u32)vx >= (u32)source.w) continue;
-        uint4* v = (uint4*)(brick + swizzle<ROW>(at * ROW + (thread & 1) * 16));
-        *v = affine.template apply<T>(*v, source.slope);
+    int stride, side_x, side_y, depth, shift_x, shift_y, shift_z;
+    __device__ __forceinline__ Shape(const Source& s, int planes, int stride) : stride(stride) {
+        // At stride 2 no source is repeated.
+        shift_x = stride == 1 ? s.shift_x : 0, shift_y = stride == 1 ? s.shift_y : 0, shift_z = stride == 1 ? s.shift_z : 0;
+        side_x = shift_x ? 6 : 7 * stride + 3, side_y = shift_y ? 6 : 7 * stride + 3;
+        depth = shift_z ? planes / 2 + 2 : (planes - 1) * stride + 3;
     }
-    // The next box of this buffer comes by the asynchronous proxy, and after these writes.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __device__ __forceinline__ int voxels() const { return depth * side_y * side_x; }
+    // Where the brick of a tile begins, in the source's own voxels.
+    __device__ __forceinline__ int x(const Tile& t) const { return (t.x0 * stride >> shift_x) - 1; }
+    __device__ __forceinline__ int y(const Tile& t) const { return (t.y0 * stride >> shift_y) - 1; }
+    __device__ __forceinline__ int z(const Tile& t) const { return (t.z0 * stride >> shift_z) - 1; }
+};
+__device__ __forceinline__ bool is_second(const Conv3dParams& p, int slab) { return slab * BLOCK >= p.a.channels; }
+__device__ __forceinline__ const Source& source_of(const Conv3dParams& p, int slab) { return is_second(p, slab) ? p.b : p.a; }
+
+// Asks for the brick of a slab.
+__device__ __forceinline__ void load_brick(const Conv3dTmaParams& q, const Tile& t, const Shape& s, int slab, u32 to, u32 arrived) {
+    barrier_expect(arrived, s.voxels() * ROW);
+    const int c = slab * BLOCK;
+    if (is_second(q.p, slab)) load_box(to, q.b, arrived, c - q.p.a.channels, s.x(t), s.y(t), s.z(t), t.n);
+    else load_box(to, q.a, arrived, c, s.x(t), s.y(t), s.z(t), t.n);
 }
+
+// Normalises the brick of a slab where it lies, if it is to be, from when it has arrived; then it is ready. Padding stays zero. A
+// thread of those that normalise has a quarter of every voxel's channels.
+template <class T, int PLANES, int STRIDE>
+__device__ __forceinline__ void normalise_brick(const Conv3dParams& p, const Tile& t, int slab, unsigned char* brick, u32 arrived,
+                                                u32 parity, u32 ready, int thread) {
+    const Source& source = source_of(p, slab);
+    Norm4 affine;
+    if (source.norm)
+        affine.load((const float*)source.norm + (u64)t.n * 3 * source.channels, source.channels,
+                    slab * BLOCK - (is_second(p, slab) ? p.a.channels : 0) + (thread & 3) * 4);
+    barrier_wait(arrived, parity);
+    if (source.norm) {
+        const Shape s(source, PLANES, STRIDE);
+        const int x0 = s.x(t), y0 = s.y(t), z0 = s.z(t);
+        // n * by >> 16 = n / side for the numbers of a brick.
+        const u32 by_x = 65536 / s.side_x + 1, by_y = 65536 / s.side_y + 1;
+        #pragma unroll 1
+        for (int at = thread >> 2; at < s.voxels(); at += NORMALISING * 8) {
+            const int row = at * by_x >> 16, slice = row * by_y >> 16;
+            const int z = z0 + slice, y = y0 + row - slice * s.side_y, x = x0 + at - row * s.side_x;
+            if ((u32)z >= (u32)source.d || (u32)y >= (u32)source.h || (u32)x >= (u32)source.w) continue;
+            uint2* v = (uint2*)(brick + swizzle<ROW>(at * ROW + (thread & 3) * 8));
+            *v = affine.template apply<T>(*v, source.slope);
+        }
+        // The next box of this buffer comes by the asynchronous proxy, and after these writes.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncwarp();
+    if ((thread & 31) == 0) barrier_arrive(ready);
+}
+
+// A lane's voxels of a brick: those of its row of the output's planes from `plane` on, tap by tap.
+struct Voxels {
+    const Shape& s;
+    const u32 from;
+    int across[3], y, z;        // where a tap's voxel is in its row; a box of halves begins with half a voxel
+    __device__ __forceinline__ Voxels(const Shape& s, u32 brick, int plane) : s(s), from(brick) {
+        const int r = threadIdx.x & 15;
+        #pragma unroll
+        for (int k = 0; k < 3; ++k) across[k] = ((r & 7) * s.stride + k + s.shift_x) >> s.shift_x;
+        y = ((threadIdx.x >> 5 & 3) * 2 + (r >> 3)) * s.stride + s.shift_y, z = plane * s.stride + s.shift_z;
+    }
+    template <int PLANES>
+    __device__ __forceinline__ void load(u32 (&a)[PLANES][4], int column) const {
+        const int row = ((y + column / 3) >> s.shift_y) * s.side_x + across[column % 3], half = (threadIdx.x >> 4 & 1) * 16;
+        #pragma unroll
+        for (int k = 0; k < PLANES; ++k) {
+            const int at = row + ((z + k) >> s.shift_z) * s.side_y * s.side_x;
+            load_matrices(a[k], from + swizzle<ROW>(at * ROW + half));
+        }
+    }
+};
 
 // Each group of four warps has MI planes of 64 voxels by NI * 8 filters. Of the registers that a block begins with, threads
 // that load or normalise keep FEW, and those that multiply take MANY. STRIDE is that of every axis.
@@ -133,12 +187,7 @@ struct Boxes {
     __device__ __forceinline__ u32 column_arrived(int c) const { return barriers + (3 * BRICKS + c) * 8; }
     __device__ __forceinline__ u32 column_read(int c) const { return barriers + (3 * BRICKS + COLUMNS + c) * 8; }
 
-    // Of voxels that are read twice, the ten of a row are six.
-    __device__ __forceinline__ Shape shape(bool second) const {
-        const Source& s = second ? p.b : p.a;
-        if (STRIDE == 2) return {SIDE, SIDE, DEPTH, 0, 0, 0};
-        return {s.shift_x ? 6 : SIDE, s.shift_y ? 6 : SIDE, s.shift_z ? TZ / 2 + 2 : DEPTH, s.shift_x, s.shift_y, s.shift_z};
-    }
+    __device__ __forceinline__ Shape shape(int slab) const { return Shape(source_of(p, slab), TZ, STRIDE); }
 
     __device__ __forceinline__ void start() const {
         if (threadIdx.x == 0) {
@@ -153,14 +202,9 @@ struct Boxes {
     // One thread.
     __device__ __forceinline__ void load() const {
         for (int i = 0; i < count; ++i) {
-            const int b = i % BRICKS, c = (first + i) * BLOCK;
-            const bool second = c >= p.a.channels;
-            const Shape s = shape(second);
+            const int b = i % BRICKS;
             barrier_wait(read(b), (i / BRICKS & 1) ^ 1);
-            barrier_expect(arrived(b), s.voxels() * ROW);
-            const int x = (t.x0 * STRIDE >> s.shift_x) - 1, y = (t.y0 * STRIDE >> s.shift_y) - 1, z = (t.z0 * STRIDE >> s.shift_z) - 1;
-            if (second) load_box(bricks + b * BRICK, q.b, arrived(b), c - p.a.channels, x, y, z, t.n);
-            else load_box(bricks + b * BRICK, q.a, arrived(b), c, x, y, z, t.n);
+            load_brick(q, t, shape(first + i), first + i, bricks + b * BRICK, arrived(b));
             for (int column = 0; column < COLUMNS; ++column) {
                 barrier_wait(column_read(column), (i & 1) ^ 1);
                 barrier_expect(column_arrived(column), COLUMN);
@@ -171,45 +215,23 @@ struct Boxes {
 
     __device__ __forceinline__ void normalise(unsigned char* shared, int thread) const {
         for (int i = 0; i < count; ++i) {
-            const int b = i % BRICKS, slab = first + i;
-            const bool second = slab * BLOCK >= p.a.channels;
-            const Source& source = second ? p.b : p.a;
-            Norm8 affine;
-            if (source.norm)
-                affine.load((const float*)source.norm + (u64)t.n * 3 * source.channels, source.channels,
-                            slab * BLOCK - (second ? p.a.channels : 0) + (thread & 1) * 8);
-            barrier_wait(arrived(b), i / BRICKS & 1);
-            if (source.norm)
-                normalise_brick<T>(source, shape(second), affine, t.z0 * STRIDE, t.y0 * STRIDE, t.x0 * STRIDE,
-                                   shared + b * BRICK, thread);
-            __syncwarp();
-            if ((thread & 31) == 0) barrier_arrive(ready(b));
+            const int b = i % BRICKS;
+            normalise_brick<T, TZ, STRIDE>(p, t, first + i, shared + b * BRICK, arrived(b), i / BRICKS & 1, ready(b), thread);
         }
     }
 
     __device__ __forceinline__ void multiply(float (&acc)[MI][NI][4]) const {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane & 15;
-        // The lane's voxel of a plane of the output, as the input is counted; its group's first plane.
-        const int ox = (r & 7) * STRIDE, oy = ((warp & 3) * 2 + (r >> 3)) * STRIDE, oz = (warp >> 2) * MI * STRIDE;
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             const int b = i % BRICKS;
-            const Shape s = shape((first + i) * BLOCK >= p.a.channels);
-            const u32 from = bricks + b * BRICK, half = (lane >> 4) * 16;
-            const int plane = s.side_y * s.side_x;
-            int across[3];              // where a tap's voxel is in its row; a box of halves begins with half a voxel
-            #pragma unroll
-            for (int k = 0; k < 3; ++k) across[k] = (ox + k + s.shift_x) >> s.shift_x;
+            const Shape s = shape(first + i);
+            const Voxels voxels(s, bricks + b * BRICK, (warp >> 2) * MI);
             barrier_wait(ready(b), i / BRICKS & 1);
             u32 a[2][PLANES][4];        // a column's voxels are multiplied while the next one's are loaded
             #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
-                const int row = ((oy + c / 3 + s.shift_y) >> s.shift_y) * s.side_x + across[c % 3];
-                #pragma unroll
-                for (int k = 0; k < PLANES; ++k) {
-                    const int at = row + ((oz + k + s.shift_z) >> s.shift_z) * plane;
-                    load_matrices(a[c & 1][k], from + swizzle<ROW>(at * ROW + half));
-                }
+                voxels.load(a[c & 1], c);
                 barrier_wait(column_arrived(c), i & 1);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 #pragma unroll

@@ -1,6 +1,5 @@
 // targets: 90a
 // max-registers: 168
-// max-spill: 8
 // Convolution of bf16 activations from boxes of tensors: 32 to 128 filters a block.
 #include "conv3d_tma.cuh"
 

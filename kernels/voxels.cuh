@@ -1,4 +1,4 @@
-// Convolutions of one voxel whose time is that of their memory: every warp is on its own. A thread reads four channels of
+// Ends of residual blocks whose time is that of their memory: every warp is on its own. A thread reads four channels of
 // its voxels in one piece and owns 4 or 8 neighbouring filters of them, so that inputs, what is added to the product, and
 // results go between memory and registers without a place in shared memory and without a barrier. That costs nothing: a
 // matrix product does not care which number a channel or a filter has, as long as both its sides agree. Sums are those of
@@ -26,7 +26,7 @@ struct Divisor {
 // weights of all channels lie in shared memory. OWN fragments of 16 voxels by NI of 8 filters are a warp's.
 template <class T, Use USE, int MI, int NI, bool DEEP, class Params>
 __device__ __forceinline__ void voxels(const Params& p, unsigned char* shared) {
-    constexpr bool ENDS = USE != PRODUCT;
+    static_assert(USE != PRODUCT, "ends of blocks");
     constexpr int WARPS = THREADS / 32, N = NI * 8, G = NI < 4 ? NI : 4, GROUPS = NI / G, OWN = DEEP ? 1 : MI;
     constexpr int TILE = DEEP ? MI * 16 : WARPS * MI * 16, SUMS = WARPS * MI * NI * 32 * 16;
     static_assert(NI % G == 0 && NI % 2 == 0, "filters of a thread");
@@ -37,12 +37,12 @@ __device__ __forceinline__ void voxels(const Params& p, unsigned char* shared) {
 
     // Bias, mean, scale and shift of the block's filters.
     float* const planes = (float*)(shared + (DEEP ? SUMS : slabs * N * ROW));
-    for (int i = threadIdx.x; i < (ENDS ? 4 : 1) * N; i += THREADS) {
+    for (int i = threadIdx.x; i < 4 * N; i += THREADS) {
         const int f = first + i % N;
         float v = 0.f;
         if (f < p.filters) {
             if (i < N) v = p.bias ? ((const float*)p.bias)[f] : 0.f;
-            else if constexpr (ENDS) v = ((const float*)p.norm)[((u64)n * 3 + i / N - 1) * p.filters + f];
+            else v = ((const float*)p.norm)[((u64)n * 3 + i / N - 1) * p.filters + f];
         }
         planes[i] = v;
     }
@@ -90,29 +90,27 @@ __device__ __forceinline__ void voxels(const Params& p, unsigned char* shared) {
         // What the product is added to is asked for first and needed last.
         const int own = tile * TILE + warp * OWN * 16 + (lane >> 2);
         u32 y[OWN][2][NI];
-        if constexpr (ENDS) {
+        #pragma unroll
+        for (int i = 0; i < OWN; ++i)
             #pragma unroll
-            for (int i = 0; i < OWN; ++i)
+            for (int h = 0; h < 2; ++h)
                 #pragma unroll
-                for (int h = 0; h < 2; ++h)
+                for (int g = 0; g < GROUPS; ++g) {
+                    // Nothing else is read of `y`: others may have written there.
+                    const int row = own + i * 16 + h * 8;
+                    u32* to = y[i][h] + g * G;
                     #pragma unroll
-                    for (int g = 0; g < GROUPS; ++g) {
-                        // Nothing else is read of `y`: others may have written there.
-                        const int row = own + i * 16 + h * 8;
-                        u32* to = y[i][h] + g * G;
-                        #pragma unroll
-                        for (int j = 0; j < G; ++j) to[j] = 0;
-                        if (row >= count || first + (g * 4 + quad) * 2 * G >= p.filters || DEEP && warp >= MI) continue;
-                        const u16* from = (const u16*)p.y + mine + (u64)(u32)row * (u32)p.filters + g * 8 * G;
-                        if constexpr (G == 4) {
-                            const uint4 v = *(const uint4*)from;
-                            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-                        } else {
-                            const uint2 v = *(const uint2*)from;
-                            to[0] = v.x, to[1] = v.y;
-                        }
+                    for (int j = 0; j < G; ++j) to[j] = 0;
+                    if (row >= count || first + (g * 4 + quad) * 2 * G >= p.filters || DEEP && warp >= MI) continue;
+                    const u16* from = (const u16*)p.y + mine + (u64)(u32)row * (u32)p.filters + g * 8 * G;
+                    if constexpr (G == 4) {
+                        const uint4 v = *(const uint4*)from;
+                        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+                    } else {
+                        const uint2 v = *(const uint2*)from;
+                        to[0] = v.x, to[1] = v.y;
                     }
-        }
+                }
         // Rows beyond the last are read as the last, and not written.
         int at_a[MI][2], at_b[MI][2];
         #pragma unroll
@@ -178,16 +176,13 @@ __device__ __forceinline__ void voxels(const Params& p, unsigned char* shared) {
                     if (norm) {
                         const int channels = second ? p.b.channels : p.a.channels;
                         const float slope = second ? p.b.slope : p.a.slope;
-                        const float* from = (const float*)norm + (u64)n * 3 * channels + (slab + u) * BLOCK + quad * 4 - (second ? p.a.channels : 0);
-                        const float4 m = *(const float4*)from, s = *(const float4*)(from + channels), b = *(const float4*)(from + 2 * channels);
+                        Norm4 affine;
+                        affine.load((const float*)norm + (u64)n * 3 * channels, channels,
+                                    (slab + u) * BLOCK + quad * 4 - (second ? p.a.channels : 0));
                         #pragma unroll
                         for (int i = 0; i < MI; ++i)
                             #pragma unroll
-                            for (int h = 0; h < 2; ++h) {
-                                uint2& of = v[u][i][h];
-                                of.x = T::pack(normalised(T::low(of.x), m.x, s.x, b.x, slope), normalised(T::high(of.x), m.y, s.y, b.y, slope));
-                                of.y = T::pack(normalised(T::low(of.y), m.z, s.z, b.z, slope), normalised(T::high(of.y), m.w, s.w, b.w, slope));
-                            }
+                            for (int h = 0; h < 2; ++h) v[u][i][h] = affine.template apply<T>(v[u][i][h], slope);
                     }
                     multiply(slab + u, v[u]);
                 }
@@ -217,8 +212,7 @@ __device__ __forceinline__ void voxels(const Params& p, unsigned char* shared) {
         for (int j = 0; j < NI; j += 2) {
             const float* const of = planes + (j / G * 4 + quad) * 2 * G + j % G * 2;
             const float4 bias = *(const float4*)of;
-            float4 mean = {}, scale = {}, shift = {};
-            if constexpr (ENDS) mean = *(const float4*)(of + N), scale = *(const float4*)(of + 2 * N), shift = *(const float4*)(of + 3 * N);
+            const float4 mean = *(const float4*)(of + N), scale = *(const float4*)(of + 2 * N), shift = *(const float4*)(of + 3 * N);
             #pragma unroll
             for (int i = 0; i < OWN; ++i)
                 #pragma unroll
@@ -226,13 +220,11 @@ __device__ __forceinline__ void voxels(const Params& p, unsigned char* shared) {
                     float v[4] = {acc[i][j][2 * h] + bias.x, acc[i][j][2 * h + 1] + bias.y, acc[i][j + 1][2 * h] + bias.z,
                                   acc[i][j + 1][2 * h + 1] + bias.w};
                     u32* to = y[i][h] + j;
-                    if constexpr (ENDS) {
-                        auto ended = [&](float y, float mean, float scale, float shift, float product) {
-                            return leaky(__fadd_rn(__fmaf_rn(__fsub_rn(y, mean), scale, shift), product), p.slope);
-                        };
-                        v[0] = ended(T::low(to[0]), mean.x, scale.x, shift.x, v[0]), v[1] = ended(T::high(to[0]), mean.y, scale.y, shift.y, v[1]);
-                        v[2] = ended(T::low(to[1]), mean.z, scale.z, shift.z, v[2]), v[3] = ended(T::high(to[1]), mean.w, scale.w, shift.w, v[3]);
-                    }
+                    auto ended = [&](float y, float mean, float scale, float shift, float product) {
+                        return leaky(__fadd_rn(__fmaf_rn(__fsub_rn(y, mean), scale, shift), product), p.slope);
+                    };
+                    v[0] = ended(T::low(to[0]), mean.x, scale.x, shift.x, v[0]), v[1] = ended(T::high(to[0]), mean.y, scale.y, shift.y, v[1]);
+                    v[2] = ended(T::low(to[1]), mean.z, scale.z, shift.z, v[2]), v[3] = ended(T::high(to[1]), mean.w, scale.w, shift.w, v[3]);
                     to[0] = T::pack(v[0], v[1]), to[1] = T::pack(v[2], v[3]);
                 }
         }

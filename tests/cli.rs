@@ -27,9 +27,23 @@ fn image(path: &Path) {
 
 #[test]
 fn help_fits_the_screen_and_says_what_it_has_to() {
-    let commands =
-        ["", "predict", "demo", "convert", "inspect", "info", "bench", "completions", "train", "phantoms", "evaluate"];
-    for command in commands.into_iter().chain(["select"]) {
+    let commands = [
+        "",
+        "predict",
+        "demo",
+        "convert",
+        "export",
+        "import",
+        "inspect",
+        "info",
+        "bench",
+        "completions",
+        "train",
+        "phantoms",
+        "evaluate",
+        "select",
+    ];
+    for command in commands {
         for flag in ["--help", "-h"] {
             let args: Vec<&str> = [command, flag].into_iter().filter(|a| !a.is_empty()).collect();
             let ran = stunet(&args);

@@ -241,6 +241,8 @@ fn hostile_archives() -> Vec<(String, Vec<u8>)> {
         "a|b",
         "a\"b",
         "x:stream",
+        "NUL",
+        "com1.txt",
         &deep,
         &long,
     ];

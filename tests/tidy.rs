@@ -321,22 +321,14 @@ fn every_test_and_benchmark_file_runs() {
 #[test]
 fn the_readme_speaks_of_every_command_and_is_no_medical_advice() {
     let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    for command in [
-        "predict",
-        "verify",
-        "fingerprint",
-        "plan",
-        "evaluate",
-        "postprocess",
-        "ensemble",
-        "select",
-        "demo",
-        "convert",
-        "inspect",
-        "info",
-        "bench",
-        "completions",
-    ] {
+    let commands = std::fs::read_to_string(root().join("src/cli/mod.rs")).unwrap();
+    let commands = commands.split("enum Command {").nth(1).and_then(|s| s.split('}').next()).unwrap();
+    let variants: Vec<&str> = commands.lines().filter_map(|l| l.trim().split_once('(')).map(|(name, _)| name).collect();
+    assert!(variants.len() > 15, "{variants:?}");
+    for variant in variants {
+        let kebab = |c: char| if c.is_uppercase() { format!("-{}", c.to_lowercase()) } else { c.to_string() };
+        let command: String = variant.chars().map(kebab).collect();
+        let command = command.trim_start_matches('-');
         assert!(readme.contains(&format!("stunet {command}")), "README.md does not mention stunet {command}");
     }
     assert!(readme.to_lowercase().contains("not a medical device"));

@@ -133,6 +133,6 @@ impl ResultsArgs {
 fn given(option: Option<&PathBuf>, variable: &str, name: &str) -> Result<PathBuf> {
     let set = || std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from);
     option.cloned().or_else(set).ok_or_else(|| Error::Usage {
-        what: format!("-d needs the environment variable {variable}, or name the folder with {name}"),
+        what: format!("set the environment variable {variable}, or name the folder with {name}"),
     })
 }

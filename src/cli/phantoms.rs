@@ -19,7 +19,7 @@ Examples:
   stunet phantoms -o $nnUNet_raw/Dataset900_Phantom -n 12
   stunet phantoms -o raw/Dataset901_Trunk -n 240 --first 1000 --shape 96 72 100 --spacing 3 3 3")]
 pub(super) struct Args {
-    /// Folder to write, DatasetXXX_Name
+    /// Folder to write, DatasetNNN_Name
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
     /// How many

@@ -14,7 +14,7 @@ use super::system;
 
 /// Bring all cases of a data set onto the grids that its plans ask for
 ///
-/// Fills nnUNet_preprocessed/DatasetXXX_Name/CONFIGURATION with what training reads. Cases that are there, made of the same
+/// Fills nnUNet_preprocessed/DatasetNNN_Name/CONFIGURATION with what training reads. Cases that are there, made of the same
 /// files by the same plan, are kept, so that an interrupted run goes on where it stopped.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\

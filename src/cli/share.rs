@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use stunet::Result;
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::archive;
-use stunet::{Error, Result};
+use stunet::nnunet::select::CONFIGURATIONS;
 
 use super::args::ModelArgs;
 use super::folders::ResultsArgs;
@@ -30,7 +31,7 @@ pub(super) struct ExportArgs {
     /// Models of a data set in nnUNet_results, by number or name
     #[arg(short, long, value_name = "DATASET", conflicts_with = "model", help_heading = MODELS)]
     dataset: Option<String>,
-    /// With -d: configurations [default: 2d, 3d_lowres, 3d_fullres, 3d_cascade_fullres, as far as they were trained]
+    /// With -d: configurations [default: 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, as far as trained]
     #[arg(short, long, value_name = "NAME", num_args = 1.., requires = "dataset", help_heading = MODELS)]
     configuration: Vec<String>,
     /// With -d: the trainer [-tr]
@@ -103,12 +104,12 @@ impl ExportArgs {
         if !self.configuration.is_empty() {
             return self.configuration.iter().map(|c| find(c)).collect();
         }
-        let all = ["2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"].map(find);
+        let all = CONFIGURATIONS.map(find);
         if all.iter().any(Result::is_ok) {
-            return Ok(all.into_iter().filter_map(Result::ok).collect());
+            return Ok(all.into_iter().flatten().collect());
         }
         // Why there is none is the same for all of them.
-        all.into_iter().next().unwrap_or_else(|| Err(Error::Usage { what: "no configuration".into() })).map(|m| vec![m])
+        all.into_iter().collect()
     }
 }
 

@@ -9,6 +9,7 @@ use zip::ZipArchive;
 
 use super::boxes::{Flat, to_f32};
 use super::weights::{map_file, printable};
+use super::zipped;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -35,7 +36,7 @@ pub(crate) fn open_npy(path: &Path) -> Result<Flat> {
 pub(crate) fn read_npz(path: &Path, name: &str) -> Result<Option<Flat>> {
     let map = map_file(path)?;
     let bad = |e: String| Error::model(path, printable(name), printable(&e));
-    let mut archive = ZipArchive::new(Cursor::new(&map[..])).map_err(|e| Error::model(path, "zip", e.to_string()))?;
+    let mut archive = zipped::open(Cursor::new(&map[..])).map_err(|what| Error::model(path, "zip", what))?;
     let entry = format!("{name}.npy");
     if !archive.file_names().any(|n| n.is_ok_and(|n| n == entry)) {
         return Ok(None);
@@ -72,8 +73,8 @@ impl<'a> Archive<'a> {
     /// # Errors
     /// [`Error::Io`]; [`Error::Model`] when it is no archive.
     pub(crate) fn open(path: &'a Path) -> Result<Self> {
-        let zip = ZipArchive::new(Cursor::new(map_file(path)?));
-        Ok(Self { path, zip: zip.map_err(|e| Error::model(path, "zip", e.to_string()))? })
+        let zip = zipped::open(Cursor::new(map_file(path)?)).map_err(|what| Error::model(path, "zip", what))?;
+        Ok(Self { path, zip })
     }
 
     /// The array `name` of four axes and a type of floats, from its beginning.

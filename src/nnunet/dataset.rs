@@ -1,4 +1,4 @@
-//! A raw data set: `nnUNet_raw/DatasetXXX_Name` with `dataset.json`, `imagesTr/CASE_0000.nii.gz` and
+//! A raw data set: `nnUNet_raw/DatasetNNN_Name` with `dataset.json`, `imagesTr/CASE_0000.nii.gz` and
 //! `labelsTr/CASE.nii.gz`, or an explicit list of files (nnU-Net `get_filenames_of_train_images_and_targets`).
 
 mod import;

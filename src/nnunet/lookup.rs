@@ -1,5 +1,5 @@
-//! Where nnU-Net keeps data sets, `DatasetXXX_Name`, and trained models:
-//! `nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION`.
+//! Where nnU-Net keeps data sets, `DatasetNNN_Name`, and trained models:
+//! `nnUNet_results/DatasetNNN_Name/TRAINER__PLANS__CONFIGURATION`.
 
 use std::path::{Path, PathBuf};
 

@@ -78,7 +78,7 @@ pub struct Candidate {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Selected {
-    /// Name of the data set, `DatasetXXX_Name`.
+    /// Name of the data set, `DatasetNNN_Name`.
     pub dataset: String,
     /// The data set's folder below `nnUNet_results`.
     pub results: PathBuf,

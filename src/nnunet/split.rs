@@ -93,7 +93,7 @@ fn part(ids: &[String], validates: &[bool]) -> Split {
 }
 
 /// The split of `fold` of a data set with the cases `ids`, by nnU-Net's rules: of the splits in the `splits_final.json` of
-/// `preprocessed_folder` (`nnUNet_preprocessed/DatasetXXX_Name`), which is written if it is not there.
+/// `preprocessed_folder` (`nnUNet_preprocessed/DatasetNNN_Name`), which is written if it is not there.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Dataset`] naming what in the file is no split of these cases; [`Error::Usage`] for too few

@@ -71,6 +71,8 @@ pub struct Plan {
     parts: usize,
     tiles: usize,
     workspace: usize,
+    /// Of blocks that stay: how many there are for each group of filters, at most.
+    staying: usize,
 }
 
 impl Plan {
@@ -257,16 +259,6 @@ impl Variant {
         if let Kind::Boxes(_, stride) = self.kind { stride } else { 1 }
     }
 
-    /// Has run on an interpreter only, with this problem. A kernel that waits for what never comes would not end, trial or
-    /// not: until a card has run it, it is for whoever asks by name.
-    fn is_new(&self, p: &Problem<'_>) -> bool {
-        match self.kind {
-            Kind::Resident(_) | Kind::Boxes(_, 2) => true,
-            Kind::Boxes(..) => self.filters == 96 || repeats(p),
-            _ => false,
-        }
-    }
-
     /// Counts on what only a card can confirm.
     fn on_trial(&self) -> bool {
         matches!(self.kind, Kind::Boxes(..) | Kind::Resident(_))
@@ -316,8 +308,8 @@ pub fn variants(driver: &dyn Driver, p: &Problem<'_>, measured: bool) -> Vec<&'s
 }
 
 /// The variant and the number of parts that are wished, or those expected to be done first; with moments if `measured`. One
-/// that a card has to confirm is tried on it first, as by [`variants`], which takes memory for a moment; what no card has run
-/// at all so far is taken by name only.
+/// that a card has to confirm is taken by name only, and as by [`variants`] tried on the card first, which takes memory for
+/// a moment.
 ///
 /// # Errors
 /// As [`run`]; [`Error::Unsupported`] when nothing fits the wish; [`Error::OutOfMemory`].
@@ -326,7 +318,9 @@ pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>
     let multiprocessors = driver.multiprocessors().max(1);
     let mut fit = Vec::new();
     for v in &VARIANTS {
-        let asked = wish.variant.map_or(!v.is_new(p), |n| n == v.name) && v.supports(p, measured, driver);
+        // A kernel that waits for what never comes would not end, trial or not: until a card has run them as they are now,
+        // those on trial are for whoever asks by name.
+        let asked = wish.variant.map_or(!v.on_trial(), |n| n == v.name) && v.supports(p, measured, driver);
         if asked && trial::passes(driver, v, p)? {
             fit.push(v);
         }
@@ -345,7 +339,8 @@ pub fn plan(driver: &dyn Driver, p: &Problem<'_>, measured: bool, wish: Wish<'_>
         1 => (variant.tiles(out).iter().product(), 0),
         _ => (sum::tiles(voxels / p.batch), parts * voxels * padded(p.filters) * 4),
     };
-    Ok(Plan { variant, parts, tiles, workspace })
+    let staying = multiprocessors / padded(p.filters).div_ceil(variant.filters);
+    Ok(Plan { variant, parts, tiles, workspace, staying })
 }
 
 /// Filters `[O, I, kD, kH, kW]` as the kernel reads them, `[slab of 16 channels][tap][padded filter][16]`; `channels` are
@@ -446,9 +441,8 @@ pub fn run(driver: &dyn Driver, p: &Problem<'_>, plan: &Plan) -> Result<()> {
     let (files, entry) = (files(v, p.storage), entry(v, p.storage));
     if let Kind::Boxes(planes, _) | Kind::Resident(planes) = v.kind {
         if v.kind == Kind::Resident(planes) {
-            // Blocks that stay, as many for each group of filters.
             let groups = filters.div_ceil(v.filters);
-            launch.grid[0] = int(OP, blocks.min((driver.multiprocessors() / groups).max(1) * groups))?.unsigned_abs();
+            launch.grid[0] = int(OP, blocks.min(plan.staying.max(1) * groups))?.unsigned_abs();
         }
         launch.block[0] = boxes::BLOCK_THREADS;
         let (maps, params) = (boxes::maps(p, planes, v.filters)?, boxes::Params { params, unused: [0; 14] });

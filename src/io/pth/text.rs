@@ -27,7 +27,7 @@ pub(super) fn unquote(s: &str) -> Result<Box<str>, String> {
     Ok(out.into())
 }
 
-/// The text of a protocol 0 Unicode string: Latin-1 with `\uXXXX` and `\UXXXXXXXX` for the rest.
+/// The text of a protocol 0 Unicode string: Latin-1 with `\uhhhh` and `\Uhhhhhhhh` for the rest.
 pub(super) fn raw_unicode_escape(mut s: &[u8]) -> Result<Box<str>, String> {
     let mut out = String::with_capacity(s.len());
     while let [first, rest @ ..] = s {

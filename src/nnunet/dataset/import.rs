@@ -57,7 +57,7 @@ pub fn convert_msd(
     })
 }
 
-/// Makes the raw data set `name` (`DatasetXXX_Name`) below `raw` of a raw task of nnU-Net 1. Returns its folder, which is
+/// Makes the raw data set `name` (`DatasetNNN_Name`) below `raw` of a raw task of nnU-Net 1. Returns its folder, which is
 /// there whole or not at all.
 ///
 /// # Errors

@@ -39,7 +39,7 @@ const OF_RESULTS: [&str; 3] = ["summary.json", "postprocessing.pkl", "postproces
 /// Writes models as the zip file `to`, with what nnU-Net exports beside weights: fingerprint, curves, summaries of the
 /// validation and of the cross-validation, post-processing, ensembles whose members are all among the models, and which
 /// configuration is best; with `predictions` the label maps of the validations, too. Names begin with the folder that holds a
-/// model's (`DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION/...`), those of a folder of this project with the model's own.
+/// model's (`DatasetNNN_Name/TRAINER__PLANS__CONFIGURATION/...`), those of a folder of this project with the model's own.
 ///
 /// Equal files give equal archives. The names in it.
 ///
@@ -172,14 +172,16 @@ pub fn import(file: &Path, results: &Path, overwrite: bool, progress: &mut dyn P
     let damaged = |what: String| Error::model(file, "zip directory", what);
     let mut archive = zipped::open(BufReader::new(opened)).map_err(damaged)?;
     let entries = entries(&mut archive, file, length)?;
-    let models = models(&entries);
-    if models.is_empty() {
+    let found = models(&entries);
+    if found.is_empty() {
         let what = "no model in it: expected plans.json with fold_*/*.pth, fold_*/*.model, or model.json";
         return Err(Error::model(file, "contents", what));
     }
-    // A model moves as a folder, of other files each.
+    // Of one within another only the outer is moved. A model moves as a folder, of other files each.
+    let inner = |m: &Path| m.ancestors().skip(1).any(|a| found.contains(a));
+    let models: BTreeSet<&PathBuf> = found.iter().filter(|m| !inner(m)).collect();
     let others = entries.iter().map(|e| &e.path).filter(|p| !models.iter().any(|m| p.starts_with(m)));
-    let moves: Vec<PathBuf> = models.iter().chain(others).cloned().collect();
+    let moves: Vec<&PathBuf> = models.iter().copied().chain(others).collect();
     for path in &moves {
         check_place(&results.join(path), models.contains(path), overwrite)?;
     }
@@ -193,7 +195,7 @@ pub fn import(file: &Path, results: &Path, overwrite: bool, progress: &mut dyn P
         tell(progress, Event::Cases { done, total: entries.len() })?;
         unpack(&mut archive, file, entry, &fresh)?;
     }
-    for model in &models {
+    for model in &found {
         for checkpoint in checkpoints(&entries, model) {
             let options = ModelOptions { checkpoint, ..ModelOptions::new() };
             match ModelFolder::open(fresh.join(model), &options) {
@@ -267,17 +269,10 @@ fn entries<R: Read + std::io::Seek>(archive: &mut ZipArchive<R>, file: &Path, le
         let entry = archive.by_index_raw(index).map_err(broken)?;
         let name = entry.name().map_err(broken)?.into_owned();
         let refuse = |what: &str| Error::model(file, format!("zip entry {:?}", short(&name)), what);
-        if !is_plain(&name) {
-            return Err(refuse("a name that leaves the archive, refused"));
+        if let Some(what) = unfit(&name) {
+            return Err(refuse(&format!("a name {what}, refused")));
         }
         let path: PathBuf = name.split('/').filter(|part| !part.is_empty()).collect();
-        if name.len() > NAME || path.components().count() > DEEPEST {
-            return Err(refuse("a name of too many characters or folders, refused"));
-        }
-        // Reserved by Windows, or changed by it on the way.
-        if name.split('/').any(|part| part.ends_with([' ', '.']) || part.contains(['<', '>', '"', '|', '?', '*'])) {
-            return Err(refuse("a name that is not the same on every system, refused"));
-        }
         let kind = entry.unix_mode().map_or(0, |mode| mode & KIND);
         if entry.is_symlink() || ![0, REGULAR, FOLDER].contains(&kind) || (kind == FOLDER && !entry.is_dir()) {
             return Err(refuse("a link or a device, refused"));
@@ -311,6 +306,25 @@ fn entries<R: Read + std::io::Seek>(archive: &mut ZipArchive<R>, file: &Path, le
     Ok(found.into_values().collect())
 }
 
+/// Why an archive is to have no file of that name.
+fn unfit(name: &str) -> Option<&'static str> {
+    // Reserved by Windows, or changed by it on the way.
+    let device = |part: &str| {
+        let stem = part.split('.').next().unwrap_or(part).to_ascii_uppercase();
+        let numbered =
+            |of: &str| stem.strip_prefix(of).is_some_and(|n| n.len() == 1 && n.as_bytes()[0].is_ascii_digit());
+        ["CON", "PRN", "AUX", "NUL"].contains(&&*stem) || numbered("COM") || numbered("LPT")
+    };
+    let odd = |part: &str| part.ends_with([' ', '.']) || part.contains(['<', '>', '"', '|', '?', '*']) || device(part);
+    if !is_plain(name) {
+        Some("that leaves the archive")
+    } else if name.len() > NAME || name.split('/').count() > DEEPEST {
+        Some("of too many characters or folders")
+    } else {
+        name.split('/').any(odd).then_some("that is not the same on every system")
+    }
+}
+
 /// A name where capitals do not count.
 fn same(path: &Path) -> String {
     path.to_string_lossy().to_lowercase()
@@ -335,9 +349,7 @@ fn models(entries: &[Entry]) -> BTreeSet<PathBuf> {
         let folder = p.parent().filter(|f| !f.as_os_str().is_empty())?;
         (named(p) == own::FILE).then(|| folder.to_path_buf())
     };
-    let all: BTreeSet<PathBuf> = paths.iter().filter_map(|p| of_fold(p).or_else(|| own(p))).collect();
-    // Of one within another only the outer is moved.
-    all.iter().filter(|m| !m.ancestors().skip(1).any(|a| all.contains(a))).cloned().collect()
+    paths.iter().filter_map(|p| of_fold(p).or_else(|| own(p))).collect()
 }
 
 fn unpack<R: Read + std::io::Seek>(archive: &mut ZipArchive<R>, file: &Path, entry: &Entry, to: &Path) -> Result<()> {
@@ -401,8 +413,13 @@ fn put_back(to: &Path, aside: &Path) -> std::io::Result<()> {
 fn name_below(root: &Path, path: &Path) -> Result<String> {
     let below = path.strip_prefix(root).unwrap_or(path);
     let parts: Option<Vec<&str>> = below.iter().map(|part| part.to_str()).collect();
-    let name = parts.map(|p| p.join("/")).filter(|n| is_plain(n));
-    name.ok_or_else(|| Error::usage(format!("{}: a name that an archive cannot hold on every system", path.display())))
+    let Some(name) = parts.map(|p| p.join("/")) else {
+        return Err(Error::usage(format!("{}: a name that is no UTF-8", path.display())));
+    };
+    match unfit(&name) {
+        Some(what) => Err(Error::usage(format!("{}: a name {what}", path.display()))),
+        None => Ok(name),
+    }
 }
 
 fn named(path: &Path) -> String {

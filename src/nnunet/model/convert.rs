@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -101,11 +102,19 @@ impl Temporary {
         let Some(name) = dst.file_name() else {
             return Err(Error::usage(format!("{}: expected the name of a new folder", dst.display())));
         };
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.part", std::process::id()));
-        let path = dst.with_file_name(hidden);
-        fs::create_dir(&path).map_err(|e| Error::io("create", &path, e))?;
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = loop {
+            let mut hidden = std::ffi::OsString::from(".");
+            hidden.push(name);
+            hidden.push(format!(".{}-{}.part", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+            let path = dst.with_file_name(hidden);
+            match fs::create_dir(&path) {
+                Ok(()) => break path,
+                // Left by a killed process that had the same number.
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(Error::io("create", &path, e)),
+            }
+        };
         Ok(Self { path })
     }
 

@@ -138,7 +138,7 @@ fn check_classes(plans: &Field<'_>, conf: &Field<'_>) -> Result<()> {
 }
 
 /// What preprocessing needs for the configuration `name` of a `plans.json`, 2D ones and cascades included, and the name of
-/// the folder below `nnUNet_preprocessed/DatasetXXX` that it fills (`data_identifier`).
+/// the folder below `nnUNet_preprocessed/DatasetNNN` that it fills (`data_identifier`).
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Model`] naming the key that is missing or of the wrong kind; [`Error::Unsupported`] naming the

@@ -1,4 +1,4 @@
-//! Folders of preprocessed cases (nnU-Net's `nnUNet_preprocessed/DatasetXXX/<data_identifier>`), in the project's own form
+//! Folders of preprocessed cases (nnU-Net's `nnUNet_preprocessed/DatasetNNN/<data_identifier>`), in the project's own form
 //! or in one of nnU-Net's: `.b2nd` (since 2.6), `.npz` and the `.npy` files that training unpacked from it.
 
 mod case;

@@ -31,7 +31,7 @@ pub(in crate::ops) fn conv3d_variants(
     }
     let sizes = Sizes { batch, space, channels, filters, kernel, stride: how.stride, precision: w.precision() };
     let driver = card(OP, device)?;
-    sizes.ask([1; 3], |p, measured| {
+    sizes.ask(|p, measured| {
         let chosen = kernels::plan(driver, p, measured, kernels::Wish::default())?;
         Ok((kernels::variants(driver, p, measured), chosen.name()))
     })
@@ -49,17 +49,12 @@ struct Sizes<'a> {
 }
 
 impl Sizes<'_> {
-    /// Asks of it what depends on no memory, with moments where convolutions take them. Voxels of the first source are read
-    /// so often.
-    fn ask<T>(&self, repeat: [usize; 3], f: impl FnOnce(&kernels::Problem<'_>, bool) -> Result<T>) -> Result<T> {
+    /// Asks of it what depends on no memory, with moments where convolutions take them.
+    fn ask<T>(&self, f: impl FnOnce(&kernels::Problem<'_>, bool) -> Result<T>) -> Result<T> {
         // Nothing runs, so that there is room everywhere.
         let anywhere = Memory { address: 0, bytes: usize::MAX };
-        let source = |(i, c): (usize, &usize)| {
-            let repeat = if i == 0 { repeat } else { [1; 3] };
-            let space = [0, 1, 2].map(|a| self.space[a] / repeat[a]);
-            backend::Source { repeat, ..backend::Source::plain(anywhere, *c, space) }
-        };
-        let sources: Vec<_> = self.channels.iter().enumerate().map(source).collect();
+        let plain = |c: &usize| backend::Source::plain(anywhere, *c, self.space);
+        let sources: Vec<_> = self.channels.iter().map(plain).collect();
         let p = kernels::Problem {
             storage: storage(self.precision),
             batch: self.batch,
@@ -95,16 +90,11 @@ pub(in crate::ops) fn conv3d_memory(
     } else {
         let sizes = Sizes { batch, space, channels, filters, kernel, stride: how.stride, precision };
         let driver = card(OP, device)?;
-        // The first of two inputs may be one whose voxels are read twice, which other variants solve.
-        let twice = space.map(|n| if channels.len() == 2 && n.is_multiple_of(2) { 2 } else { 1 });
-        let (mut tiles, mut work) = (0, 0);
-        for repeat in [[1; 3], twice] {
-            let plan = sizes.ask(repeat, |p, measured| kernels::plan(driver, p, measured, kernels::Wish::default()))?;
-            (tiles, work) = (tiles.max(plan.tiles()), work.max(plan.workspace()));
-        }
+        let plan = sizes.ask(|p, measured| kernels::plan(driver, p, measured, kernels::Wish::default()))?;
         // Few channels may be the image's or an inner layer's.
         let first = Form::First.exists(w, precision) && channels.len() == 1;
-        (if first { tiles.max(kernels::first::tiles(out)) } else { tiles }, work)
+        let tiles = if first { kernels::first::tiles(out) } else { 0 };
+        (tiles.max(plan.tiles()), plan.workspace())
     };
     Ok(tiles.saturating_mul(batch).saturating_mul(12 * padded(filters)).saturating_add(work))
 }
