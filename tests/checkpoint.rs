@@ -327,6 +327,7 @@ fn networks_in_two_dimensions() {
         depth: vec![1; 2],
         decoder_depth: vec![1],
         conv_bias: true,
+        head_bias: true,
         planar: true,
     });
     let device = Device::cpu();

@@ -131,6 +131,7 @@ fn config(case: &GoldenTrain) -> NetworkConfig {
         depth: (0..stages).map(|s| is(2, if s == 0 { 1 } else { 2 })).collect(),
         decoder_depth: vec![is(2, 1); stages - 1],
         conv_bias: true,
+        head_bias: true,
         planar: false,
         features: s.arch.features.clone(),
     })

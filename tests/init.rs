@@ -37,6 +37,7 @@ fn networks_begin_as_their_trainers_have_it() {
             depth: vec![2; 3],
             decoder_depth: vec![1; 2],
             conv_bias: true,
+            head_bias: true,
             planar: false,
         })
     };

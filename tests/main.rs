@@ -68,5 +68,6 @@ mod tidy;
 mod train;
 mod training;
 mod upsample_nearest;
+mod v1;
 mod volume;
 mod warp;

@@ -13,7 +13,7 @@ use crate::common::shared;
 use crate::model_folder::open;
 use crate::models::{Before, relative_error, usizes};
 
-const KINDS: [UnetKind; 2] = [UnetKind::Plain, UnetKind::ResEnc];
+const KINDS: [UnetKind; 3] = [UnetKind::Plain, UnetKind::ResEnc, UnetKind::Generic];
 
 /// A small network with every kind of kernel and stride, and channels that fill no block.
 fn small(kind: UnetKind) -> UnetConfig {
@@ -25,8 +25,10 @@ fn small(kind: UnetKind) -> UnetConfig {
         kernels: vec![[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
         strides: vec![[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 1]],
         depth: vec![1, 3, 2, 2],
-        decoder_depth: vec![2, 1, 2],
+        // nnU-Net 1 has at least two.
+        decoder_depth: vec![2, if kind == UnetKind::Generic { 3 } else { 1 }, 2],
         conv_bias: true,
+        head_bias: kind != UnetKind::Generic,
         planar: false,
     }
 }
@@ -74,6 +76,7 @@ fn golden_networks_outputs() {
             depth: (0..stages).map(|s| is(2, if s == 0 { 1 } else { 2 })).collect(),
             decoder_depth: vec![is(2, 1); stages - 1],
             conv_bias: true,
+            head_bias: true,
             planar: false,
             features,
         });

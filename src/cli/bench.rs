@@ -7,6 +7,7 @@ mod instance_norm;
 mod predict;
 mod record;
 mod train_step;
+mod volume;
 
 use std::time::Instant;
 
@@ -36,7 +37,8 @@ Examples:
   stunet bench instance-norm --device cuda
   stunet bench train-step --patch 64 --batch 2
   stunet bench predict --shape 224 202 244 --json
-  stunet bench export --classes 105")]
+  stunet bench export --classes 105
+  stunet bench volume organs.nii.gz --label 5")]
 pub(super) struct Args {
     #[command(subcommand)]
     what: What,
@@ -50,6 +52,7 @@ enum What {
     TrainStep(train_step::Args),
     Predict(predict::Args),
     Export(export::Args),
+    Volume(volume::Args),
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -60,6 +63,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         What::TrainStep(a) => a.run(),
         What::Predict(a) => a.run(),
         What::Export(a) => a.run(),
+        What::Volume(a) => a.run(),
     }
 }
 

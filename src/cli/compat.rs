@@ -19,7 +19,6 @@ enum Rule {
 use Rule::{Ignored, Is, Refused};
 
 const NO_WORKERS: Rule = Ignored { value: true, why: "there are no worker processes; use --threads" };
-const NO_V1_CASCADE: Rule = Refused("cascades of nnU-Net v1 are not supported; those of v2 are, with --previous-stage");
 const OVERWRITES: Rule = Ignored { value: false, why: "results are overwritten unless --continue is given" };
 
 /// nnU-Net v2 (`nnUNetv2_predict`, `nnUNetv2_predict_from_modelfolder`), then v1 (`nnUNet_predict`).
@@ -56,10 +55,10 @@ const TABLE: &[(&str, Rule)] = &[
     ("--overwrite_existing", OVERWRITES),
     ("-t", Refused("name the model's folder with -m MODEL (nnU-Net v1 keeps no table of tasks that could be read)")),
     ("--task_name", Refused("name the model's folder with -m MODEL")),
-    ("-ctr", NO_V1_CASCADE),
-    ("--cascade_trainer_class_name", NO_V1_CASCADE),
-    ("-l", NO_V1_CASCADE),
-    ("--lowres_segmentations", NO_V1_CASCADE),
+    ("-ctr", Is("--trainer")),
+    ("--cascade_trainer_class_name", Is("--trainer")),
+    ("-l", Is("--previous-stage")),
+    ("--lowres_segmentations", Is("--previous-stage")),
     ("--interp_order", Refused("the order of interpolation follows the model's plans")),
     ("--interp_order_z", Refused("the order of interpolation follows the model's plans")),
     ("--force_separate_z", Refused("the resampling follows the model's plans")),

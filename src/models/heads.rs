@@ -15,7 +15,7 @@ const ONE: [usize; 3] = [1; 3];
 pub struct Head {
     /// Row-major `[classes, features]`.
     pub weight: Vec<f32>,
-    /// `[classes]`.
+    /// `[classes]`, zeros where the layer has none.
     pub bias: Vec<f32>,
     /// Feature channels.
     pub features: usize,
@@ -45,7 +45,11 @@ impl Heads {
         let mut weight = source.values(&format!("{name}.weight"))?.into_owned();
         // Callers that apply the head themselves are to get what the layer gives.
         weight.iter_mut().for_each(|w| *w = precision.round(*w));
-        let bias = source.values(&format!("{name}.bias"))?.into_owned();
+        let bias = format!("{name}.bias");
+        let bias = match source.shape(&bias) {
+            Some(_) => source.values(&bias)?.into_owned(),
+            None => vec![0.0; classes],
+        };
         let load = |(n, f): &(String, usize)| Conv3d::load_with(source, n, classes, *f, ONE, ONE, precision, device);
         Ok(Self {
             layers: layers.iter().map(load).collect::<Result<_>>()?,

@@ -8,6 +8,7 @@ mod res_enc_unet;
 mod stunet;
 mod unet;
 mod unet_config;
+mod unet_names;
 
 pub use config::StuNetConfig;
 pub use heads::Head;

@@ -1,7 +1,7 @@
-//! The encoder of nnU-Net's `PlainConvUNet`: stages of convolutions, the first of each with the stage's stride.
+//! The encoder of nnU-Net's `PlainConvUNet` and `Generic_UNet`: stages of convolutions, the first of each with the stage's stride.
 
 use super::UnetConfig;
-use super::unet::{ConvNorm, Loader, encoder_conv, stack};
+use super::unet::{ConvNorm, Loader, stack};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 
@@ -13,7 +13,7 @@ impl PlainEncoder {
         let stage = |s: usize| {
             let convs = c.block_inputs(s).into_iter().enumerate();
             let load = |(i, inputs): (usize, usize)| {
-                loader.conv_norm(&encoder_conv(s, i), c.features[s], inputs, c.kernels[s], c.stride(s, i))
+                loader.conv_norm(&c.encoder_conv(s, i), c.features[s], inputs, c.kernels[s], c.stride(s, i))
             };
             convs.map(load).collect()
         };

@@ -3,7 +3,8 @@
 //! Classification with Convolutional Neural Networks", 2019).
 
 use super::UnetConfig;
-use super::unet::{ConvNorm, Loader, SLOPE, STEM, encoder_block, projection, stack};
+use super::unet::{ConvNorm, Loader, SLOPE, stack};
+use super::unet_names::{STEM, encoder_block, projection};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 use crate::ops::{self, Source};

@@ -1,5 +1,5 @@
 //! nnU-Net's U-Nets (Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image
-//! segmentation", 2021): an encoder of either kind and the decoder that both share.
+//! segmentation", 2021): an encoder of either kind and the decoder that all share.
 
 use std::borrow::Cow;
 
@@ -18,40 +18,14 @@ const OP: &str = "unet";
 pub(super) const SLOPE: f32 = 0.01;
 const ONE: [usize; 3] = [1; 3];
 
-/// First names of the modules in PyTorch's state dict.
-pub(super) const STEM: &str = "encoder.stem.convs.0";
-
-pub(super) fn encoder_conv(stage: usize, conv: usize) -> String {
-    format!("encoder.stages.{stage}.0.convs.{conv}")
-}
-
-pub(super) fn encoder_block(stage: usize, block: usize) -> String {
-    format!("encoder.stages.{stage}.blocks.{block}")
-}
-
-/// A block's 1x1x1 convolution, which comes after the pooling where there is one.
-pub(super) fn projection(block: &str, stride: [usize; 3]) -> String {
-    format!("{block}.skip.{}", usize::from(stride != ONE))
-}
-
-pub(super) fn decoder_conv(level: usize, conv: usize) -> String {
-    format!("decoder.stages.{level}.convs.{conv}")
-}
-
-pub(super) fn up(level: usize) -> String {
-    format!("decoder.transpconvs.{level}")
-}
-
-pub(super) fn head(level: usize) -> String {
-    format!("decoder.seg_layers.{level}")
-}
-
 /// Where layers come from, and how they are stored.
 #[derive(Clone, Copy)]
 pub(super) struct Loader<'a> {
     source: &'a dyn ParamSource,
     precision: Precision,
     device: &'a Device,
+    /// Name of the norm after a convolution.
+    norm: &'static str,
 }
 
 impl Loader<'_> {
@@ -69,7 +43,7 @@ impl Loader<'_> {
     ) -> Result<ConvNorm> {
         Ok(ConvNorm {
             conv: self.conv(&format!("{name}.conv"), out, inputs, kernel, stride)?,
-            norm: InstanceNorm::load(self.source, &format!("{name}.norm"), out, self.device)?,
+            norm: InstanceNorm::load(self.source, &format!("{name}.{}", self.norm), out, self.device)?,
         })
     }
 }
@@ -146,7 +120,7 @@ pub(super) fn stack<'m>(cx: &mut Ctx<'m>, convs: &'m [ConvNorm], x: Sources) -> 
     norm.apply(cx, y, None)
 }
 
-/// The way down: what differs between the two networks.
+/// The way down: what differs between the networks.
 #[derive(Debug)]
 enum Encoder {
     Plain(PlainEncoder),
@@ -206,14 +180,14 @@ impl Unet {
         config.validate()?;
         let (c, planar) = (config, Planar(source));
         let source = if c.planar { &planar } else { source };
-        let loader = Loader { source, precision, device };
+        let loader = Loader { source, precision, device, norm: c.norm() };
         let (f, levels) = (&c.features, c.features.len() - 1);
-        let heads: Vec<_> = (0..levels).map(|u| (head(u), f[levels - 1 - u])).collect();
+        let heads: Vec<_> = (0..levels).map(|u| (c.head(u), f[levels - 1 - u])).collect();
         let mut net = Self {
             config: c.clone(),
             precision,
             encoder: match c.kind {
-                UnetKind::Plain => Encoder::Plain(PlainEncoder::load(c, loader)?),
+                UnetKind::Plain | UnetKind::Generic => Encoder::Plain(PlainEncoder::load(c, loader)?),
                 UnetKind::ResEnc => Encoder::ResEnc(ResEncEncoder::load(c, loader)?),
             },
             up: Vec::new(),
@@ -222,10 +196,10 @@ impl Unet {
         };
         for u in 0..levels {
             let s = levels - 1 - u;
-            net.up.push(ConvTranspose3d::load(source, &up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
+            net.up.push(ConvTranspose3d::load(source, &c.up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
             let convs = 0..c.decoder_depth[u];
             let inputs = |conv: usize| if conv == 0 { 2 * f[s] } else { f[s] };
-            let load = |i: usize| loader.conv_norm(&decoder_conv(u, i), f[s], inputs(i), c.kernels[s], ONE);
+            let load = |i: usize| loader.conv_norm(&c.decoder_conv(u, i), f[s], inputs(i), c.decoder_kernel(s), ONE);
             net.decoder.push(convs.map(load).collect::<Result<_>>()?);
         }
         if c.planar {

@@ -2,12 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::unet;
+use super::unet_names::{STEM, encoder_block, projection};
 use crate::error::{Error, Result};
 use crate::ops;
 use crate::tensor::{BLOCK, Device, Precision};
 
-/// Which of nnU-Net's two U-Nets.
+/// Which of nnU-Net's U-Nets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum UnetKind {
@@ -17,6 +17,10 @@ pub enum UnetKind {
     /// `ResidualEncoderUNet`: a stem and stages of residual blocks, a decoder of convolutions.
     #[serde(rename = "ResidualEncoderUNet")]
     ResEnc,
+    /// `Generic_UNet` of nnU-Net 1, with convolutions for its ways down and up: a `PlainConvUNet`, but for transposed
+    /// convolutions and heads without a bias, and kernels of decoder stages, which are those of the next coarser stage.
+    #[serde(rename = "Generic_UNet")]
+    Generic,
 }
 
 impl UnetKind {
@@ -26,10 +30,11 @@ impl UnetKind {
         match self {
             UnetKind::Plain => "PlainConvUNet",
             UnetKind::ResEnc => "ResidualEncoderUNet",
+            UnetKind::Generic => "Generic_UNet",
         }
     }
 
-    /// The one of a class's name, with or without its module.
+    /// The one that nnU-Net 2 has under a class's name, with or without its module.
     #[must_use]
     pub fn of_class(name: &str) -> Option<Self> {
         let class = name.rsplit('.').next().unwrap_or(name);
@@ -41,7 +46,7 @@ impl UnetKind {
 /// one of depth 1 with kernels `[1, k, k]` whose files hold filters of four axes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnetConfig {
-    /// Which of the two.
+    /// Which of them.
     #[serde(rename = "class")]
     pub kind: UnetKind,
     /// Input channels.
@@ -58,15 +63,23 @@ pub struct UnetConfig {
     pub depth: Vec<usize>,
     /// Convolutions of each decoder stage, coarsest first.
     pub decoder_depth: Vec<usize>,
-    /// Whether convolutions have a bias; heads always have.
+    /// Whether convolutions have a bias.
     pub conv_bias: bool,
+    /// Whether heads have one; those of nnU-Net 2 always do.
+    #[serde(default = "always")]
+    pub head_bias: bool,
     /// A 2D network.
     pub planar: bool,
+}
+
+fn always() -> bool {
+    true
 }
 
 /// A list of names and shapes that grows.
 struct Parameters {
     planar: bool,
+    norm: &'static str,
     out: Vec<(String, Vec<usize>)>,
 }
 
@@ -85,8 +98,9 @@ impl Parameters {
         if bias {
             self.vector(&format!("{name}.conv"), "bias", out);
         }
-        self.vector(&format!("{name}.norm"), "weight", out);
-        self.vector(&format!("{name}.norm"), "bias", out);
+        let norm = format!("{name}.{}", self.norm);
+        self.vector(&norm, "weight", out);
+        self.vector(&norm, "bias", out);
     }
 }
 
@@ -123,6 +137,11 @@ impl UnetConfig {
         if self.strides[0] != [1; 3] {
             return bad(format!("stride {:?} into the first stage; none is", self.strides[0]));
         }
+        // nnU-Net 1 keeps the last convolution of these stages apart, and always has one before it.
+        let last = self.depth.iter().rev().take(1).chain(&self.decoder_depth);
+        if self.kind == UnetKind::Generic && last.clone().any(|&d| d < 2) {
+            return bad("one convolution in the last encoder stage or a decoder stage, expected at least two".into());
+        }
         if self.planar && self.kernels.iter().chain(&self.strides).any(|v| v[0] != 1) {
             return bad("a kernel or stride along z in a 2D network".into());
         }
@@ -132,21 +151,23 @@ impl UnetConfig {
     /// Name and shape of every parameter, by their first names in PyTorch's state dict, in its order.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
-        let mut list = Parameters { planar: self.planar, out: Vec::new() };
+        let mut list = Parameters { planar: self.planar, norm: self.norm(), out: Vec::new() };
         let (f, k, bias) = (&self.features, &self.kernels, self.conv_bias);
         if self.kind == UnetKind::ResEnc {
-            list.conv_norm(unet::STEM, f[0], self.in_channels, k[0], bias);
+            list.conv_norm(STEM, f[0], self.in_channels, k[0], bias);
         }
         for s in 0..f.len() {
             for (b, i) in self.block_inputs(s).into_iter().enumerate() {
                 match self.kind {
-                    UnetKind::Plain => list.conv_norm(&unet::encoder_conv(s, b), f[s], i, k[s], bias),
+                    UnetKind::Plain | UnetKind::Generic => {
+                        list.conv_norm(&self.encoder_conv(s, b), f[s], i, k[s], bias);
+                    }
                     UnetKind::ResEnc => {
-                        let block = unet::encoder_block(s, b);
+                        let block = encoder_block(s, b);
                         list.conv_norm(&format!("{block}.conv1"), f[s], i, k[s], bias);
                         list.conv_norm(&format!("{block}.conv2"), f[s], f[s], k[s], bias);
                         if i != f[s] {
-                            list.conv_norm(&unet::projection(&block, self.stride(s, b)), f[s], i, [1; 3], false);
+                            list.conv_norm(&projection(&block, self.stride(s, b)), f[s], i, [1; 3], false);
                         }
                     }
                 }
@@ -155,20 +176,23 @@ impl UnetConfig {
         for u in 0..f.len() - 1 {
             let s = f.len() - 2 - u;
             for c in 0..self.decoder_depth[u] {
-                list.conv_norm(&unet::decoder_conv(u, c), f[s], if c == 0 { 2 * f[s] } else { f[s] }, k[s], bias);
+                let inputs = if c == 0 { 2 * f[s] } else { f[s] };
+                list.conv_norm(&self.decoder_conv(u, c), f[s], inputs, self.decoder_kernel(s), bias);
             }
         }
         for u in 0..f.len() - 1 {
             let s = f.len() - 2 - u;
             // A transposed convolution's filter begins with its inputs.
-            list.filter(&unet::up(u), [f[s + 1], f[s]], self.strides[s + 1]);
-            if bias {
-                list.vector(&unet::up(u), "bias", f[s]);
+            list.filter(&self.up(u), [f[s + 1], f[s]], self.strides[s + 1]);
+            if self.up_bias() {
+                list.vector(&self.up(u), "bias", f[s]);
             }
         }
         for u in 0..f.len() - 1 {
-            list.filter(&unet::head(u), [self.classes, f[f.len() - 2 - u]], [1; 3]);
-            list.vector(&unet::head(u), "bias", self.classes);
+            list.filter(&self.head(u), [self.classes, f[f.len() - 2 - u]], [1; 3]);
+            if self.head_bias {
+                list.vector(&self.head(u), "bias", self.classes);
+            }
         }
         list.out
     }
@@ -193,6 +217,15 @@ impl UnetConfig {
         out
     }
 
+    /// The kernel of a decoder stage that has the size of encoder stage `stage`.
+    pub(super) fn decoder_kernel(&self, stage: usize) -> [usize; 3] {
+        self.kernels[stage + usize::from(self.kind == UnetKind::Generic)]
+    }
+
+    fn up_bias(&self) -> bool {
+        self.conv_bias && self.kind != UnetKind::Generic
+    }
+
     /// The stride of a convolution or block of an encoder stage.
     pub(super) fn stride(&self, stage: usize, block: usize) -> [usize; 3] {
         if block == 0 { self.strides[stage] } else { [1; 3] }
@@ -201,7 +234,7 @@ impl UnetConfig {
     /// Input channels of the convolutions or blocks of an encoder stage.
     pub(super) fn block_inputs(&self, stage: usize) -> Vec<usize> {
         let first = match (stage, self.kind) {
-            (0, UnetKind::Plain) => self.in_channels,
+            (0, UnetKind::Plain | UnetKind::Generic) => self.in_channels,
             (0, UnetKind::ResEnc) => self.features[0],
             (s, _) => self.features[s - 1],
         };
@@ -262,7 +295,7 @@ impl UnetConfig {
             // Every output voxel of the way up has one tap.
             add(conv(s, f[s + 1], [1; 3]));
             for c in 0..self.decoder_depth[u] {
-                add(conv(s, if c == 0 { 2 * f[s] } else { f[s] }, self.kernels[s]));
+                add(conv(s, if c == 0 { 2 * f[s] } else { f[s] }, self.decoder_kernel(s)));
             }
         }
         total
@@ -323,7 +356,9 @@ impl UnetConfig {
                 // From the second on, the output of the one before is this one's input and no skip.
                 let before = if b == 0 { 0 } else { size };
                 match self.kind {
-                    UnetKind::Plain => conv(skips.checked_add(before)?, &[i], s, k, stride, b > 0)?,
+                    UnetKind::Plain | UnetKind::Generic => {
+                        conv(skips.checked_add(before)?, &[i], s, k, stride, b > 0)?;
+                    }
                     UnetKind::ResEnc => {
                         let live = skips.checked_add(before)?;
                         conv(live, &[i], s, k, stride, false)?;
@@ -356,8 +391,8 @@ impl UnetConfig {
             let live = skips.checked_add(up)?;
             for c in 0..self.decoder_depth[u] {
                 match c {
-                    0 => conv(live, &[f[s], f[s]], s, self.kernels[s], [1; 3], false)?,
-                    _ => conv(skips, &[f[s]], s, self.kernels[s], [1; 3], true)?,
+                    0 => conv(live, &[f[s], f[s]], s, self.decoder_kernel(s), [1; 3], false)?,
+                    _ => conv(skips, &[f[s]], s, self.decoder_kernel(s), [1; 3], true)?,
                 }
             }
             // In the place of the skip there is the level's output now.
@@ -381,6 +416,7 @@ mod tests {
             depth: depth.to_vec(),
             decoder_depth: vec![decoder; 5],
             conv_bias: true,
+            head_bias: true,
             planar: false,
         }
     }

@@ -210,8 +210,8 @@ impl InferencePlan {
         check_resampling(self.resampling_probabilities, file)?;
         if let Some(previous) = &self.previous {
             check_resampling(previous.resampling, file)?;
-            if self.rules != Rules::NnunetV2 || previous.labels.is_empty() || previous.labels.contains(&0) {
-                let what = "a stage before without labels, with background among them, or of nnU-Net v1";
+            if previous.labels.is_empty() || previous.labels.contains(&0) {
+                let what = "a stage before without labels, or with background among them";
                 return bad("previous", what.into());
             }
         }

@@ -31,7 +31,7 @@ pub enum Architecture {
         /// Output channels.
         classes: usize,
     },
-    /// A U-Net of nnU-Net v2.
+    /// A U-Net of nnU-Net.
     #[serde(rename = "unet")]
     Unet(UnetConfig),
 }
@@ -43,10 +43,12 @@ impl Architecture {
     /// # Errors
     /// [`Error::Unsupported`] for another network, [`Error::Model`] naming the first tensor that does not fit.
     pub fn infer(weights: &Weights) -> Result<Self> {
-        if weights.shape("seg_outputs.4.weight").is_none() && weights.shape(&conv(ENCODER, 0, 0, "conv1")).is_none() {
-            let net = unet::infer(weights)?.map(Architecture::Unet).ok_or_else(|| other_network(weights))?;
+        if let Some(net) = unet::infer(weights)?.map(Architecture::Unet) {
             net.check(weights)?;
             return Ok(net);
+        }
+        if weights.shape("seg_outputs.4.weight").is_none() && weights.shape(&conv(ENCODER, 0, 0, "conv1")).is_none() {
+            return Err(other_network(weights));
         }
         let dim = |name: &str, axis: usize| -> Result<usize> {
             let shape = weights.shape(name).ok_or_else(|| missing(weights, name, "STU-Net"))?;
@@ -163,13 +165,7 @@ fn missing(weights: &Weights, name: &str, network: &str) -> Error {
 
 /// Names the network that the tensors belong to, as far as it is known.
 fn other_network(weights: &Weights) -> Error {
-    let has = |prefix: &str| weights.names().iter().any(|n| n.starts_with(prefix));
-    let what = if has("conv_blocks_context.0.blocks.") {
-        "this is a Generic_UNet of nnU-Net v1".to_string()
-    } else {
-        let names: Vec<&str> = weights.names().iter().take(3).map(String::as_str).collect();
-        format!("an unknown network with tensors {names:?} ...")
-    };
-    let known = "this version runs STU-Net, PlainConvUNet and ResidualEncoderUNet";
-    Error::unsupported(format!("{}: {what}; {known}", weights.path().display()))
+    let names: Vec<&str> = weights.names().iter().take(3).map(String::as_str).collect();
+    let known = "this version runs STU-Net, PlainConvUNet, ResidualEncoderUNet and nnU-Net v1's Generic_UNet";
+    Error::unsupported(format!("{}: an unknown network with tensors {names:?} ...; {known}", weights.path().display()))
 }

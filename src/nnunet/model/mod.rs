@@ -246,26 +246,31 @@ fn open_v2(folder: &Path, checkpoints: Vec<Checkpoint>) -> Result<ModelFolder> {
 fn open_v1(folder: Option<&Path>, checkpoints: Vec<Checkpoint>) -> Result<ModelFolder> {
     let mut sources = Vec::new();
     let mut globals = Vec::new();
-    let mut plan: Option<InferencePlan> = None;
+    let mut info: Option<(PathBuf, v1::Info)> = None;
     let mut folds = Vec::new();
     for (name, path) in checkpoints {
         let mut pkl = path.clone().into_os_string();
         pkl.push(".pkl");
         let pkl = PathBuf::from(pkl);
-        if plan.is_none() {
+        if info.is_none() {
             // nnU-Net v1 takes the plans of the first fold for all.
-            let (found, pickle) = v1::plan(&pkl, folder)?;
-            plan = Some(found);
-            globals.push((pkl.clone(), pickle.globals));
-            sources.push(pkl);
+            let found = v1::Info::read(&pkl, folder)?;
+            globals.push((pkl.clone(), found.pickle.globals.clone()));
+            sources.push(pkl.clone());
+            info = Some((pkl, found));
         }
         let weights = Weights::open(&path)?;
         globals.push((path.clone(), weights.globals().to_vec()));
         sources.push(path);
         folds.push(FoldWeights { name, weights });
     }
-    let Some(plan) = plan else { return Err(no_folds(folder.unwrap_or(Path::new("")))) };
-    assemble(plan, folds, ModelKind::NnunetV1, sources, globals)
+    let Some((pkl, info)) = info else { return Err(no_folds(folder.unwrap_or(Path::new("")))) };
+    let model = assemble(info.plan.clone(), folds, ModelKind::NnunetV1, sources, globals)?;
+    // Trainers of STU-Net build it whatever the plans say.
+    if let Architecture::Unet(found) = &model.architecture {
+        info.check(&pkl, found)?;
+    }
+    Ok(model)
 }
 
 /// Checks every fold against the plan and the first fold's architecture.

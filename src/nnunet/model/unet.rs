@@ -15,17 +15,32 @@ pub(super) fn infer(weights: &Weights) -> Result<Option<UnetConfig>> {
         UnetKind::ResEnc
     } else if has("encoder.stages.0.0.convs.0.conv.weight") {
         UnetKind::Plain
+    } else if has("conv_blocks_context.0.blocks.0.conv.weight") {
+        UnetKind::Generic
     } else {
         return Ok(None);
     };
+    let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&i| has(&name(i))).count();
+    // nnU-Net 1 names the last stage otherwise, and the last convolution of that and of the way up's stages.
+    let listed = |s: usize| format!("conv_blocks_context.{s}.blocks.0.conv.weight");
+    let last = if kind == UnetKind::Generic { count(&listed) } else { usize::MAX };
     let part = |s: usize, i: usize| match kind {
         UnetKind::Plain => format!("encoder.stages.{s}.0.convs.{i}.conv.weight"),
         UnetKind::ResEnc => format!("encoder.stages.{s}.blocks.{i}.conv1.conv.weight"),
+        UnetKind::Generic if s < last => format!("conv_blocks_context.{s}.blocks.{i}.conv.weight"),
+        UnetKind::Generic => format!("conv_blocks_context.{s}.0.blocks.{i}.conv.weight"),
     };
-    let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&i| has(&name(i))).count();
+    let (up, head, apart) = match kind {
+        UnetKind::Plain | UnetKind::ResEnc => ("decoder.transpconvs", "decoder.seg_layers", 0),
+        UnetKind::Generic => ("tu", "seg_outputs", 1),
+    };
+    let decoder = |u: usize, i: usize| match kind {
+        UnetKind::Plain | UnetKind::ResEnc => format!("decoder.stages.{u}.convs.{i}.conv.weight"),
+        UnetKind::Generic => format!("conv_blocks_localization.{u}.0.blocks.{i}.conv.weight"),
+    };
     let filter = |name: String| Filter::read(weights, kind, name);
     let first = filter(match kind {
-        UnetKind::Plain => part(0, 0),
+        UnetKind::Plain | UnetKind::Generic => part(0, 0),
         UnetKind::ResEnc => "encoder.stem.convs.0.conv.weight".into(),
     })?;
     let stages = count(&|s| part(s, 0));
@@ -38,18 +53,19 @@ pub(super) fn infer(weights: &Weights) -> Result<Option<UnetConfig>> {
     }
     let mut strides = vec![[1; 3]];
     for u in (0..levels).rev() {
-        strides.push(filter(format!("decoder.transpconvs.{u}.weight"))?.space);
+        strides.push(filter(format!("{up}.{u}.weight"))?.space);
     }
     let sizes = UnetConfig {
         kind,
         in_channels: first.channels[1],
-        classes: filter("decoder.seg_layers.0.weight".into())?.channels[0],
+        classes: filter(format!("{head}.0.weight"))?.channels[0],
         features,
         kernels,
         strides,
-        depth: (0..stages).map(|s| count(&|i| part(s, i))).collect(),
-        decoder_depth: (0..levels).map(|u| count(&|i| format!("decoder.stages.{u}.convs.{i}.conv.weight"))).collect(),
+        depth: (0..stages).map(|s| count(&|i| part(s, i)) + usize::from(s == last)).collect(),
+        decoder_depth: (0..levels).map(|u| count(&|i| decoder(u, i)) + apart).collect(),
         conv_bias: has(&first.name.replace(".weight", ".bias")),
+        head_bias: has(&format!("{head}.0.bias")),
         planar: first.planar,
     };
     let at = |e: Error| Error::unsupported(format!("{}: {}", weights.path().display(), text(e)));
@@ -77,6 +93,7 @@ fn from_architecture(a: &Field<'_>, in_channels: usize, classes: usize) -> Resul
     let depth_key = match kind {
         UnetKind::Plain => "n_conv_per_stage",
         UnetKind::ResEnc => "n_blocks_per_stage",
+        UnetKind::Generic => return Err(a.error("a network of nnU-Net 1")),
     };
     let mut planar = None;
     let mut seen = Vec::new();
@@ -119,6 +136,7 @@ fn from_architecture(a: &Field<'_>, in_channels: usize, classes: usize) -> Resul
         depth: numbers(&kwargs.need(depth_key)?, stages)?,
         decoder_depth: numbers(&kwargs.need("n_conv_per_stage_decoder")?, stages.saturating_sub(1))?,
         conv_bias: kwargs.need("conv_bias")?.bool()?,
+        head_bias: true,
         features,
         planar,
     })
@@ -144,6 +162,7 @@ fn from_old_plans(conf: &Field<'_>, in_channels: usize, classes: usize) -> Resul
         decoder_depth: numbers(&conf.need("n_conv_per_stage_decoder")?, stages.saturating_sub(1))?,
         kernels,
         conv_bias: true,
+        head_bias: true,
         planar,
     })
 }
@@ -209,7 +228,7 @@ fn numbers(field: &Field<'_>, len: usize) -> Result<Vec<usize>> {
 }
 
 /// Sizes per axis of every stage; those of a 2D network are one along z.
-fn triples(field: &Field<'_>, planar: bool) -> Result<Vec<[usize; 3]>> {
+pub(super) fn triples(field: &Field<'_>, planar: bool) -> Result<Vec<[usize; 3]>> {
     let axes = if planar { 2 } else { 3 };
     let triple = |f: &Field<'_>| {
         let sizes = numbers(f, axes)?;

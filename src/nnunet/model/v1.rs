@@ -4,12 +4,16 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::cut_strides;
+use super::{cut_strides, unet};
 use crate::error::{Error, Result};
 use crate::io::pth::{self, Pickle};
+use crate::io::weights::printable;
+use crate::models::UnetConfig;
 use crate::nnunet::dataset::Reader;
 use crate::nnunet::json::{self, Field};
-use crate::nnunet::plans::{Channel, Decision, InferencePlan, Intensity, Normalization, Resampling, Rules};
+use crate::nnunet::plans::{
+    Channel, Decision, InferencePlan, Intensity, Normalization, PreviousStage, Resampling, Rules,
+};
 
 /// Plans of the largest data sets hold some ten thousand values; shared references cannot make them explode.
 const MAX_VALUES: usize = 1 << 20;
@@ -20,29 +24,72 @@ const STUNET_HEADS: usize = 105;
 const STUNET_TRAINERS: [&str; 4] =
     ["STUNetTrainer_small", "STUNetTrainer_base", "STUNetTrainer_large", "STUNetTrainer_huge"];
 
-/// Reads the plan of `NAME.model.pkl`. `folder` is the trainer's folder, for names and its post-processing.
-pub(super) fn plan(pkl: &Path, folder: Option<&Path>) -> Result<(InferencePlan, Pickle)> {
-    let pickle = pth::read_pickle(pkl)?;
-    let Some(info) = pickle.root().to_json(MAX_VALUES) else {
-        return Err(Error::model(pkl, "top level", "nested too deeply or too large for plans of nnU-Net"));
-    };
-    let plan = from_json(&Field::root(pkl, &info), pkl, folder)?;
-    plan.validate(pkl)?;
-    Ok((plan, pickle))
+/// Parts of the names of nnU-Net v1's trainers whose networks have weights of the same names and shapes and are others: other
+/// nonlinearities, another order of layers, other norms, sigmoids.
+const OTHER_LAYERS: [&str; 7] = ["_ReLU", "LReLU_slope", "convlReLUIN", "GeLU", "Mish", "_GN", "Regions"];
+
+/// What `NAME.model.pkl` says.
+#[derive(Debug)]
+pub(super) struct Info {
+    pub plan: InferencePlan,
+    pub pickle: Pickle,
+    /// The plans of the network's stage.
+    stage: Value,
 }
 
-fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<InferencePlan> {
-    let trainer = info.need("name")?.str()?.to_string();
-    if trainer.contains("Cascade") {
-        return Err(Error::unsupported(format!(
-            "trainer {trainer:?}: the second stage of a cascade, which needs the labels of stage 0 (3d_lowres)"
-        )));
+impl Info {
+    /// Reads the file. `folder` is the trainer's folder, for names and its post-processing.
+    pub(super) fn read(pkl: &Path, folder: Option<&Path>) -> Result<Self> {
+        let pickle = pth::read_pickle(pkl)?;
+        let Some(info) = pickle.root().to_json(MAX_VALUES) else {
+            return Err(Error::model(pkl, "top level", "nested too deeply or too large for plans of nnU-Net"));
+        };
+        let info = Field::root(pkl, &info);
+        let plans = info.need("plans")?;
+        let (stage, configuration) = stage(&info, &plans)?;
+        let plan = plan(&info, &plans, &stage, configuration, folder.unwrap_or(pkl))?;
+        plan.validate(pkl)?;
+        let (stage, keep_largest) = (stage.value.clone(), keep_largest(folder, &plan)?);
+        Ok(Self { plan: InferencePlan { keep_largest, ..plan }, pickle, stage })
     }
-    let plans = info.need("plans")?;
-    let (stage, configuration) = stage(info, &plans)?;
 
+    /// Checks that `found`, a `Generic_UNet`, is the network that the trainer makes of these plans, as far as its weights tell:
+    /// nothing is seen in them of what has no parameters.
+    pub(super) fn check(&self, pkl: &Path, found: &UnetConfig) -> Result<()> {
+        let trainer = &self.plan.trainer;
+        if let Some(other) = OTHER_LAYERS.iter().find(|o| trainer.contains(**o)) {
+            return Err(Error::unsupported(format!(
+                "trainer {trainer:?}: another kind of layers or outputs ({other:?})"
+            )));
+        }
+        let stage = Field::at(pkl, "plans_per_stage", &self.stage);
+        let same = |key: &str, found: &[[usize; 3]], of: &dyn Fn([usize; 3]) -> [usize; 3]| {
+            let field = stage.need(key)?;
+            let planned: Vec<_> = unet::triples(&field, self.plan.is_planar())?.into_iter().map(of).collect();
+            if planned == found {
+                return Ok(());
+            }
+            Err(field.error(format!("{planned:?}, the network has {found:?}")))
+        };
+        same("pool_op_kernel_sizes", &found.strides[1..], &|s| s)?;
+        let planar = usize::from(self.plan.is_planar());
+        let all_three = trainer.contains("allConv3x3");
+        same("conv_kernel_sizes", &found.kernels, &|k| {
+            std::array::from_fn(|a| if all_three && a >= planar { 3 } else { k[a] })
+        })
+    }
+}
+
+fn plan(
+    info: &Field<'_>,
+    plans: &Field<'_>,
+    stage: &Field<'_>,
+    configuration: &str,
+    folder: &Path,
+) -> Result<InferencePlan> {
+    let trainer = info.need("name")?.str()?.to_string();
     let heads = plans.need("num_classes")?.usize(usize::from(u16::MAX) - 1)? + 1;
-    let dataset = folder.unwrap_or(pkl).components().rev().find_map(|c| {
+    let dataset = folder.components().rev().find_map(|c| {
         let c = c.as_os_str().to_str()?;
         (c.starts_with("Task") && c[4..].starts_with(|d: char| d.is_ascii_digit())).then(|| c.to_string())
     });
@@ -53,37 +100,64 @@ fn from_json(info: &Field<'_>, pkl: &Path, folder: Option<&Path>) -> Result<Infe
         && matches!(dataset.as_str(), "" | "Task101_TotalSegmentator");
     let labels = if published { stunet_labels()? } else { numbered_labels(heads) };
 
-    // First: the poolings of a 2D network have two sizes as well.
+    let size = |f: &Field<'_>| f.usize(usize::from(u16::MAX));
     let patch = stage.need("patch_size")?;
-    if patch.items()?.len() == 2 {
-        return Err(Error::unsupported(format!("trainer {trainer:?}: a 2D network; 3D networks are")));
+    let (patch, planar) = match patch.items()?.as_slice() {
+        [y, x] => ([1, size(y)?, size(x)?], true),
+        _ => (patch.three(size)?, false),
+    };
+    check_preprocessor(plans, planar)?;
+    let mut spacing_mm = stage.need("current_spacing")?.three(Field::f64)?.map(Some);
+    if planar {
+        // Slices are not resampled into others (nnU-Net v1 `PreprocessorFor2D`).
+        spacing_mm[0] = None;
     }
-    let pools = stage.need("pool_op_kernel_sizes")?;
-    let strides = cut_strides(pools.items()?.iter().map(|s| s.three(|v| v.usize(64))))?;
     let axis = |f: &Field<'_>| f.usize(2);
     let transpose = |key: &str| plans.get(key).map_or(Ok([0, 1, 2]), |t| t.three(axis));
+    let mirrored = if trainer.to_lowercase().contains("nomirror") { 3 } else { usize::from(planar) };
+    let previous = trainer.contains("Cascade").then(|| PreviousStage {
+        configuration: "3d_lowres".into(),
+        labels: labels.iter().map(|(value, _)| *value).collect(),
+        resampling: Resampling { order: 1, order_z: 0, force_separate_z: Some(false) },
+    });
+    let configuration = match (planar, &previous) {
+        (true, _) => "2d",
+        (false, Some(_)) => "3d_cascade_fullres",
+        (false, None) => configuration,
+    };
     Ok(InferencePlan {
         rules: Rules::NnunetV1,
         dataset,
-        // nnU-Net v1 keeps no list; its trainers mirror all axes of 3D images, but for the variants named so.
-        mirror_axes: if trainer.to_lowercase().contains("nomirror") { Vec::new() } else { vec![0, 1, 2] },
         trainer,
         configuration: configuration.into(),
         reader: Reader::default(),
-        channels: channels(&plans)?,
+        channels: channels(plans)?,
         labels,
         decision: Decision::Argmax,
         heads,
-        patch: patch.three(|p| p.usize(usize::from(u16::MAX)))?,
-        spacing_mm: stage.need("current_spacing")?.three(Field::f64)?.map(Some),
+        patch,
+        spacing_mm,
         transpose_forward: transpose("transpose_forward")?,
         transpose_backward: transpose("transpose_backward")?,
-        strides,
+        strides: cut_strides(unet::triples(&stage.need("pool_op_kernel_sizes")?, planar)?.into_iter().map(Ok))?,
+        // nnU-Net v1 keeps no list; its trainers mirror all axes of an image or slice, but for the variants named so.
+        mirror_axes: (mirrored..3).collect(),
         resampling_data: Resampling { order: 3, order_z: 0, force_separate_z: None },
-        resampling_probabilities: export(&plans)?,
-        keep_largest: keep_largest(folder, heads)?,
-        previous: None,
+        resampling_probabilities: export(plans)?,
+        keep_largest: Vec::new(),
+        previous,
     })
+}
+
+/// Other classes of these names resample or normalise otherwise.
+fn check_preprocessor(plans: &Field<'_>, planar: bool) -> Result<()> {
+    let Some(field) = plans.get("preprocessor_name") else { return Ok(()) };
+    let (name, known) = (field.str()?, if planar { "PreprocessorFor2D" } else { "GenericPreprocessor" });
+    if name != known {
+        let (name, file) = (printable(name), plans.file().display());
+        return Err(Error::unsupported(format!("preprocessor_name {name:?} in {file}; {known} is")));
+    }
+    Ok(())
 }
 
 /// How the network's output comes back to the image's grid (nnU-Net v1 `predict_cases`).
@@ -176,7 +250,8 @@ fn stunet_labels() -> Result<Vec<(u16, String)>> {
 }
 
 /// Labels of which only the largest component is kept, as `postprocessing.json` of the trainer's folder says.
-fn keep_largest(folder: Option<&Path>, heads: usize) -> Result<Vec<u16>> {
+fn keep_largest(folder: Option<&Path>, plan: &InferencePlan) -> Result<Vec<u16>> {
+    let heads = plan.heads;
     let Some(path) = folder.map(|f| f.join("postprocessing.json")).filter(|p| p.is_file()) else {
         return Ok(Vec::new());
     };

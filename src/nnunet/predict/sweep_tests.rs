@@ -204,6 +204,7 @@ fn planar_nets(device: &Device) -> Vec<Network> {
         depth: vec![2, 1, 2],
         decoder_depth: vec![1, 1],
         conv_bias: true,
+        head_bias: true,
         planar: true,
     }
     .into();

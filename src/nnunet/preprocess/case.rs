@@ -51,17 +51,39 @@ pub fn preprocess_case(
 }
 
 /// An image for the second stage of a cascade, and what the first one predicted of it as further channels: one of zeros and
-/// ones for each of `values` (nnU-Net `preprocess_fromfiles_save_to_queue`).
-pub(crate) fn preprocess_with_previous(
+/// ones for each of `values` (nnU-Net v2 `preprocess_fromfiles_save_to_queue`, v1 `preprocess_save_to_queue`).
+pub(super) fn with_previous(
     isa: Isa,
     image: &Image,
     predicted: &Segmentation,
     plan: &PreprocessPlan,
     values: &[u16],
 ) -> Result<Preprocessed> {
-    let (mut case, labels) = with_labels(isa, image, predicted, plan)?;
+    let (mut case, labels) = match plan.rules {
+        Rules::NnunetV2 => with_labels(isa, image, predicted, plan)?,
+        Rules::NnunetV1 => {
+            check_grid(image, predicted)?;
+            let grids = Grids::of(image, plan)?;
+            // v1 brings the whole map onto the grid of the nonzero region, as if that were the whole image; so do we.
+            let whole = View::whole(image.geometry.shape).transposed(plan.transpose_forward);
+            let map = taken(&predicted.labels, &whole, None)?;
+            let rule = &plan.resampling_labels;
+            let labels = resample_labels(&map, whole.shape, grids.shape, rule, None, Vote::Half)?;
+            let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &grids.view));
+            (Job { plan, grids, mask, isa }.run(image)?, labels)
+        }
+    };
     case.append_one_hot(&labels, values)?;
     Ok(case)
+}
+
+fn check_grid(image: &Image, labels: &Segmentation) -> Result<()> {
+    let (shape, own) = (image.geometry.shape, labels.geometry.shape);
+    if shape != own {
+        let what = format!("{shape:?} voxels (z, y, x), its segmentation has {own:?}: they must lie on one grid");
+        return Err(Error::input(what));
+    }
+    Ok(())
 }
 
 /// An image and a label map of it on the network's grid.
@@ -71,14 +93,12 @@ fn with_labels(
     labels: &Segmentation,
     plan: &PreprocessPlan,
 ) -> Result<(Preprocessed, Vec<i16>)> {
-    let (shape, own) = (image.geometry.shape, labels.geometry.shape);
-    if shape != own {
-        let what = format!("{shape:?} voxels (z, y, x), its segmentation has {own:?}: they must lie on one grid");
-        return Err(Error::input(what));
-    }
+    check_grid(image, labels)?;
     let grids = Grids::of(image, plan)?;
     let rule = &plan.resampling_labels;
-    let cropped = cropped(image, &labels.labels, &grids)?;
+    // Background outside of the nonzero region is told apart.
+    let region = Mask::nonzero(&image.channels, &grids.view);
+    let cropped = taken(&labels.labels, &grids.view, Some(&region))?;
     let masked = plan.channels.iter().any(|c| c.use_mask);
     // Labelled voxels count as inside even where the image is 0.
     let mask = masked.then(|| {
@@ -97,21 +117,20 @@ fn with_labels(
     Ok((image, labels))
 }
 
-/// The truth in the nonzero box; background outside of the nonzero region becomes [`OUTSIDE`].
-fn cropped(image: &Image, labels: &LabelData, grids: &Grids) -> Result<Vec<i16>> {
+/// The labels that a view sees; background outside of `region` becomes [`OUTSIDE`].
+fn taken(labels: &LabelData, view: &View, region: Option<&Mask>) -> Result<Vec<i16>> {
     if matches!(labels, LabelData::U16(l) if l.iter().any(|&l| i16::try_from(l).is_err())) {
         return Err(Error::input(format!("a label above {} in its segmentation", i16::MAX)));
     }
-    let region = Mask::nonzero(&image.channels, &grids.view);
-    let mut out = zeros(grids.view.shape.iter().product(), "the segmentation")?;
+    let mut out = zeros(view.shape.iter().product(), "the segmentation")?;
     match labels {
-        LabelData::U8(l) => copy(l, &grids.view, &region, &mut out),
-        LabelData::U16(l) => copy(l, &grids.view, &region, &mut out),
+        LabelData::U8(l) => copy(l, view, region, &mut out),
+        LabelData::U16(l) => copy(l, view, region, &mut out),
     }
     Ok(out)
 }
 
-fn copy<T: Copy + Default + Into<u16> + Sync>(labels: &[T], view: &View, region: &Mask, out: &mut [i16]) {
+fn copy<T: Copy + Default + Into<u16> + Sync>(labels: &[T], view: &View, region: Option<&Mask>, out: &mut [i16]) {
     let [_, ny, nx] = view.shape;
     par::chunks_mut_with(
         out,
@@ -120,11 +139,15 @@ fn copy<T: Copy + Default + Into<u16> + Sync>(labels: &[T], view: &View, region:
         |row, z, plane| {
             for (y, out) in plane.chunks_mut(nx).enumerate() {
                 view.read(labels, z, y, row);
-                region.row(z, y, |x, inside| {
-                    let label: u16 = row[x].into();
-                    // Below 32768, as was checked.
-                    out[x] = if label == 0 && !inside { OUTSIDE } else { label as i16 };
-                });
+                // Below 32768, as was checked.
+                out.iter_mut().zip(&*row).for_each(|(o, &l)| *o = l.into() as i16);
+                if let Some(region) = region {
+                    region.row(z, y, |x, inside| {
+                        if out[x] == 0 && !inside {
+                            out[x] = OUTSIDE;
+                        }
+                    });
+                }
             }
         },
     );

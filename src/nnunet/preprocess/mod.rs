@@ -16,7 +16,7 @@ use crate::io::{Image, Segmentation};
 use crate::nnunet::plans::{Channel, InferencePlan, Normalization, Resampling, Rules};
 use crate::nnunet::volume::Mask;
 use crate::tensor::Isa;
-use case::preprocess_with_previous;
+use case::with_previous;
 pub use case::{PreprocessedCase, preprocess_case};
 use crop::Scan;
 pub use locations::class_locations;
@@ -101,7 +101,7 @@ pub(crate) fn preprocess_by(
     let previous = plan.previous.as_ref();
     let plan = &PreprocessPlan::from(plan);
     match (previous, predicted) {
-        (Some(p), Some(predicted)) => return preprocess_with_previous(isa, image, predicted, plan, &p.labels),
+        (Some(p), Some(predicted)) => return with_previous(isa, image, predicted, plan, &p.labels),
         (Some(p), None) => return Err(Error::usage(format!("{NEEDS_PREVIOUS}: those of {}", p.configuration))),
         (None, Some(_)) => {
             return Err(Error::usage("a segmentation of a stage before, for a model that is no cascade"));
