@@ -1,9 +1,11 @@
 //! Means of probabilities.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use half::f16;
 use proptest::prelude::*;
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use stunet::io::npz::Number;
 use stunet::io::{self, Geometry, LabelData, Segmentation};
@@ -153,4 +155,58 @@ fn what_does_not_fit_is_named() {
     }
     ensemble(&inputs[..1], &out, &data, false, &mut ()).unwrap();
     assert!(ensemble(&[], &out, &data, false, &mut ()).unwrap_err().exit_code() == 2);
+}
+
+/// Means of three models by `fixtures/results/make.py`: label maps and probabilities as the real nnU-Net's.
+#[test]
+fn golden_networks_ensembles_of_nnunet() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/results/ensemble.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let shape = [8, 16, 18];
+    let regions = json!({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": [3]});
+    let plain = json!({"background": 0, "one": 1, "two": 2});
+    for (name, labels, order) in [("labels", plain, json!([])), ("regions", regions, json!([1, 2, 3]))] {
+        let dir = tempfile::tempdir().unwrap();
+        let inputs = ["0", "1", "2"].map(|m| dir.path().join(m));
+        let data = dataset(&inputs[0], &labels, &order);
+        for (m, folder) in inputs.iter().enumerate() {
+            std::fs::create_dir_all(folder).unwrap();
+            for i in 0..2 {
+                let parts = file.tensor(&format!("{name}/{m}/case_{i}")).unwrap().data();
+                let parts = parts.iter().map(|v| f32::from(*v) / 64.0);
+                // nnU-Net's own are of either type, by version.
+                let path = folder.join(format!("case_{i}.npz"));
+                // nnU-Net's own are of either type, by version.
+                match m {
+                    1 => write_sized(&path, shape, &parts.collect::<Vec<f32>>()),
+                    _ => write_sized(&path, shape, &parts.map(f16::from_f32).collect::<Vec<f16>>()),
+                }
+                let geometry = Geometry::new(shape, [2.5, 1.0, 0.75]);
+                let map = Segmentation::new(LabelData::zeros(shape.iter().product(), 1), geometry, Vec::new()).unwrap();
+                io::write_nifti(folder.join(format!("case_{i}.nii.gz")), &map).unwrap();
+            }
+        }
+        let out = dir.path().join("out");
+        ensemble(&inputs, &out, &data, true, &mut ()).unwrap();
+        for i in 0..2 {
+            let ours = io::read_segmentation(out.join(format!("case_{i}.nii.gz"))).unwrap().labels;
+            let theirs = file.tensor(&format!("{name}/map/case_{i}")).unwrap().data().to_vec();
+            assert_eq!(ours, LabelData::U8(theirs), "{name} {i}");
+            let mean = file.tensor(&format!("{name}/mean/case_{i}")).unwrap().data();
+            assert_eq!(uncompressed(&out.join(format!("case_{i}.npz")), mean.len()), mean, "{name} {i}");
+        }
+    }
+}
+
+fn write_sized<T: Number>(path: &Path, [z, y, x]: [usize; 3], values: &[T]) {
+    io::write_npz(path, |npz| npz.array("probabilities", &[3, z, y, x], |a| a.push(values))).unwrap();
+}
+
+/// The last `len` bytes of the first array of an archive: its numbers.
+fn uncompressed(path: &Path, len: usize) -> Vec<u8> {
+    let mut archive = zip::ZipArchive::new(std::fs::File::open(path).unwrap()).unwrap();
+    let mut bytes = Vec::new();
+    archive.by_index(0).unwrap().read_to_end(&mut bytes).unwrap();
+    bytes.split_off(bytes.len() - len)
 }

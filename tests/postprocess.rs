@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use stunet::Device;
 use stunet::io::{self, Geometry, LabelData, Segmentation};
@@ -149,4 +150,54 @@ fn equally_large_components_all_stay_and_corners_touch() {
     assert_eq!(seg.labels, before);
     apply(&[Step::Label(0), Step::Region(vec![3, 4])], &mut seg);
     assert_eq!(seg.labels, before);
+}
+
+/// Four data sets of `fixtures/results/make.py`: what the real nnU-Net decides and writes, and what applying it to further
+/// predictions leaves of them.
+#[test]
+fn golden_networks_postprocessing_of_nnunet() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/results");
+    let bytes = std::fs::read(folder.join("postprocess.safetensors")).unwrap();
+    let maps = SafeTensors::deserialize(&bytes).unwrap();
+    let labels = |tensor: String| maps.tensor(&tensor).unwrap().data().to_vec();
+    let (regions, none) =
+        (json!({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": [3], "ignore": 4}), json!([]));
+    for (name, all, order) in [
+        ("foreground", two_labels(), none.clone()),
+        ("one_class", two_labels(), none.clone()),
+        ("nothing", two_labels(), none),
+        ("regions", regions, json!([1, 2, 3])),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        for part in ["truth", "found", "others"] {
+            std::fs::create_dir(dir.path().join(part)).unwrap();
+            for i in 0..3 {
+                let map = labels(format!("{name}/{part}/case_{i}"));
+                let geometry = Geometry::new([8, 16, 18], [2.5, 1.0, 0.75]);
+                let map = Segmentation::new(LabelData::U8(map), geometry, Vec::new()).unwrap();
+                io::write_nifti(dir.path().join(part).join(format!("case_{i}.nii.gz")), &map).unwrap();
+            }
+        }
+        let description = json!({"channel_names": {"0": "CT"}, "labels": all, "regions_class_order": order,
+                                 "numTraining": 3, "file_ending": ".nii.gz"});
+        let found = dir.path().join("found");
+        std::fs::write(found.join("dataset.json"), description.to_string()).unwrap();
+        let dataset = DatasetJson::read(&found.join("dataset.json")).unwrap();
+        let folders = Folders::of_dataset(&dir.path().join("truth"), &found, &dataset).unwrap();
+        let left = found.join("postprocessed");
+        let device = Device::cpu();
+        let decided = determine(&folders, &dataset, Some(&left), &device, &mut ()).unwrap();
+        let written = decided.write(&found).unwrap();
+        let json = |path: &Path| std::fs::read_to_string(path).unwrap();
+        assert_eq!(json(&written[1]), json(&folder.join(format!("{name}.json"))), "{name}");
+        // As the real nnU-Net's `nnUNetv2_apply_postprocessing` does, from the pickle.
+        let (applied, steps) = (dir.path().join("applied"), steps::read(&written[0]).unwrap());
+        apply_to_folder(&dir.path().join("others"), &applied, &steps, ".nii.gz", &device, &mut ()).unwrap();
+        for (part, folder) in [("left", &left), ("applied", &applied)] {
+            for i in 0..3 {
+                let ours = io::read_segmentation(folder.join(format!("case_{i}.nii.gz"))).unwrap().labels;
+                assert_eq!(ours, LabelData::U8(labels(format!("{name}/{part}/case_{i}"))), "{name} {part} {i}");
+            }
+        }
+    }
 }
