@@ -35,6 +35,7 @@ fn help_fits_the_screen_and_says_what_it_has_to() {
         "export",
         "import",
         "inspect",
+        "label-systems",
         "info",
         "bench",
         "completions",

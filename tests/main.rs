@@ -36,6 +36,7 @@ mod instance_norm_grad;
 mod intensity;
 #[cfg(feature = "cuda")]
 mod kernels;
+mod label_system;
 mod leaky_relu;
 mod loader;
 mod loss;

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use stunet::nnunet::dataset::DatasetJson;
-use stunet::nnunet::evaluate::{CompareOptions, Evaluation, Folders, surface};
+use stunet::nnunet::evaluate::{CompareOptions, Evaluation, Folders, Numbers, surface};
+use stunet::nnunet::label_system::{LabelSystem, ModelClasses};
 use stunet::{Error, Result};
 
 use super::args::DeviceArgs;
@@ -20,7 +22,8 @@ Examples:
   stunet evaluate labelsTr results                (results/dataset.json: labels)
   stunet evaluate labelsTr results --dataset-json raw/Dataset004/dataset.json
   stunet evaluate labelsTs results -l 1 2 -il 3 -o scores/summary.json
-  stunet evaluate labelsTs results --images imagesTs --tolerance 2")]
+  stunet evaluate labelsTs results --images imagesTs --tolerance 2
+  stunet evaluate amos/labelsVa results --label-system amos22 --numbers stunet")]
 pub(super) struct Args {
     /// Folder of true label maps
     #[arg(value_name = "TRUTH")]
@@ -37,6 +40,14 @@ pub(super) struct Args {
     /// Leave out voxels of this label of the truth [-il]
     #[arg(long, value_name = "LABEL", requires = "labels")]
     ignore: Option<u16>,
+    /// Compare in the labels of another data set, whose numbers truths have: a name that 'stunet label-systems' lists, or a file
+    /// of that form
+    #[arg(long, value_name = "NAME|FILE", conflicts_with = "labels")]
+    label_system: Option<PathBuf>,
+    /// With --label-system: whose numbers predictions have [default: the data set's, where 'stunet predict --label-system'
+    /// says so in PREDICTION]
+    #[arg(long, value_enum, requires = "label_system")]
+    numbers: Option<NumbersChoice>,
     /// Summary to write; the other files get its name [default: PREDICTION/summary.json]
     #[arg(short, long, value_name = "FILE.json", value_parser = json_file)]
     output: Option<PathBuf>,
@@ -57,6 +68,16 @@ pub(super) struct Args {
     no_progress: bool,
     #[command(flatten)]
     device: DeviceArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum NumbersChoice {
+    /// The data set's, as 'stunet predict --label-system' writes them
+    Dataset,
+    /// The model's, as the description of its data set names them
+    Model,
+    /// Those of STU-Net's published weights
+    Stunet,
 }
 
 fn tolerance(s: &str) -> Result<f64, String> {
@@ -109,16 +130,68 @@ impl Args {
         if !self.labels.is_empty() {
             return Folders::of_labels(&self.truth, &self.prediction, &self.labels, self.ignore);
         }
+        if let Some(system) = &self.label_system {
+            let system = LabelSystem::open(system)?;
+            let numbers = self.numbers(&system)?;
+            return Folders::of_system(&self.truth, &self.prediction, &system, numbers);
+        }
+        Folders::of_dataset(&self.truth, &self.prediction, &DatasetJson::read(&self.description()?)?)
+    }
+
+    /// The file that describes the labels.
+    fn description(&self) -> Result<PathBuf> {
         let beside = self.prediction.join("dataset.json");
-        let description = match &self.dataset_json {
-            Some(file) => file,
-            None if beside.is_file() => &beside,
+        match &self.dataset_json {
+            Some(file) => Ok(file.clone()),
+            None if beside.is_file() => Ok(beside),
             None => {
-                let what = format!("{}: missing; name one with --dataset-json, or labels with -l", beside.display());
-                return Err(Error::Usage { what });
+                let own = self.prediction.join(LabelSystem::FILE);
+                let way = match own.is_file() {
+                    true => format!("give --label-system {}, by which they were predicted", own.display()),
+                    false => "name one with --dataset-json, or labels with -l".into(),
+                };
+                Err(Error::Usage { what: format!("{}: missing; {way}", beside.display()) })
             }
-        };
-        Folders::of_dataset(&self.truth, &self.prediction, &DatasetJson::read(description)?)
+        }
+    }
+
+    /// Whose numbers the predictions have. Nothing is guessed: numbers taken for others would be compared without a sign.
+    fn numbers(&self, system: &LabelSystem) -> Result<Numbers> {
+        use NumbersChoice::{Dataset, Model, Stunet};
+        let usage = |what: String| Err(Error::Usage { what });
+        if let (Some(file), None | Some(Dataset | Stunet)) = (&self.dataset_json, self.numbers) {
+            return usage(format!("{}: with --label-system --dataset-json needs --numbers model", file.display()));
+        }
+        let own = self.prediction.join(LabelSystem::FILE);
+        match (self.numbers, own.is_file()) {
+            (None | Some(Dataset), true) => {
+                let written = LabelSystem::read(&own)?;
+                if written.has_numbers_of(system) {
+                    return Ok(Numbers::Dataset);
+                }
+                let (found, expected) = (written.name(), system.name());
+                usage(format!(
+                    "{}: the predictions have the numbers of {found:?}, expected {expected:?}, whose labels are others",
+                    own.display()
+                ))
+            }
+            (Some(Model | Stunet), true) => usage(format!(
+                "{}: the predictions have a data set's numbers, expected --numbers dataset",
+                own.display()
+            )),
+            (None, false) => {
+                let what =
+                    "whose numbers the predictions have is not known; expected --numbers model, stunet or dataset";
+                usage(format!("{}: {what}", self.prediction.display()))
+            }
+            (Some(Dataset), false) => Ok(Numbers::Dataset),
+            (Some(Stunet), false) => ModelClasses::stunet().map(Numbers::Model),
+            (Some(Model), false) => {
+                let file = self.description()?;
+                let labels = DatasetJson::read(&file)?.labels;
+                ModelClasses::of_dataset(&file, &labels).map(Numbers::Model)
+            }
+        }
     }
 }
 

@@ -14,7 +14,9 @@ mod fingerprint;
 mod folders;
 mod info;
 mod inspect;
+mod label_systems;
 mod output;
+mod paths;
 mod phantoms;
 mod plan;
 mod postprocess;
@@ -82,6 +84,7 @@ enum Command {
     Export(share::ExportArgs),
     Import(share::ImportArgs),
     Inspect(inspect::Args),
+    LabelSystems(label_systems::Args),
     Info(info::Args),
     Bench(bench::Args),
     Completions(completions::Args),
@@ -122,6 +125,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Export(a) => share::export(&a)?,
         Command::Import(a) => share::import(&a)?,
         Command::Inspect(a) => inspect::run(&a)?,
+        Command::LabelSystems(a) => label_systems::run(&a)?,
         Command::Info(a) => info::run(&a)?,
         Command::Bench(a) => bench::run(&a)?,
         Command::Completions(a) => completions::run(&a)?,

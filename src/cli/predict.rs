@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use half::f16;
 use stunet::nnunet::cases::{self, Case};
 use stunet::nnunet::dataset::{Reader, sidecar};
+use stunet::nnunet::label_system::LabelSystem;
 use stunet::nnunet::lookup::ModelName;
 use stunet::nnunet::model::ModelFolder;
 use stunet::nnunet::plans::{InferencePlan, Rules};
@@ -20,7 +21,9 @@ use stunet::{Error, Geometry, Image, Mode, PredictOptions, Prediction, Predictor
 
 use super::args::{DeviceArgs, ModelArgs, PrecisionChoice, bytes, step_size};
 use super::folders::ResultsArgs;
+use super::label_systems::Numbering;
 use super::output::{self, say_error, say_warning};
+use super::paths::{check_parent, parent, real};
 use super::progress::{self, Bar};
 use super::system;
 
@@ -40,6 +43,7 @@ Examples:
   stunet predict -m models/stunet_base -i ct_0000.nii.gz -o ct_seg.nii.gz
   stunet predict -m model -i t1.nii.gz flair.nii.gz -o seg.nii.gz --no-tta
   stunet predict -m model -i imagesTs -o results --continue --report run.json
+  stunet predict -m models/stunet_base -i ct -o amos --label-system amos22
   stunet predict -d 4 -c 3d_fullres -tr STUNetTrainer_base -f 0 -i in -o out
                  (searches the folder that nnUNet_results names)
 
@@ -108,6 +112,9 @@ pub(super) struct Args {
     #[arg(long = "continue", help_heading = COHORT)]
     resume: bool,
 
+    /// Number the labels as another data set: a name that 'stunet label-systems' lists, or a file of that form
+    #[arg(long, value_name = "NAME|FILE", conflicts_with = "save_probabilities", help_heading = OUTPUT)]
+    label_system: Option<PathBuf>,
     /// Also write CASE.npz with the class probabilities (large)
     #[arg(long, help_heading = OUTPUT)]
     save_probabilities: bool,
@@ -189,6 +196,12 @@ struct Work {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let Work { jobs, ignored } = args.work()?;
+    let mut numbering = Numbering::open(args.label_system.as_deref())?;
+    if args.is_cohort() {
+        let there = jobs.iter().map(|j| &j.output).find(|p| args.resume && p.exists());
+        numbering.check_folder(&args.output, there)?;
+    }
+    args.previous_stage.as_deref().map_or(Ok(()), Numbering::check_previous)?;
     let device = args.device.open()?;
     let model = args.model_path()?;
     let options = args.predict_options();
@@ -201,23 +214,25 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut predictor = Predictor::open_with(&model, &device, &opening)?.options(options.clone());
     predictor.validate()?;
     args.check_previous_stage(predictor.plan(), &jobs)?;
+    numbering.fit(predictor.plan())?;
 
     let report = if args.report.is_some() || args.json {
         let files = ModelFolder::open(&model, &opening)?.sources;
         let record = ModelRecord::of(&model, &files, predictor.plan())?.precision(precision);
         let mut report = RunReport::new(record, &device, &options);
         report.ignored = ignored.iter().map(|p| p.display().to_string()).collect();
+        report.label_system = numbering.system.clone();
         Some(report)
     } else {
         None
     };
     args.create_folders(&jobs)?;
     if args.is_cohort() {
-        cases::copy_descriptions(&model, &args.output)?;
+        numbering.describe(&model, &args.output)?;
     }
     let plan = predictor.plan().clone();
     let source = Images { args, jobs: &jobs, plan: &plan };
-    let mut results = Results { args, jobs: &jobs, plan: &plan, report, failed: Vec::new() };
+    let mut results = Results { args, jobs: &jobs, plan: &plan, numbering, report, failed: Vec::new() };
     let mut bar = |i: usize| -> Box<dyn Progress> {
         let title = format!("{}/{} {}", i + 1, jobs.len(), jobs[i].case.name);
         Box::new(Bar::new(&title, !args.no_progress, args.quiet))
@@ -352,7 +367,7 @@ impl Args {
             images.into_iter().chain(sidecars).chain(self.previous_of(&j.case))
         };
         let inputs: HashSet<PathBuf> = jobs.iter().flat_map(of_job).map(|p| real(&p)).collect();
-        let described = ["plans.json", "dataset.json"].map(|n| self.output.join(n));
+        let described = ["plans.json", "dataset.json", LabelSystem::FILE].map(|n| self.output.join(n));
         let described = described.iter().filter(|_| self.is_cohort());
         let mut outputs = HashSet::new();
         let beside: Vec<PathBuf> = jobs.iter().flat_map(Job::beside).collect();
@@ -490,6 +505,7 @@ struct Results<'a> {
     args: &'a Args,
     jobs: &'a [Job],
     plan: &'a InferencePlan,
+    numbering: Numbering,
     report: Option<RunReport>,
     failed: Vec<&'a str>,
 }
@@ -499,6 +515,7 @@ impl Results<'_> {
     fn write(&self, job: &Job, done: Finished) -> Result<CaseRecord> {
         let Finished { image, mut prediction, .. } = done;
         let begin = Instant::now();
+        self.numbering.apply(&mut prediction.segmentation)?;
         let written = self.args.write(job, &image, &prediction, self.plan)?;
         let write = begin.elapsed().as_secs_f64();
         if !self.args.json {
@@ -569,27 +586,6 @@ pub(super) fn write_probabilities(path: &Path, prediction: &Prediction, rules: R
     let properties = path.with_extension("pkl");
     store::write_properties(&properties, &prediction.properties, &prediction.segmentation.geometry)?;
     Ok(Some(properties))
-}
-
-/// The path behind links, also of a file or folders that are yet to be made.
-fn real(path: &Path) -> PathBuf {
-    match (path.canonicalize(), path.file_name()) {
-        (Ok(real), _) => real,
-        (Err(_), Some(name)) => real(parent(path)).join(name),
-        (Err(_), None) => path.into(),
-    }
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// An output's folder has to be there before hours are spent on what goes into it.
-fn check_parent(path: &Path) -> Result<()> {
-    if parent(path).is_dir() {
-        return Ok(());
-    }
-    Err(Error::Usage { what: format!("{}: its folder does not exist", path.display()) })
 }
 
 /// What the machine has left: more than that is refused too, rather than left to the system's killer of processes.

@@ -16,7 +16,7 @@ use crate::base::json::Json;
 use crate::error::{Error, Result};
 use crate::io::{LabelData, Segmentation};
 use crate::nnunet::fingerprint::pairwise;
-pub use folder::{CompareOptions, Evaluation, Folders};
+pub use folder::{CompareOptions, Evaluation, Folders, Numbers};
 #[cfg(feature = "picture")]
 pub use html::Shown;
 pub use table::ClassMeans;

@@ -33,25 +33,30 @@ impl Kind {
 
 /// Reads a JSON file of a model. Python's `NaN` and `Infinity`, which are not JSON, are read as null.
 pub(crate) fn read(path: &Path) -> Result<Value> {
-    let bytes = bytes(path, Kind::Model)?;
+    let bytes = bytes(path, Kind::Model, MAX_JSON_BYTES)?;
     json::parse(&bytes).map_err(|e| Error::model(path, "JSON", e.to_string()))
 }
 
 /// As [`read`] for a file of a data set; no key may stand twice in an object.
 pub(crate) fn read_dataset(path: &Path) -> Result<Value> {
-    let bytes = bytes(path, Kind::Dataset)?;
+    read_dataset_up_to(path, MAX_JSON_BYTES)
+}
+
+/// As [`read_dataset`] for a file that should have no more bytes than `most`.
+pub(crate) fn read_dataset_up_to(path: &Path, most: u64) -> Result<Value> {
+    let bytes = bytes(path, Kind::Dataset, most)?;
     json::parse_unique(&bytes).map_err(|e| Error::dataset(path, "JSON", e.to_string()))
 }
 
-fn bytes(path: &Path, kind: Kind) -> Result<Vec<u8>> {
+fn bytes(path: &Path, kind: Kind, most: u64) -> Result<Vec<u8>> {
     let io = |e| Error::io("read", path, e);
     let meta = std::fs::metadata(path).map_err(io)?;
     let size = meta.len();
     if !meta.is_file() {
         return Err(kind.error(path, "file", "not a regular file"));
     }
-    if size > MAX_JSON_BYTES {
-        return Err(kind.error(path, "file size", format!("{size} bytes, expected at most {MAX_JSON_BYTES}")));
+    if size > most {
+        return Err(kind.error(path, "file size", format!("{size} bytes, expected at most {most}")));
     }
     std::fs::read(path).map_err(io)
 }

@@ -8,6 +8,7 @@ pub mod ensemble;
 pub mod evaluate;
 pub mod fingerprint;
 pub(crate) mod json;
+pub mod label_system;
 pub mod labels;
 pub mod loader;
 pub mod lookup;

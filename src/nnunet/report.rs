@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
+use super::label_system::LabelSystem;
 use super::plans::InferencePlan;
 use super::predict::{PredictOptions, Report};
 use crate::error::{Error, Result};
@@ -57,7 +58,7 @@ impl FileRecord {
 pub struct LabelRecord {
     /// Value in the file.
     pub value: u16,
-    /// The model's name for it.
+    /// What the model, or the label system, calls it.
     pub name: String,
     /// Voxels that carry it.
     pub voxels: usize,
@@ -247,6 +248,9 @@ pub struct RunReport {
     pub device: DeviceRecord,
     /// How it ran.
     pub options: OptionsRecord,
+    /// Whose numbers the segmentations have, if not the model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label_system: Option<LabelSystem>,
     /// Every case, in the order of the work.
     pub cases: Vec<CaseRecord>,
     /// Files of the input folder that belong to no case; bytes that are not UTF-8 are shown as the replacement
@@ -271,6 +275,7 @@ impl RunReport {
             model,
             device: device.into(),
             options: options.into(),
+            label_system: None,
             cases: Vec::new(),
             ignored: Vec::new(),
             interrupted: false,

@@ -9,6 +9,7 @@ use crate::base::progress::Progress;
 use crate::error::{Error, Result};
 use crate::io::Segmentation;
 use crate::nnunet::dataset::{DatasetJson, Reader};
+use crate::nnunet::label_system::{LabelSystem, ModelClasses, Relabelling};
 use crate::nnunet::workers;
 use crate::tensor::Device;
 
@@ -46,6 +47,25 @@ pub struct Folders {
     pub ignore: Option<u16>,
     pub(crate) reader: Reader,
     pub(super) ending: String,
+    /// Label maps are compared in another numbering than they are stored.
+    common: Option<Box<Common>>,
+}
+
+/// Whose numbers predictions have, where they are compared in a label system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Numbers {
+    /// The data set's, as truths.
+    Dataset,
+    /// The model's.
+    Model(ModelClasses),
+}
+
+/// How a truth and a prediction get the numbers that both are compared in.
+#[derive(Debug, Clone)]
+struct Common {
+    truth: Relabelling,
+    prediction: Relabelling,
+    numbers: Numbers,
 }
 
 /// What was found in two folders.
@@ -91,6 +111,7 @@ impl Folders {
             ignore: labels.ignore(),
             reader,
             ending,
+            common: None,
         })
     }
 
@@ -99,14 +120,7 @@ impl Folders {
     /// # Errors
     /// As [`Folders::of_dataset`].
     pub fn of_labels(truth: &Path, prediction: &Path, labels: &[u16], ignore: Option<u16>) -> Result<Self> {
-        const ENDINGS: [&str; 5] = [".nii.gz", ".nii", ".png", ".tif", ".tiff"];
-        let found = ENDINGS.iter().find_map(|e| Some((*e, first(truth, e).ok()?)));
-        let Some((ending, example)) = found else {
-            // Says what is wrong with the folder, if it is that.
-            first(truth, "")?;
-            let what = format!("no label map in it, expected files ending in {}", ENDINGS.join(", "));
-            return Err(Error::dataset(truth, "folder", what));
-        };
+        let (ending, reader) = ending_of(truth)?;
         let all: Vec<Class> = labels.iter().copied().map(Class::label).collect();
         let labels: Vec<u16> = Class::first_of_each(&all).into_iter().map(|i| labels[i]).collect();
         let names: Vec<String> = labels.iter().map(|l| format!("label {l}")).collect();
@@ -117,8 +131,36 @@ impl Folders {
             class_names: names.clone(),
             label_names: labels.iter().copied().zip(names).filter(|(l, _)| *l != 0).collect(),
             ignore,
-            reader: Reader::of_ending(ending, Some(&truth.join(example)))?,
+            reader,
             ending: ending.into(),
+            common: None,
+        })
+    }
+
+    /// The labels of `system`, numbered from 1 in their order, as STU-Net's `direct_inference` compares them: truths have the
+    /// data set's numbers, predictions those of `numbers`. What belongs to no label is background. Files are of the ending that
+    /// the first of `truth` has.
+    ///
+    /// # Errors
+    /// As [`Folders::of_dataset`]; [`Error::Dataset`] naming a class of the system that the model does not have.
+    pub fn of_system(truth: &Path, prediction: &Path, system: &LabelSystem, numbers: Numbers) -> Result<Self> {
+        let of_truth = system.in_order_from_dataset();
+        let of_prediction = match &numbers {
+            Numbers::Dataset => of_truth.clone(),
+            Numbers::Model(classes) => system.in_order_from_model(classes)?,
+        };
+        let names = of_truth.names().to_vec();
+        let (ending, reader) = ending_of(truth)?;
+        Ok(Self {
+            truth: truth.into(),
+            prediction: prediction.into(),
+            classes: names.iter().map(|(number, _)| Class::label(*number)).collect(),
+            class_names: names.iter().map(|(_, name)| name.clone()).collect(),
+            label_names: names,
+            ignore: None,
+            reader,
+            ending: ending.into(),
+            common: Some(Box::new(Common { truth: of_truth, prediction: of_prediction, numbers })),
         })
     }
 
@@ -151,13 +193,14 @@ impl Folders {
         Ok(predictions)
     }
 
-    /// A case's truth and prediction.
+    /// A case's truth and prediction, in the numbers that they are compared in.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Image`] naming the file that is damaged, or whose grid is not that of its counterpart.
+    /// [`Error::Io`]; [`Error::Image`] naming the file that is damaged, whose grid is not that of its counterpart, or that
+    /// has values which its model does not know.
     pub(crate) fn read(&self, file: &OsString) -> Result<[Segmentation; 2]> {
         let [truth_path, path] = [&self.truth, &self.prediction].map(|f| f.join(file));
-        let (truth, prediction) = (self.reader.label(&truth_path)?, self.reader.label(&path)?);
+        let (mut truth, mut prediction) = (self.reader.label(&truth_path)?, self.reader.label(&path)?);
         let (a, b) = (&truth.geometry, &prediction.geometry);
         if a.shape != b.shape {
             let (found, expected) = (b.shape, a.shape);
@@ -167,6 +210,13 @@ impl Folders {
         if a.spacing_mm.iter().zip(b.spacing_mm).any(|(a, b)| (a - b).abs() > 1e-4 * a.abs()) {
             let (found, expected) = (b.spacing_mm, a.spacing_mm);
             tracing::warn!("{}: spacing {found:?} mm, its truth has {expected:?}; the truth's counts", path.display());
+        }
+        if let Some(common) = &self.common {
+            if let Numbers::Model(classes) = &common.numbers {
+                classes.check(&path, &prediction.labels)?;
+            }
+            common.truth.apply(&mut truth)?;
+            common.prediction.apply(&mut prediction)?;
         }
         Ok([truth, prediction])
     }
@@ -210,6 +260,19 @@ impl Folders {
         }
         summary
     }
+}
+
+/// The ending of the label maps in `folder`, and how they are read.
+fn ending_of(folder: &Path) -> Result<(&'static str, Reader)> {
+    const ENDINGS: [&str; 5] = [".nii.gz", ".nii", ".png", ".tif", ".tiff"];
+    let found = ENDINGS.iter().find_map(|e| Some((*e, first(folder, e).ok()?)));
+    let Some((ending, example)) = found else {
+        // Says what is wrong with the folder, if it is that.
+        first(folder, "")?;
+        let what = format!("no label map in it, expected files ending in {}", ENDINGS.join(", "));
+        return Err(Error::dataset(folder, "folder", what));
+    };
+    Ok((ending, Reader::of_ending(ending, Some(&folder.join(example)))?))
 }
 
 /// Names of the files of a folder with an ending, sorted; hidden ones are left out.

@@ -29,6 +29,7 @@ use crate::tensor::Precision;
 pub use architecture::Architecture;
 pub use convert::convert;
 pub use inspect::{ClassReport, FileReport, Inspection, inspect};
+pub(in crate::nnunet) use v1::stunet_labels;
 pub(in crate::nnunet) use v2::resolve as resolve_configuration;
 pub(in crate::nnunet) use v2::{next_names, patch_size, pools, previous_name};
 pub use v2::{planned_architecture, preprocess_plan};

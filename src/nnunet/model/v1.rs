@@ -235,7 +235,7 @@ fn numbered_labels(heads: usize) -> Vec<(u16, String)> {
     (1..heads).map(|i| (i as u16, format!("label_{i}"))).collect()
 }
 
-fn stunet_labels() -> Result<Vec<(u16, String)>> {
+pub(in crate::nnunet) fn stunet_labels() -> Result<Vec<(u16, String)>> {
     let file = Path::new("stunet_labels.json");
     let value: Value = serde_json::from_str(STUNET_LABELS).map_err(|e| Error::model(file, "JSON", e.to_string()))?;
     let mut out = Vec::new();
