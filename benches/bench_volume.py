@@ -17,7 +17,7 @@ import numpy as np
 import scipy
 from scipy import ndimage
 
-SPACING = (3.0, 0.7, 1.1)
+SPACING = (3.0, 0.75, 1.125)  # such as float32 has exactly, which NIfTI stores
 
 
 def organs(n, rng):

@@ -104,7 +104,6 @@ fn wrong_usage_is_one_line_and_code_2() {
         (with(&["--folds", "first"]), "all"),
         (with(&["--part-id", "1"]), "folder"),
         (with(&["-d", "4", "-c", "3d_fullres"]), "--model"),
-        (with(&["-l", "x"]), "cascades"),
         (with(&["-t", "Task101"]), "-m"),
         (with(&["--report", "no/such/folder/r.json"]), "folder does not exist"),
         (with(&["--report", "a_0000.nii.gz"]), "also an input"),

@@ -386,7 +386,17 @@ fn predictions_of_two_numberings_never_share_a_folder() {
     refused(&["-o", "models", "--label-system", "mine.json"], 2, &["models/dataset.json", "a model's numbers"]);
     std::fs::create_dir_all(at("old")).unwrap();
     std::fs::write(at("old/a.nii.gz"), "").unwrap();
-    refused(&["-o", "old", "--label-system", "mine.json", "--continue"], 2, &["old/a.nii.gz", "which numbers"]);
+    // Not every model leaves a description; whose the label map is does not matter.
+    std::fs::rename(at("old/a.nii.gz"), at("old/z.nii.gz")).unwrap();
+    refused(&["-o", "old", "--label-system", "mine.json"], 2, &["old/z.nii.gz", "which numbers"]);
+    refused(&["-o", "old", "--label-system", "mine.json", "--continue"], 2, &["old/z.nii.gz", "which numbers"]);
+    let one = |more: &[&str]| {
+        let line = ["predict", "-m", "model", "--no-tta", "-i", "in/a_0000.nii", "-o", "other/a.nii.gz"];
+        stunet_in(dir.path(), &[&line[..], more].concat()).error(2).to_owned()
+    };
+    assert!(one(&[]).contains("other/label_system.json"));
+    assert!(one(&["--label-system", "mine.json"]).contains("not those of"));
+    assert!(one(&["--previous-stage", "other/b.nii.gz", "--label-system", "btcv"]).contains("--previous-stage"));
     refused(&["-o", "out", "--previous-stage", "other"], 2, &["other/label_system.json", "--previous-stage"]);
     // What the model does not have, and what no model of ours writes so.
     refused(

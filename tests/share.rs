@@ -165,6 +165,28 @@ fn share_all_of_a_model_of_v1_and_other_checkpoints() {
     assert!(names.iter().any(|n| n.ends_with("/postprocessing.json")), "{names:?}");
     archive::import(&file, &dir.path().join("out"), false, &mut ()).unwrap();
 
+    // Two configurations of one task lie as nnU-Net 1 has them; a fold may have checkpoints that others have not.
+    let root = dir.path().join("nnUNet");
+    let both = ["2d", "3d_fullres"].map(|c| v1_folder(&root.join(c), "fold_0", "model_final_checkpoint", 3));
+    v1_folder(&root.join("2d"), "fold_0", "model_best", 3);
+    v1_folder(&root.join("2d"), "fold_1", "model_final_checkpoint", 3);
+    let names = export(&both, &file);
+    for configuration in ["2d", "3d_fullres"] {
+        let first = format!("{configuration}/Task001_Tiny/STUNetTrainer_tiny__nnUNetPlansv2.1/fold_0/");
+        assert!(names.iter().any(|n| n.starts_with(&first)), "{names:?}");
+    }
+    let mut e: Vec<Entry> = tree(&root)
+        .iter()
+        .map(|p| Entry::stored(p.strip_prefix(&root).unwrap().to_str().unwrap(), &fs::read(p).unwrap()))
+        .collect();
+    fs::write(&file, zip(&e)).unwrap();
+    archive::import(&file, &dir.path().join("v1"), false, &mut ()).unwrap();
+    let best = e.iter_mut().find(|e| e.name.ends_with("model_best.model")).unwrap();
+    *best = Entry::stored(&best.name, &best.data[..100]);
+    fs::write(&file, zip(&e)).unwrap();
+    let error = archive::import(&file, &dir.path().join("v1"), true, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("model_best.model") && error.contains("m.zip"), "{error}");
+
     let v2 = v2_folder(&dir.path().join("Dataset001_Tiny"), &["fold_0"], 1, 3);
     fs::rename(v2.join("fold_0/checkpoint_final.pth"), v2.join("fold_0/checkpoint_best.pth")).unwrap();
     let best = ModelOptions::new().checkpoint("checkpoint_best");

@@ -100,38 +100,93 @@ fn networks_of_v1_are_told_from_their_weights() {
     }
 }
 
-/// A copy of a model whose text `from`, in its description, is `to`, of the same length.
-fn changed(name: &str, from: &str, to: &str) -> (tempfile::TempDir, PathBuf) {
+/// What is said of a copy of the first stage by another trainer, or the axes that it mirrors.
+fn by_trainer(trainer: &str) -> Result<Vec<usize>, String> {
     let dir = tempfile::tempdir().unwrap();
-    let fold = dir.path().join("fold_0");
-    std::fs::create_dir(&fold).unwrap();
     let file = "model_final_checkpoint.model";
-    std::fs::copy(fixture(name).join("fold_0").join(file), fold.join(file)).unwrap();
-    let pkl = format!("{file}.pkl");
-    let mut bytes = std::fs::read(fixture(name).join("fold_0").join(&pkl)).unwrap();
-    let at: Vec<usize> = (0..bytes.len() - from.len()).filter(|&i| bytes[i..].starts_with(from.as_bytes())).collect();
-    assert!(!at.is_empty() && from.len() == to.len());
-    at.into_iter().for_each(|i| bytes[i..i + to.len()].copy_from_slice(to.as_bytes()));
-    std::fs::write(fold.join(pkl), bytes).unwrap();
-    let path = dir.path().to_path_buf();
-    (dir, path)
+    std::fs::copy(fixture("3d_lowres").join("fold_0").join(file), dir.path().join(file)).unwrap();
+    let path = dir.path().join(format!("{file}.pkl"));
+    let bytes = std::fs::read(fixture("3d_lowres").join("fold_0").join(format!("{file}.pkl"))).unwrap();
+    std::fs::write(&path, renamed(&bytes, "nnUNetTrainerV2", trainer)).unwrap();
+    let model = ModelFolder::open(dir.path().join(file), &ModelOptions::new());
+    model.map(|m| m.plan.mirror_axes).map_err(|e| e.to_string())
 }
 
-/// What cannot be seen in weights is told from names, and refused.
+/// A pickle with another text in the place of the first that is `from`: opcode, length and text of protocol 4, frames left out.
+fn renamed(pickle: &[u8], from: &str, to: &str) -> Vec<u8> {
+    let text = |s: &str| [&[0x8c, u8::try_from(s.len()).unwrap()], s.as_bytes()].concat();
+    let (from, to) = (text(from), text(to));
+    let at = pickle.windows(from.len()).position(|w| w == from).unwrap();
+    let mut out = [&pickle[..at], &to, &pickle[at + from.len()..]].concat();
+    // PROTO 4, then FRAME and the bytes in it, of which there is one.
+    assert_eq!(out[..3], [0x80, 4, 0x95]);
+    let framed = (out.len() - 11) as u64;
+    out[3..11].copy_from_slice(&framed.to_le_bytes());
+    out
+}
+
+/// What cannot be seen in weights is told from names: those of nnU-Net 1.7.1's trainers.
 #[test]
-fn other_networks_of_v1_are_refused() {
-    let open = |(_dir, path): (tempfile::TempDir, PathBuf)| ModelFolder::open(path, &ModelOptions::new());
-    for (from, to, word) in [
-        ("nnUNetTrainerV2", "nnUNetTrainer_GN", "another kind of layers"),
-        ("nnUNetTrainerV2", "nnUNetTrainerGeLU", "another kind of layers"),
-        ("GenericPreprocessor", "GenericPreprocessoX", "GenericPreprocessor is"),
+fn trainers_of_v1_are_known_or_refused() {
+    let all = Ok(vec![0, 1, 2]);
+    for trainer in [
+        "nnUNetTrainer",
+        "nnUNetTrainerV2",
+        "nnUNetTrainerV2_DA5",
+        "nnUNetTrainerV2_Loss_DiceTopK10",
+        "nnUNetTrainerV2_lReLU_biasInSegOutput",
+        "nnUNetTrainerV2_insaneDA",
+        "nnUNetTrainerV2_fp32",
     ] {
-        let to = &to[to.len() - from.len()..];
-        let error = open(changed("3d_lowres", from, to)).unwrap_err().to_string();
-        assert!(error.contains(word) && !error.contains('\n'), "{error}");
+        assert_eq!(by_trainer(trainer), all, "{trainer}");
     }
-    // The first stage is named, and the same files under the name of another trainer fit.
-    assert!(open(changed("3d_lowres", "nnUNetTrainerV2", "nnUNetTrainerXX")).is_ok());
+    for trainer in ["nnUNetTrainerNoDA", "nnUNetTrainerV2_noMirroring", "nnUNetTrainerV2_noDataAugmentation"] {
+        assert_eq!(by_trainer(trainer), Ok(Vec::new()), "{trainer}");
+    }
+    // Other nonlinearities, another order, group norms, sigmoids, and somebody's own.
+    for trainer in [
+        "nnUNetTrainerV2_ReLU",
+        "nnUNetTrainerV2_ReLU_convReLUIN",
+        "nnUNetTrainerV2_lReLU_convReLUIN",
+        "nnUNetTrainerV2_LReLU_slope_2en1",
+        "nnUNetTrainerV2_GeLU",
+        "nnUNetTrainerV2_Mish",
+        "nnUNetTrainerV2_GN",
+        "nnUNetTrainerV2BraTSRegions",
+        "nnUNetTrainerV2_ofMine",
+        "STUNetTrainer_base",
+    ] {
+        let error = by_trainer(trainer).unwrap_err();
+        assert!(error.contains(trainer) && error.contains("1.7.1") && !error.contains('\n'), "{error}");
+    }
+    // Its kernels are others than the plans'; another has labels as inputs; of this one the stage is another argument.
+    assert!(by_trainer("nnUNetTrainerV2_allConv3x3").unwrap_err().contains("conv_kernel_sizes"));
+    assert!(
+        by_trainer("nnUNetTrainerV2CascadeFullRes_shorter").unwrap_err().contains("2 input channels, the plan has 4")
+    );
+    assert!(by_trainer("nnUNetTrainerV2_DDP").unwrap_err().contains("init"));
+}
+
+/// Plans from before they had kernels and strides.
+#[test]
+fn old_plans_of_v1() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = "model_final_checkpoint.model";
+    std::fs::copy(fixture("2d").join("fold_0").join(file), dir.path().join(file)).unwrap();
+    let bytes = std::fs::read(fixture("2d").join("fold_0").join(format!("{file}.pkl"))).unwrap();
+    let open = |bytes: &[u8]| {
+        std::fs::write(dir.path().join(format!("{file}.pkl")), bytes).unwrap();
+        ModelFolder::open(dir.path().join(file), &ModelOptions::new()).map(drop).map_err(|e| e.to_string())
+    };
+    assert_eq!(open(&bytes), Ok(()));
+    // One pooling of each axis and three voxels along each: not the network that is there.
+    let without = |key: &str| renamed(&bytes, key, "unknown");
+    let error = open(&without("pool_op_kernel_sizes")).unwrap_err();
+    assert!(error.contains("pool_op_kernel_sizes [[1, 2, 2]], the network has [[1, 2, 2], [1, 2, 1]]"), "{error}");
+    let error = open(&without("conv_kernel_sizes")).unwrap_err();
+    assert!(error.contains("conv_kernel_sizes [[1, 3, 3], [1, 3, 3]], the network has"), "{error}");
+    let error = open(&renamed(&bytes, "PreprocessorFor2D", "PreprocessorFor3D_NoResampling")).unwrap_err();
+    assert!(error.contains("PreprocessorFor3D_NoResampling") && error.contains("PreprocessorFor2D is"), "{error}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use stunet::nnunet::label_system::{LabelSystem, ModelClasses, Relabelling};
 use stunet::{Error, InferencePlan, Result, Segmentation};
 
 use super::output;
+use super::paths::parent;
 
 /// List the data sets whose label numbers are known, or show one's
 ///
@@ -62,9 +63,9 @@ impl Numbering {
         Ok(Self { system: system.map(LabelSystem::open).transpose()?, relabelling: None })
     }
 
-    /// A folder's label maps have one numbering: else nobody could tell which of them has which. `there` is a result that is
-    /// to be kept.
-    pub(super) fn check_folder(&self, folder: &Path, there: Option<&PathBuf>) -> Result<()> {
+    /// A folder's label maps have one numbering: else nobody could tell which of them has which. A single prediction (no
+    /// `cohort`) is not described, so that what is beside it may be anything, but for what a label system says of all.
+    pub(super) fn check_folder(&self, folder: &Path, cohort: bool) -> Result<()> {
         let [own, models] = [LabelSystem::FILE, "dataset.json"].map(|name| folder.join(name));
         let (what, why) = match &self.system {
             None if own.is_file() => (&own, "the label maps of this folder have another data set's numbers".into()),
@@ -76,18 +77,22 @@ impl Numbering {
                 let (found, name) = (found.name(), system.name());
                 (&own, format!("the label maps of this folder have the numbers of {found:?}, not those of {name:?}"))
             }
-            Some(_) if models.is_file() => (&models, "the label maps of this folder have a model's numbers".into()),
-            Some(_) => match there {
-                Some(file) => (file, format!("there, and no {} says in which numbers", LabelSystem::FILE)),
+            Some(_) if cohort && models.is_file() => {
+                (&models, "the label maps of this folder have a model's numbers".into())
+            }
+            Some(_) if cohort => match any_map(folder)? {
+                // Not every model leaves a description.
+                Some(file) => return Err(in_unknown_numbers(&file)),
                 None => return Ok(()),
             },
-            None => return Ok(()),
+            _ => return Ok(()),
         };
         Err(Error::Usage { what: format!("{}: {why}; expected another output folder", what.display()) })
     }
 
     /// The second stage of a cascade takes what the first predicted in the model's numbers.
-    pub(super) fn check_previous(folder: &Path) -> Result<()> {
+    pub(super) fn check_previous(path: &Path) -> Result<()> {
+        let folder = if path.is_dir() { path } else { parent(path) };
         let own = folder.join(LabelSystem::FILE);
         if !own.is_file() {
             return Ok(());
@@ -115,4 +120,27 @@ impl Numbering {
     pub(super) fn apply(&self, segmentation: &mut Segmentation) -> Result<()> {
         self.relabelling.as_ref().map_or(Ok(()), |r| r.apply(segmentation))
     }
+}
+
+/// A file in a folder that may be a label map.
+fn any_map(folder: &Path) -> Result<Option<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(None);
+    }
+    let read = |e| Error::Io { path: folder.into(), action: "read", source: e };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(read)? {
+        let path = entry.map_err(read)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+        if !name.starts_with('.') && cases::endings().any(|e| name.ends_with(e)) {
+            found.push(path);
+        }
+    }
+    // Of several the same one each time.
+    Ok(found.into_iter().min())
+}
+
+fn in_unknown_numbers(file: &Path) -> Error {
+    let (file, own) = (file.display(), LabelSystem::FILE);
+    Error::Usage { what: format!("{file}: there, and no {own} says in which numbers; expected another output folder") }
 }

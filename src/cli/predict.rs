@@ -197,10 +197,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let Work { jobs, ignored } = args.work()?;
     let mut numbering = Numbering::open(args.label_system.as_deref())?;
-    if args.is_cohort() {
-        let there = jobs.iter().map(|j| &j.output).find(|p| args.resume && p.exists());
-        numbering.check_folder(&args.output, there)?;
-    }
+    numbering.check_folder(if args.is_cohort() { &args.output } else { parent(&args.output) }, args.is_cohort())?;
     args.previous_stage.as_deref().map_or(Ok(()), Numbering::check_previous)?;
     let device = args.device.open()?;
     let model = args.model_path()?;

@@ -13,7 +13,7 @@ const TAIL: u64 = (1 << 16) + 64;
 /// Reads the directory of an archive that begins where the file does.
 ///
 /// # Errors
-/// Says what is wrong: no zip file or one that does not end as it should, too many entries, two of the same name.
+/// Says what is wrong: no zip file, too many entries, two of the same name.
 pub(crate) fn open<R: Read + Seek>(mut file: R) -> Result<ZipArchive<R>, String> {
     let many = |n: u64| format!("{n} entries, expected at most {MAX_ENTRIES}");
     let broken = |e: &dyn std::fmt::Display| one_line(&e.to_string());
@@ -31,9 +31,9 @@ pub(crate) fn open<R: Read + Seek>(mut file: R) -> Result<ZipArchive<R>, String>
     Ok(archive)
 }
 
-/// The largest number of entries that a zip64 end record claims, of a file that ends with the record that ends every archive:
-/// the reader would look for one in all of it. The reader takes memory in proportion, and a file of gigabytes may claim a
-/// hundred million; without a zip64 record the format ends at 65535.
+/// The largest number of entries that a zip64 end record claims, of those that the reader finds: from the end of the file back to
+/// where a comment can begin. The reader takes memory in proportion, and a file of gigabytes may claim a hundred million; without
+/// such a record the format ends at 65535.
 fn claimed_entries(file: &mut (impl Read + Seek)) -> std::io::Result<Option<u64>> {
     let length = file.seek(SeekFrom::End(0))?;
     let mut read = |at: u64, most: u64| -> std::io::Result<Vec<u8>> {
@@ -44,13 +44,6 @@ fn claimed_entries(file: &mut (impl Read + Seek)) -> std::io::Result<Option<u64>
     };
     let u64_at = |bytes: &[u8], at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let tail = read(length.saturating_sub(TAIL), TAIL)?;
-    // Behind it is a comment of a length that it says.
-    let ends = |at: usize| {
-        tail.get(at + 20..at + 22).is_some_and(|n| at + 22 + usize::from(n[0]) + 256 * usize::from(n[1]) == tail.len())
-    };
-    if !tail.windows(4).enumerate().any(|(at, w)| w == b"PK\x05\x06" && ends(at)) {
-        return Err(std::io::Error::other("no end of a zip directory where the file ends"));
-    }
     let mut most = None;
     for (at, _) in tail.windows(4).enumerate().filter(|(_, w)| w == b"PK\x06\x07") {
         let Some(start) = u64_at(&tail, at + 8).filter(|&s| s < length) else { continue };
@@ -127,10 +120,14 @@ mod tests {
         let claimed = |file: &[u8]| claimed_entries(&mut Cursor::new(file)).unwrap();
         assert_eq!(claimed(&file), Some(1 << 40));
         assert!(open(Cursor::new(&file)).unwrap_err().contains("at most"));
-        assert!(claimed_entries(&mut Cursor::new(&file[..60])).is_err());
-        // Hidden from where it is looked for.
+        assert_eq!(claimed(&file[..60]), None);
+        // Where the claim is not looked for, the reader finds no end either; as far back as it does, the claim is seen.
+        let comment = (1 << 16) - 1;
+        file.extend(vec![0; comment]);
+        assert!(open(Cursor::new(&file)).unwrap_err().contains("at most"));
         file.extend(vec![0; 1 << 17]);
-        assert!(open(Cursor::new(&file)).unwrap_err().contains("no end"));
+        assert_eq!(claimed(&file), None);
+        assert!(open(Cursor::new(&file)).is_err());
     }
 
     #[test]

@@ -16,3 +16,4 @@ pub use network::{Network, NetworkConfig};
 pub use stunet::StuNet;
 pub use unet::Unet;
 pub use unet_config::{UnetConfig, UnetKind};
+pub(crate) use unet_names::STEM;

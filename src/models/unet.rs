@@ -180,9 +180,9 @@ impl Unet {
         config.validate()?;
         let (c, planar) = (config, Planar(source));
         let source = if c.planar { &planar } else { source };
-        let loader = Loader { source, precision, device, norm: c.norm() };
+        let loader = Loader { source, precision, device, norm: c.kind.norm() };
         let (f, levels) = (&c.features, c.features.len() - 1);
-        let heads: Vec<_> = (0..levels).map(|u| (c.head(u), f[levels - 1 - u])).collect();
+        let heads: Vec<_> = (0..levels).map(|u| (c.kind.head(u), f[levels - 1 - u])).collect();
         let mut net = Self {
             config: c.clone(),
             precision,
@@ -196,7 +196,7 @@ impl Unet {
         };
         for u in 0..levels {
             let s = levels - 1 - u;
-            net.up.push(ConvTranspose3d::load(source, &c.up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
+            net.up.push(ConvTranspose3d::load(source, &c.kind.up(u), f[s], f[s + 1], c.strides[s + 1], device)?);
             let convs = 0..c.decoder_depth[u];
             let inputs = |conv: usize| if conv == 0 { 2 * f[s] } else { f[s] };
             let load = |i: usize| loader.conv_norm(&c.decoder_conv(u, i), f[s], inputs(i), c.decoder_kernel(s), ONE);

@@ -151,7 +151,37 @@ impl UnetConfig {
     /// Name and shape of every parameter, by their first names in PyTorch's state dict, in its order.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
-        let mut list = Parameters { planar: self.planar, norm: self.norm(), out: Vec::new() };
+        let mut list = Parameters { planar: self.planar, norm: self.kind.norm(), out: Vec::new() };
+        let f = &self.features;
+        // nnU-Net 1 registers the way up first.
+        match self.kind {
+            UnetKind::Generic => {
+                self.decoder_parameters(&mut list);
+                self.encoder_parameters(&mut list);
+            }
+            UnetKind::Plain | UnetKind::ResEnc => {
+                self.encoder_parameters(&mut list);
+                self.decoder_parameters(&mut list);
+            }
+        }
+        for u in 0..f.len() - 1 {
+            let s = f.len() - 2 - u;
+            // A transposed convolution's filter begins with its inputs.
+            list.filter(&self.kind.up(u), [f[s + 1], f[s]], self.strides[s + 1]);
+            if self.up_bias() {
+                list.vector(&self.kind.up(u), "bias", f[s]);
+            }
+        }
+        for u in 0..f.len() - 1 {
+            list.filter(&self.kind.head(u), [self.classes, f[f.len() - 2 - u]], [1; 3]);
+            if self.head_bias {
+                list.vector(&self.kind.head(u), "bias", self.classes);
+            }
+        }
+        list.out
+    }
+
+    fn encoder_parameters(&self, list: &mut Parameters) {
         let (f, k, bias) = (&self.features, &self.kernels, self.conv_bias);
         if self.kind == UnetKind::ResEnc {
             list.conv_norm(STEM, f[0], self.in_channels, k[0], bias);
@@ -173,28 +203,17 @@ impl UnetConfig {
                 }
             }
         }
+    }
+
+    fn decoder_parameters(&self, list: &mut Parameters) {
+        let f = &self.features;
         for u in 0..f.len() - 1 {
             let s = f.len() - 2 - u;
             for c in 0..self.decoder_depth[u] {
                 let inputs = if c == 0 { 2 * f[s] } else { f[s] };
-                list.conv_norm(&self.decoder_conv(u, c), f[s], inputs, self.decoder_kernel(s), bias);
+                list.conv_norm(&self.decoder_conv(u, c), f[s], inputs, self.decoder_kernel(s), self.conv_bias);
             }
         }
-        for u in 0..f.len() - 1 {
-            let s = f.len() - 2 - u;
-            // A transposed convolution's filter begins with its inputs.
-            list.filter(&self.up(u), [f[s + 1], f[s]], self.strides[s + 1]);
-            if self.up_bias() {
-                list.vector(&self.up(u), "bias", f[s]);
-            }
-        }
-        for u in 0..f.len() - 1 {
-            list.filter(&self.head(u), [self.classes, f[f.len() - 2 - u]], [1; 3]);
-            if self.head_bias {
-                list.vector(&self.head(u), "bias", self.classes);
-            }
-        }
-        list.out
     }
 
     /// Other names of parameters in PyTorch's state dict, each with the first: what a file needs that PyTorch is to load
@@ -202,6 +221,9 @@ impl UnetConfig {
     #[must_use]
     pub fn aliases(&self) -> Vec<(String, String)> {
         let mut out = Vec::new();
+        if self.kind == UnetKind::Generic {
+            return out;
+        }
         for (name, _) in self.parameters() {
             let listed =
                 [(".conv.", ".all_modules.0."), (".norm.", ".all_modules.1.")].into_iter().find_map(|(a, b)| {

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 use stunet::Isa;
+use stunet::io::{self, Geometry, LabelData, Segmentation};
+use stunet::nnunet::volume::{Neighbours, distance_transform, fill_holes, label};
 
 use crate::common::binary::{Ran, stunet};
 
@@ -142,4 +144,31 @@ fn wrong_values_are_refused() {
     assert!(stunet(&["bench", "predict", "--shape", "1", "2"]).error(2).contains("--shape"));
     assert!(stunet(&["bench", "predict", "--step-size", "2"]).error(2).contains("up to 1"));
     assert!(stunet(&["bench", "predict", "--step-size", "0.001"]).error(2).contains("step size"));
+}
+
+/// Numbers as the library gives them, and nothing but seconds in the JSON.
+#[test]
+fn volume_writes_what_it_found() {
+    let (dir, shape) = (tempfile::tempdir().unwrap(), [5, 6, 7]);
+    let labels: Vec<u8> = (0..210u32).map(|i| (i * i % 7 % 3) as u8).collect();
+    let mask: Vec<bool> = labels.iter().map(|l| *l == 2).collect();
+    let map = Segmentation::new(LabelData::U8(labels), Geometry::new(shape, [3.0, 1.0, 0.5]), Vec::new()).unwrap();
+    let (file, found) = (dir.path().join("map.nii.gz"), dir.path().join("found"));
+    io::write_nifti(&file, &map).unwrap();
+    let [file, folder] = [&file, &found].map(|p| p.to_str().unwrap());
+    let ran = stunet(&["bench", "volume", file, "--label", "2", "--runs", "1", "--json", "--output", folder]);
+    let value: Value = serde_json::from_str(ran.ok()).unwrap();
+    for key in ["faces", "corners", "filled", "distances"] {
+        assert!(value[key].as_f64().is_some_and(|v| v > 0.0), "{value}");
+    }
+    let read = |name: &str| std::fs::read(found.join(name)).unwrap();
+    for (name, neighbours) in [("faces.u32", Neighbours::Faces), ("corners.u32", Neighbours::Corners)] {
+        assert_eq!(read(name), bytemuck::cast_slice::<_, u8>(&label(&mask, shape, neighbours).unwrap().0));
+    }
+    let distances = distance_transform(&mask, shape, [3.0, 1.0, 0.5]).unwrap();
+    assert_eq!(read("distances.f64"), bytemuck::cast_slice::<_, u8>(&distances));
+    let mut filled = mask;
+    fill_holes(&mut filled, shape).unwrap();
+    assert_eq!(read("filled.u8"), filled.iter().map(|f| u8::from(*f)).collect::<Vec<u8>>());
+    stunet(&["bench", "volume", folder]).error(3);
 }

@@ -13,11 +13,12 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 
 use super::convert::{Temporary, sync_folder};
-use super::{ModelFolder, ModelOptions, own};
+use super::{ModelFolder, ModelKind, ModelOptions, own};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::zipped::{self, Output, is_plain, one_line};
+use crate::nnunet::select::CONFIGURATIONS;
 
 /// Times its own size that an archive may have unpacked. Weights hardly shrink, JSON to a tenth; deflate could say thousand.
 const MOST_LARGER: u64 = 100;
@@ -39,7 +40,8 @@ const OF_RESULTS: [&str; 3] = ["summary.json", "postprocessing.pkl", "postproces
 /// Writes models as the zip file `to`, with what nnU-Net exports beside weights: fingerprint, curves, summaries of the
 /// validation and of the cross-validation, post-processing, ensembles whose members are all among the models, and which
 /// configuration is best; with `predictions` the label maps of the validations, too. Names begin with the folder that holds a
-/// model's (`DatasetNNN_Name/TRAINER__PLANS__CONFIGURATION/...`), those of a folder of this project with the model's own.
+/// model's (`DatasetNNN_Name/TRAINER__PLANS__CONFIGURATION/...`), of nnU-Net 1 with that of the configuration
+/// (`3d_fullres/TaskNNN_Name/TRAINER__PLANS/...`), those of a folder of this project with the model's own.
 ///
 /// Equal files give equal archives. The names in it.
 ///
@@ -64,7 +66,11 @@ pub fn export(
         let opened = ModelFolder::open(&folder, options)?;
         let parent = folder.parent().unwrap_or(&folder).to_path_buf();
         let is_own = folder.join(own::FILE).is_file();
-        let root = if is_own { parent.clone() } else { parent.parent().unwrap_or(&parent).to_path_buf() };
+        let mut root = if is_own { parent.clone() } else { parent.parent().unwrap_or(&parent).to_path_buf() };
+        // nnU-Net v1 keeps a folder of data sets for each configuration.
+        if opened.kind == ModelKind::NnunetV1 && CONFIGURATIONS.contains(&&*named(&root)) {
+            root = root.parent().unwrap_or(&root).to_path_buf();
+        }
         let mut wanted: BTreeSet<PathBuf> = opened.sources.iter().cloned().collect();
         for source in &opened.sources {
             let fold = source.parent().filter(|f| *f != folder);
@@ -219,7 +225,7 @@ pub fn import(file: &Path, results: &Path, overwrite: bool, progress: &mut dyn P
             Ok(()) => placed.push((to, aside)),
             Err(e) => {
                 // As it was. What cannot be put back is not thrown away either.
-                let back = placed.iter().rev().all(|(to, aside)| put_back(to, aside).is_ok());
+                let back = placed.iter().rev().fold(true, |all, (to, aside)| put_back(to, aside).is_ok() && all);
                 if !back || fs::read_dir(&old).is_ok_and(|mut rest| rest.next().is_some()) {
                     std::mem::forget(temporary);
                 }

@@ -387,13 +387,16 @@ fn v1_checkpoints(model: &Path, options: &ModelOptions) -> Result<Vec<Checkpoint
         };
         match path {
             Some(path) => folds.push((name, path)),
-            None if options.folds == Folds::All && options.checkpoint.is_none() => {}
+            None if options.folds == Folds::All => {}
             None => {
                 let file = options.checkpoint.as_deref().unwrap_or(V1_CHECKPOINT);
                 let what = format!("{}: no checkpoint {file}.model; see --checkpoint", folder.display());
                 return Err(Error::usage(what));
             }
         }
+    }
+    if let (true, Some(file)) = (folds.is_empty(), &options.checkpoint) {
+        return Err(Error::usage(format!("{}: no fold_*/{file}; see --checkpoint", model.display())));
     }
     Ok(folds)
 }

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::io::weights::{Weights, printable};
-use crate::models::{UnetConfig, UnetKind};
+use crate::models::{STEM, UnetConfig, UnetKind};
 use crate::nnunet::json::Field;
 
 /// The largest number that a size in plans may be: keeps products far from overflow.
@@ -11,38 +11,25 @@ const MAX_SIZE: usize = 1 << 16;
 /// Tells a U-Net from its tensors; `None` where they are none's.
 pub(super) fn infer(weights: &Weights) -> Result<Option<UnetConfig>> {
     let has = |name: &str| weights.shape(name).is_some();
-    let kind = if has("encoder.stem.convs.0.conv.weight") {
-        UnetKind::ResEnc
-    } else if has("encoder.stages.0.0.convs.0.conv.weight") {
-        UnetKind::Plain
-    } else if has("conv_blocks_context.0.blocks.0.conv.weight") {
-        UnetKind::Generic
-    } else {
-        return Ok(None);
+    let weight = |module: String| format!("{module}.weight");
+    let conv = |module: String| weight(format!("{module}.conv"));
+    let first = |kind: UnetKind| match kind {
+        UnetKind::ResEnc => conv(STEM.into()),
+        UnetKind::Plain | UnetKind::Generic => conv(kind.encoder_conv(0, false, 0, 1)),
     };
+    let kinds = [UnetKind::ResEnc, UnetKind::Plain, UnetKind::Generic];
+    let Some(kind) = kinds.into_iter().find(|k| has(&first(*k))) else { return Ok(None) };
     let count = |name: &dyn Fn(usize) -> String| (0..).take_while(|&i| has(&name(i))).count();
-    // nnU-Net 1 names the last stage otherwise, and the last convolution of that and of the way up's stages.
-    let listed = |s: usize| format!("conv_blocks_context.{s}.blocks.0.conv.weight");
-    let last = if kind == UnetKind::Generic { count(&listed) } else { usize::MAX };
-    let part = |s: usize, i: usize| match kind {
-        UnetKind::Plain => format!("encoder.stages.{s}.0.convs.{i}.conv.weight"),
-        UnetKind::ResEnc => format!("encoder.stages.{s}.blocks.{i}.conv1.conv.weight"),
-        UnetKind::Generic if s < last => format!("conv_blocks_context.{s}.blocks.{i}.conv.weight"),
-        UnetKind::Generic => format!("conv_blocks_context.{s}.0.blocks.{i}.conv.weight"),
+    // The last of nnU-Net 1's convolutions of the coarsest stage and of a decoder stage has a name of its own: it is asked for
+    // those before it.
+    let (last, apart) = match kind {
+        UnetKind::Plain | UnetKind::ResEnc => (usize::MAX, 0),
+        UnetKind::Generic => (count(&|s| conv(kind.encoder_conv(s, false, 0, 1))), 1),
     };
-    let (up, head, apart) = match kind {
-        UnetKind::Plain | UnetKind::ResEnc => ("decoder.transpconvs", "decoder.seg_layers", 0),
-        UnetKind::Generic => ("tu", "seg_outputs", 1),
-    };
-    let decoder = |u: usize, i: usize| match kind {
-        UnetKind::Plain | UnetKind::ResEnc => format!("decoder.stages.{u}.convs.{i}.conv.weight"),
-        UnetKind::Generic => format!("conv_blocks_localization.{u}.0.blocks.{i}.conv.weight"),
-    };
+    let part = |s: usize, i: usize| conv(kind.encoder_conv(s, s == last, i, usize::MAX));
+    let decoder = |u: usize, i: usize| conv(kind.decoder_conv(u, i, usize::MAX));
     let filter = |name: String| Filter::read(weights, kind, name);
-    let first = filter(match kind {
-        UnetKind::Plain | UnetKind::Generic => part(0, 0),
-        UnetKind::ResEnc => "encoder.stem.convs.0.conv.weight".into(),
-    })?;
+    let first = filter(first(kind))?;
     let stages = count(&|s| part(s, 0));
     let levels = stages.saturating_sub(1);
     let (mut features, mut kernels) = (Vec::new(), Vec::new());
@@ -53,19 +40,19 @@ pub(super) fn infer(weights: &Weights) -> Result<Option<UnetConfig>> {
     }
     let mut strides = vec![[1; 3]];
     for u in (0..levels).rev() {
-        strides.push(filter(format!("{up}.{u}.weight"))?.space);
+        strides.push(filter(weight(kind.up(u)))?.space);
     }
     let sizes = UnetConfig {
         kind,
         in_channels: first.channels[1],
-        classes: filter(format!("{head}.0.weight"))?.channels[0],
+        classes: filter(weight(kind.head(0)))?.channels[0],
         features,
         kernels,
         strides,
         depth: (0..stages).map(|s| count(&|i| part(s, i)) + usize::from(s == last)).collect(),
         decoder_depth: (0..levels).map(|u| count(&|i| decoder(u, i)) + apart).collect(),
         conv_bias: has(&first.name.replace(".weight", ".bias")),
-        head_bias: has(&format!("{head}.0.bias")),
+        head_bias: has(&format!("{}.bias", kind.head(0))),
         planar: first.planar,
     };
     let at = |e: Error| Error::unsupported(format!("{}: {}", weights.path().display(), text(e)));

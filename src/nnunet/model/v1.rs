@@ -1,5 +1,7 @@
 //! Models of nnU-Net v1, as STU-Net's authors published theirs: `NAME.model` with `NAME.model.pkl` beside it.
 
+mod trainers;
+
 use std::path::Path;
 
 use serde_json::Value;
@@ -8,7 +10,7 @@ use super::{cut_strides, unet};
 use crate::error::{Error, Result};
 use crate::io::pth::{self, Pickle};
 use crate::io::weights::printable;
-use crate::models::UnetConfig;
+use crate::models::{UnetConfig, UnetKind};
 use crate::nnunet::dataset::Reader;
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::plans::{
@@ -24,17 +26,13 @@ const STUNET_HEADS: usize = 105;
 const STUNET_TRAINERS: [&str; 4] =
     ["STUNetTrainer_small", "STUNetTrainer_base", "STUNetTrainer_large", "STUNetTrainer_huge"];
 
-/// Parts of the names of nnU-Net v1's trainers whose networks have weights of the same names and shapes and are others: other
-/// nonlinearities, another order of layers, other norms, sigmoids.
-const OTHER_LAYERS: [&str; 7] = ["_ReLU", "LReLU_slope", "convlReLUIN", "GeLU", "Mish", "_GN", "Regions"];
-
 /// What `NAME.model.pkl` says.
 #[derive(Debug)]
 pub(super) struct Info {
     pub plan: InferencePlan,
     pub pickle: Pickle,
-    /// The plans of the network's stage.
-    stage: Value,
+    /// Number and plans of the network's stage.
+    stage: (usize, Value),
 }
 
 impl Info {
@@ -46,48 +44,82 @@ impl Info {
         };
         let info = Field::root(pkl, &info);
         let plans = info.need("plans")?;
-        let (stage, configuration) = stage(&info, &plans)?;
-        let plan = plan(&info, &plans, &stage, configuration, folder.unwrap_or(pkl))?;
+        let trainer = info.need("name")?.str()?.to_string();
+        let (number, stage, configuration) = stage_of(&info, &plans, &trainer)?;
+        let plan = plan_of(trainer, &plans, &stage, configuration, folder.unwrap_or(pkl))?;
         plan.validate(pkl)?;
-        let (stage, keep_largest) = (stage.value.clone(), keep_largest(folder, &plan)?);
-        Ok(Self { plan: InferencePlan { keep_largest, ..plan }, pickle, stage })
+        let keep_largest = keep_largest(folder, &plan)?;
+        Ok(Self { plan: InferencePlan { keep_largest, ..plan }, pickle, stage: (number, stage.value.clone()) })
     }
 
-    /// Checks that `found`, a `Generic_UNet`, is the network that the trainer makes of these plans, as far as its weights tell:
-    /// nothing is seen in them of what has no parameters.
+    /// Checks that `found` is the network that the trainer makes of these plans. Weights do not tell a ReLU from a leaky one, nor
+    /// which layer comes first: that the trainer's name has to.
     pub(super) fn check(&self, pkl: &Path, found: &UnetConfig) -> Result<()> {
         let trainer = &self.plan.trainer;
-        if let Some(other) = OTHER_LAYERS.iter().find(|o| trainer.contains(**o)) {
-            return Err(Error::unsupported(format!(
-                "trainer {trainer:?}: another kind of layers or outputs ({other:?})"
-            )));
+        if found.kind != UnetKind::Generic {
+            return Err(Error::unsupported(format!("a {} trained by nnU-Net v1", found.kind.class_name())));
         }
-        let stage = Field::at(pkl, "plans_per_stage", &self.stage);
-        let same = |key: &str, found: &[[usize; 3]], of: &dyn Fn([usize; 3]) -> [usize; 3]| {
-            let field = stage.need(key)?;
-            let planned: Vec<_> = unet::triples(&field, self.plan.is_planar())?.into_iter().map(of).collect();
-            if planned == found {
-                return Ok(());
+        if !trainers::is_known(trainer) {
+            let trainer = printable(trainer);
+            let what = format!("trainer {trainer:?}: none of nnU-Net 1.7.1's that train a plain Generic_UNet");
+            return Err(Error::unsupported(what));
+        }
+        let planar = self.plan.is_planar();
+        let (number, stage) = &self.stage;
+        let stage = Field::at(pkl, format!("plans.plans_per_stage.{number}"), stage);
+        let mut kernels = kernels(&stage, planar)?;
+        if trainers::has_only_kernels_of_three(trainer) {
+            kernels.iter_mut().flat_map(|k| &mut k[usize::from(planar)..]).for_each(|size| *size = 3);
+        }
+        for (key, planned, found) in [
+            ("pool_op_kernel_sizes", pools(&stage, planar)?, &found.strides[1..]),
+            ("conv_kernel_sizes", kernels, &found.kernels[..]),
+        ] {
+            if planned != found {
+                return Err(stage.error(format!("{key} {planned:?}, the network has {found:?}")));
             }
-            Err(field.error(format!("{planned:?}, the network has {found:?}")))
-        };
-        same("pool_op_kernel_sizes", &found.strides[1..], &|s| s)?;
-        let planar = usize::from(self.plan.is_planar());
-        let all_three = trainer.contains("allConv3x3");
-        same("conv_kernel_sizes", &found.kernels, &|k| {
-            std::array::from_fn(|a| if all_three && a >= planar { 3 } else { k[a] })
-        })
+        }
+        Ok(())
     }
 }
 
-fn plan(
-    info: &Field<'_>,
+/// Strides into all stages but the first; plans from before they stood there have the poolings of each axis, which begin as
+/// late as leaves each axis its number (nnU-Net v1 `process_plans`).
+fn pools(stage: &Field<'_>, planar: bool) -> Result<Vec<[usize; 3]>> {
+    if let Some(pools) = stage.get("pool_op_kernel_sizes") {
+        return unet::triples(&pools, planar);
+    }
+    let axes = axes_of_pools(stage, planar)?;
+    let most = axes.into_iter().max().unwrap_or(0);
+    Ok((0..most).map(|i| axes.map(|n| if most - n <= i { 2 } else { 1 })).collect())
+}
+
+/// Kernels of all stages, of plans from before they stood there three voxels along each axis.
+fn kernels(stage: &Field<'_>, planar: bool) -> Result<Vec<[usize; 3]>> {
+    if let Some(kernels) = stage.get("conv_kernel_sizes") {
+        return unet::triples(&kernels, planar);
+    }
+    let axes = axes_of_pools(stage, planar)?;
+    let kernel = if planar { [1, 3, 3] } else { [3; 3] };
+    Ok(vec![kernel; axes.into_iter().max().unwrap_or(0) + 1])
+}
+
+fn axes_of_pools(stage: &Field<'_>, planar: bool) -> Result<[usize; 3]> {
+    let field = stage.need("num_pool_per_axis")?;
+    let number = |f: &Field<'_>| f.usize(16);
+    match field.items()?.as_slice() {
+        [y, x] if planar => Ok([0, number(y)?, number(x)?]),
+        _ => field.three(number),
+    }
+}
+
+fn plan_of(
+    trainer: String,
     plans: &Field<'_>,
     stage: &Field<'_>,
     configuration: &str,
     folder: &Path,
 ) -> Result<InferencePlan> {
-    let trainer = info.need("name")?.str()?.to_string();
     let heads = plans.need("num_classes")?.usize(usize::from(u16::MAX) - 1)? + 1;
     let dataset = folder.components().rev().find_map(|c| {
         let c = c.as_os_str().to_str()?;
@@ -113,9 +145,14 @@ fn plan(
         spacing_mm[0] = None;
     }
     let axis = |f: &Field<'_>| f.usize(2);
-    let transpose = |key: &str| plans.get(key).map_or(Ok([0, 1, 2]), |t| t.three(axis));
-    let mirrored = if trainer.to_lowercase().contains("nomirror") { 3 } else { usize::from(planar) };
-    let previous = trainer.contains("Cascade").then(|| PreviousStage {
+    // Plans that lack one have none.
+    let transposes = ["transpose_forward", "transpose_backward"].map(|key| plans.get(key));
+    let [transpose_forward, transpose_backward] = match &transposes {
+        [Some(forward), Some(backward)] => [forward.three(axis)?, backward.three(axis)?],
+        _ => [[0, 1, 2]; 2],
+    };
+    let first_mirrored = if trainers::mirrors(&trainer) { usize::from(planar) } else { 3 };
+    let previous = trainers::is_second_stage(&trainer).then(|| PreviousStage {
         configuration: "3d_lowres".into(),
         labels: labels.iter().map(|(value, _)| *value).collect(),
         resampling: Resampling { order: 1, order_z: 0, force_separate_z: Some(false) },
@@ -137,11 +174,11 @@ fn plan(
         heads,
         patch,
         spacing_mm,
-        transpose_forward: transpose("transpose_forward")?,
-        transpose_backward: transpose("transpose_backward")?,
-        strides: cut_strides(unet::triples(&stage.need("pool_op_kernel_sizes")?, planar)?.into_iter().map(Ok))?,
+        transpose_forward,
+        transpose_backward,
+        strides: cut_strides(pools(stage, planar)?.into_iter().map(Ok))?,
         // nnU-Net v1 keeps no list; its trainers mirror all axes of an image or slice, but for the variants named so.
-        mirror_axes: (mirrored..3).collect(),
+        mirror_axes: (first_mirrored..3).collect(),
         resampling_data: Resampling { order: 3, order_z: 0, force_separate_z: None },
         resampling_probabilities: export(plans)?,
         keep_largest: Vec::new(),
@@ -174,8 +211,8 @@ fn export(plans: &Field<'_>) -> Result<Resampling> {
     })
 }
 
-/// The plans of the stage that the network was trained for, and the name of its configuration.
-fn stage<'a>(info: &Field<'a>, plans: &Field<'a>) -> Result<(Field<'a>, &'static str)> {
+/// Number and plans of the stage that the network was trained for, and the name of its configuration.
+fn stage_of<'a>(info: &Field<'a>, plans: &Field<'a>, trainer: &str) -> Result<(usize, Field<'a>, &'static str)> {
     let stages = plans.need("plans_per_stage")?;
     let mut all: Vec<(usize, Field<'a>)> = Vec::new();
     for (key, value) in stages.entries()? {
@@ -185,18 +222,19 @@ fn stage<'a>(info: &Field<'a>, plans: &Field<'a>) -> Result<(Field<'a>, &'static
     all.sort_by_key(|(n, _)| *n);
     let known: Vec<usize> = all.iter().map(|(n, _)| *n).collect();
     let Some(&last) = known.last() else { return Err(stages.error("empty, expected at least one stage")) };
-    // The sixth argument of the trainer is the stage; the shortest known list has six.
+    // An argument of the trainer is the stage; the shortest known list has six.
+    let argument = trainers::stage_argument(trainer);
     let init = info.get("init").map(|i| i.items()).transpose()?.unwrap_or_default();
-    let wanted = match init.get(5).filter(|s| !s.value.is_null()) {
+    let wanted = match init.get(argument).filter(|s| !s.value.is_null()) {
         Some(stage) => stage.usize(16)?,
         None if known.len() == 1 => last,
-        None => return Err(stages.error(format!("stages {known:?}, but init[5] names none of them"))),
+        None => return Err(stages.error(format!("stages {known:?}, but init[{argument}] names none of them"))),
     };
     let configuration = if wanted == last { "3d_fullres" } else { "3d_lowres" };
     let found = all.into_iter().find(|(n, _)| *n == wanted);
     found
-        .map(|(_, stage)| (stage, configuration))
-        .ok_or_else(|| stages.error(format!("no stage {wanted} of init[5], there are {known:?}")))
+        .map(|(number, stage)| (number, stage, configuration))
+        .ok_or_else(|| stages.error(format!("no stage {wanted} of init[{argument}], there are {known:?}")))
 }
 
 fn channels(plans: &Field<'_>) -> Result<Vec<Channel>> {

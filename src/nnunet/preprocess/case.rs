@@ -4,7 +4,7 @@ use super::labels::{Vote, resample_labels};
 use super::locations::class_locations;
 use super::plan::PreprocessPlan;
 use super::resample::{View, zeros};
-use super::{Grids, Job, Preprocessed};
+use super::{Grids, Job, Preprocessed, alone};
 use crate::base::par;
 use crate::error::{Error, Result};
 use crate::io::{Image, LabelData, Segmentation};
@@ -63,14 +63,13 @@ pub(super) fn with_previous(
         Rules::NnunetV2 => with_labels(isa, image, predicted, plan)?,
         Rules::NnunetV1 => {
             check_grid(image, predicted)?;
-            let grids = Grids::of(image, plan)?;
+            let case = alone(isa, image, plan)?;
             // v1 brings the whole map onto the grid of the nonzero region, as if that were the whole image; so do we.
             let whole = View::whole(image.geometry.shape).transposed(plan.transpose_forward);
             let map = taken(&predicted.labels, &whole, None)?;
             let rule = &plan.resampling_labels;
-            let labels = resample_labels(&map, whole.shape, grids.shape, rule, None, Vote::Half)?;
-            let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &grids.view));
-            (Job { plan, grids, mask, isa }.run(image)?, labels)
+            let labels = resample_labels(&map, whole.shape, case.shape, rule, None, Vote::Half)?;
+            (case, labels)
         }
     };
     case.append_one_hot(&labels, values)?;

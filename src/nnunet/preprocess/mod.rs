@@ -108,6 +108,11 @@ pub(crate) fn preprocess_by(
         }
         (None, None) => {}
     }
+    alone(isa, image, plan)
+}
+
+/// An image without a label map that has a say in what is inside of it.
+fn alone(isa: Isa, image: &Image, plan: &PreprocessPlan) -> Result<Preprocessed> {
     let grids = Grids::of(image, plan)?;
     let mask = plan.channels.iter().any(|c| c.use_mask).then(|| Mask::nonzero(&image.channels, &grids.view));
     Job { plan, grids, mask, isa }.run(image)
