@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use stunet::io::npz::Number;
 use stunet::io::{self, Geometry, LabelData, Segmentation};
 use stunet::nnunet::dataset::DatasetJson;
+#[cfg(feature = "natural")]
+use stunet::nnunet::dataset::Reader;
 use stunet::nnunet::ensemble::ensemble;
 
 use crate::common::pickle::{Py, dict, pickle};
@@ -179,8 +181,8 @@ fn golden_networks_ensembles_of_nnunet() {
                 let path = folder.join(format!("case_{i}.npz"));
                 // nnU-Net's own are of either type, by version.
                 match m {
-                    1 => write_sized(&path, shape, &parts.collect::<Vec<f32>>()),
-                    _ => write_sized(&path, shape, &parts.map(f16::from_f32).collect::<Vec<f16>>()),
+                    1 => write_sized(&path, 3, shape, &parts.collect::<Vec<f32>>()),
+                    _ => write_sized(&path, 3, shape, &parts.map(f16::from_f32).collect::<Vec<f16>>()),
                 }
                 let geometry = Geometry::new(shape, [2.5, 1.0, 0.75]);
                 let map = Segmentation::new(LabelData::zeros(shape.iter().product(), 1), geometry, Vec::new()).unwrap();
@@ -199,8 +201,45 @@ fn golden_networks_ensembles_of_nnunet() {
     }
 }
 
-fn write_sized<T: Number>(path: &Path, [z, y, x]: [usize; 3], values: &[T]) {
-    io::write_npz(path, |npz| npz.array("probabilities", &[3, z, y, x], |a| a.push(values))).unwrap();
+/// Pictures and stacks are averaged as volumes are; a stack's spacing goes along.
+#[cfg(feature = "natural")]
+#[test]
+fn means_of_pictures_and_stacks() {
+    for (ending, shape) in [(".png", [1, 5, 6]), (".tif", [1, 5, 6]), (".tif", [3, 5, 6])] {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second, out] = folders(dir.path());
+        std::fs::create_dir_all(&first).unwrap();
+        std::fs::create_dir_all(&second).unwrap();
+        let value = json!({"channel_names": {"0": "a"}, "labels": {"background": 0, "one": 1}, "numTraining": 1,
+                           "file_ending": ending});
+        let path = first.join("dataset.json");
+        std::fs::write(&path, value.to_string()).unwrap();
+        let data = DatasetJson::read(&path).unwrap();
+        let n: usize = shape.iter().product();
+        let expected: Vec<u8> = (0..n).map(|i| u8::from(i % 3 == 0)).collect();
+        let shares: Vec<f32> =
+            (0..2).flat_map(|c| expected.iter().map(move |l| if *l == c { 0.75 } else { 0.25 })).collect();
+        let half = vec![0.5f32; 2 * n];
+        write_sized(&first.join("c.npz"), 2, shape, &shares);
+        write_sized(&second.join("c.npz"), 2, shape, &half);
+        let reader = if shape[0] > 1 { Reader::Tiff3dIo } else { Reader::NaturalImage2dIo };
+        let map = |labels: Vec<u8>| {
+            Segmentation::new(LabelData::U8(labels), Geometry::new(shape, [4.0, 2.0, 0.5]), Vec::new()).unwrap()
+        };
+        let name = format!("c{ending}");
+        reader.write(&first.join(&name), &map(vec![0; n])).unwrap();
+        ensemble(&[first, second], &out, &data, false, &mut ()).unwrap();
+        reader.write(&dir.path().join(&name), &map(expected)).unwrap();
+        let read = |path: &Path| std::fs::read(path).unwrap();
+        assert_eq!(read(&out.join(&name)), read(&dir.path().join(&name)), "{name} {shape:?}");
+        if shape[0] > 1 {
+            assert_eq!(read(&out.join("c.json")), read(&dir.path().join("c.json")));
+        }
+    }
+}
+
+fn write_sized<T: Number>(path: &Path, channels: usize, [z, y, x]: [usize; 3], values: &[T]) {
+    io::write_npz(path, |npz| npz.array("probabilities", &[channels, z, y, x], |a| a.push(values))).unwrap();
 }
 
 /// The last `len` bytes of the first array of an archive: its numbers.

@@ -10,9 +10,8 @@ use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::npy::{Archive, Stream};
-use crate::io::{Geometry, LabelData, Segmentation, read_nifti_header, write_nifti, write_npz};
-use crate::nnunet::cases::NIFTI;
-use crate::nnunet::dataset::DatasetJson;
+use crate::io::{Geometry, LabelData, Segmentation, write_npz};
+use crate::nnunet::dataset::{DatasetJson, Reader};
 use crate::nnunet::evaluate::folder;
 use crate::nnunet::json;
 use crate::nnunet::plans::Decision;
@@ -27,8 +26,8 @@ use crate::nnunet::store;
 ///
 /// # Errors
 /// [`Error::Usage`] for no folder; [`Error::Dataset`] naming the file that one of the folders lacks; [`Error::Model`] naming
-/// the archive that is damaged or does not fit the others or the data set; [`Error::Unsupported`] for label maps that are not
-/// NIfTI; [`Error::Cancelled`]; [`Error::Io`].
+/// the archive that is damaged or does not fit the others or the data set; [`Error::Unsupported`] for label maps of an ending that
+/// there is no reader for; [`Error::Cancelled`]; [`Error::Io`].
 pub fn ensemble(
     inputs: &[PathBuf],
     output: &Path,
@@ -53,11 +52,7 @@ pub fn ensemble(
 
 /// [`Error::Unsupported`] for a data set whose label maps are not written here.
 pub(super) fn check_ending(dataset: &DatasetJson) -> Result<()> {
-    let ending = dataset.file_ending.as_str();
-    if NIFTI.contains(&ending) {
-        return Ok(());
-    }
-    Err(Error::unsupported(format!("ensembles of {ending} label maps; those of .nii.gz and .nii are")))
+    Reader::of_ending(&dataset.file_ending, None).map(drop)
 }
 
 /// Names of the archives, which are in each folder.
@@ -104,7 +99,12 @@ pub(super) fn case(
     let stem = stem.strip_suffix(".npz").unwrap_or(&stem);
     let label_map = format!("{stem}{}", dataset.file_ending);
     let voxels = [shape[1], shape[2], shape[3]];
-    let geometry = geometry(first, &label_map, stem, voxels)?;
+    let reader = match Reader::of(dataset, Some(&first.with_file_name(&label_map)))? {
+        // Where no label map tells a picture from a stack, the probabilities do.
+        Reader::NaturalImage2dIo if voxels[0] > 1 && dataset.file_ending == ".tif" => Reader::Tiff3dIo,
+        reader => reader,
+    };
+    let geometry = geometry(first, &label_map, stem, voxels, reader)?;
     if geometry.shape != voxels {
         let what = format!("{voxels:?} voxels (z, y, x), the case has {:?}", geometry.shape);
         return Err(Error::model(first, "probabilities", what));
@@ -135,7 +135,7 @@ pub(super) fn case(
             Ok(())
         })?;
     }
-    write_nifti(&path, &Segmentation::new(vote.finish(), geometry, Vec::new())?)?;
+    reader.write(&path, &Segmentation::new(vote.finish(), geometry, Vec::new())?)?;
     Ok(written)
 }
 
@@ -203,10 +203,10 @@ impl Vote {
 }
 
 /// Where a case lies: as its label map does, or as the properties say that nnU-Net keeps beside its probabilities.
-fn geometry(archive: &Path, label_map: &str, stem: &str, shape: [usize; 3]) -> Result<Geometry> {
+fn geometry(archive: &Path, label_map: &str, stem: &str, shape: [usize; 3], reader: Reader) -> Result<Geometry> {
     let (map, pkl) = (archive.with_file_name(label_map), archive.with_file_name(format!("{stem}.pkl")));
     if map.is_file() {
-        return read_nifti_header(&map);
+        return reader.grid(&[map]);
     }
     if !pkl.is_file() {
         let what = format!("missing, expected beside {stem}.npz: it says where the case lies; {stem}.pkl does, too");
