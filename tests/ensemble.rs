@@ -220,20 +220,22 @@ fn means_of_pictures_and_stacks() {
         let shares: Vec<f32> =
             (0..2).flat_map(|c| expected.iter().map(move |l| if *l == c { 0.75 } else { 0.25 })).collect();
         let half = vec![0.5f32; 2 * n];
-        write_sized(&first.join("c.npz"), 2, shape, &shares);
-        write_sized(&second.join("c.npz"), 2, shape, &half);
+        write_sized(&first.join("c_0001.npz"), 2, shape, &shares);
+        write_sized(&second.join("c_0001.npz"), 2, shape, &half);
         let reader = if shape[0] > 1 { Reader::Tiff3dIo } else { Reader::NaturalImage2dIo };
         let map = |labels: Vec<u8>| {
             Segmentation::new(LabelData::U8(labels), Geometry::new(shape, [4.0, 2.0, 0.5]), Vec::new()).unwrap()
         };
-        let name = format!("c{ending}");
+        // What looks like a channel is the case's own.
+        let name = format!("c_0001{ending}");
         reader.write(&first.join(&name), &map(vec![0; n])).unwrap();
-        ensemble(&[first, second], &out, &data, false, &mut ()).unwrap();
+        let written = ensemble(&[first, second], &out, &data, false, &mut ()).unwrap();
         reader.write(&dir.path().join(&name), &map(expected)).unwrap();
         let read = |path: &Path| std::fs::read(path).unwrap();
         assert_eq!(read(&out.join(&name)), read(&dir.path().join(&name)), "{name} {shape:?}");
         if shape[0] > 1 {
-            assert_eq!(read(&out.join("c.json")), read(&dir.path().join("c.json")));
+            assert_eq!(read(&out.join("c_0001.json")), read(&dir.path().join("c_0001.json")));
+            assert_eq!(written, [name, "c_0001.json".into()].map(|n| out.join(n)));
         }
     }
 }

@@ -388,6 +388,7 @@ fn predictions_of_two_numberings_never_share_a_folder() {
     std::fs::write(at("old/a.nii.gz"), "").unwrap();
     // Not every model leaves a description; whose the label map is does not matter.
     std::fs::rename(at("old/a.nii.gz"), at("old/z.nii.gz")).unwrap();
+    std::fs::write(at("old/figure.png"), "").unwrap();
     refused(&["-o", "old", "--label-system", "mine.json"], 2, &["old/z.nii.gz", "which numbers"]);
     refused(&["-o", "old", "--label-system", "mine.json", "--continue"], 2, &["old/z.nii.gz", "which numbers"]);
     let one = |more: &[&str]| {
@@ -395,6 +396,9 @@ fn predictions_of_two_numberings_never_share_a_folder() {
         stunet_in(dir.path(), &[&line[..], more].concat()).error(2).to_owned()
     };
     assert!(one(&[]).contains("other/label_system.json"));
+    // A folder for a single image, too; what lies beside it does not matter.
+    let into = stunet_in(dir.path(), &["predict", "-m", "model", "--no-tta", "-i", "in/a_0000.nii", "-o", "other"]);
+    assert!(into.error(2).contains("other/label_system.json"));
     assert!(one(&["--label-system", "mine.json"]).contains("not those of"));
     assert!(one(&["--previous-stage", "other/b.nii.gz", "--label-system", "btcv"]).contains("--previous-stage"));
     refused(&["-o", "out", "--previous-stage", "other"], 2, &["other/label_system.json", "--previous-stage"]);

@@ -63,9 +63,10 @@ impl Numbering {
         Ok(Self { system: system.map(LabelSystem::open).transpose()?, relabelling: None })
     }
 
-    /// A folder's label maps have one numbering: else nobody could tell which of them has which. A single prediction (no
-    /// `cohort`) is not described, so that what is beside it may be anything, but for what a label system says of all.
-    pub(super) fn check_folder(&self, folder: &Path, cohort: bool) -> Result<()> {
+    /// A folder's label maps have one numbering: else nobody could tell which of them has which. `image` is one of a folder
+    /// of images; a single prediction is not described, so that what is beside it may be anything, but for what a label system
+    /// says of all.
+    pub(super) fn check_folder(&self, folder: &Path, image: Option<&Path>) -> Result<()> {
         let [own, models] = [LabelSystem::FILE, "dataset.json"].map(|name| folder.join(name));
         let (what, why) = match &self.system {
             None if own.is_file() => (&own, "the label maps of this folder have another data set's numbers".into()),
@@ -77,15 +78,15 @@ impl Numbering {
                 let (found, name) = (found.name(), system.name());
                 (&own, format!("the label maps of this folder have the numbers of {found:?}, not those of {name:?}"))
             }
-            Some(_) if cohort && models.is_file() => {
+            Some(_) if image.is_some() && models.is_file() => {
                 (&models, "the label maps of this folder have a model's numbers".into())
             }
-            Some(_) if cohort => match any_map(folder)? {
-                // Not every model leaves a description.
+            // Not every model leaves a description.
+            Some(_) => match image.map(|i| any_map(folder, cases::endings_like(i))).transpose()?.flatten() {
                 Some(file) => return Err(in_unknown_numbers(&file)),
                 None => return Ok(()),
             },
-            _ => return Ok(()),
+            None => return Ok(()),
         };
         Err(Error::Usage { what: format!("{}: {why}; expected another output folder", what.display()) })
     }
@@ -122,8 +123,8 @@ impl Numbering {
     }
 }
 
-/// A file in a folder that may be a label map.
-fn any_map(folder: &Path) -> Result<Option<PathBuf>> {
+/// A file in a folder that may be a label map, of these endings.
+fn any_map(folder: &Path, endings: &[&str]) -> Result<Option<PathBuf>> {
     if !folder.is_dir() {
         return Ok(None);
     }
@@ -132,7 +133,7 @@ fn any_map(folder: &Path) -> Result<Option<PathBuf>> {
     for entry in std::fs::read_dir(folder).map_err(read)? {
         let path = entry.map_err(read)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        if !name.starts_with('.') && cases::endings().any(|e| name.ends_with(e)) {
+        if !name.starts_with('.') && endings.iter().any(|e| name.ends_with(e)) {
             found.push(path);
         }
     }

@@ -197,7 +197,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let Work { jobs, ignored } = args.work()?;
     let mut numbering = Numbering::open(args.label_system.as_deref())?;
-    numbering.check_folder(if args.is_cohort() { &args.output } else { parent(&args.output) }, args.is_cohort())?;
+    if let Some(first) = jobs.first() {
+        let image = first.case.files.first().filter(|_| args.is_cohort()).map(|(_, path)| path.as_path());
+        numbering.check_folder(parent(&first.output), image)?;
+    }
     args.previous_stage.as_deref().map_or(Ok(()), Numbering::check_previous)?;
     let device = args.device.open()?;
     let model = args.model_path()?;

@@ -15,6 +15,7 @@ use crate::io::{Image, Segmentation};
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 pub use import::{convert_msd, convert_v1};
+pub(in crate::nnunet) use reader::label_sidecar;
 pub use reader::{Reader, sidecar};
 
 /// What a `dataset.json` says.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
 use crate::io::npy::{Archive, Stream};
 use crate::io::{Geometry, LabelData, Segmentation, write_npz};
-use crate::nnunet::dataset::{DatasetJson, Reader};
+use crate::nnunet::dataset::{DatasetJson, Reader, label_sidecar};
 use crate::nnunet::evaluate::folder;
 use crate::nnunet::json;
 use crate::nnunet::plans::Decision;
@@ -52,7 +52,7 @@ pub fn ensemble(
 
 /// [`Error::Unsupported`] for a data set whose label maps are not written here.
 pub(super) fn check_ending(dataset: &DatasetJson) -> Result<()> {
-    Reader::of_ending(&dataset.file_ending, None).map(drop)
+    Reader::of(dataset, None).map(drop)
 }
 
 /// Names of the archives, which are in each folder.
@@ -101,7 +101,9 @@ pub(super) fn case(
     let voxels = [shape[1], shape[2], shape[3]];
     let reader = match Reader::of(dataset, Some(&first.with_file_name(&label_map)))? {
         // Where no label map tells a picture from a stack, the probabilities do.
-        Reader::NaturalImage2dIo if voxels[0] > 1 && dataset.file_ending == ".tif" => Reader::Tiff3dIo,
+        Reader::NaturalImage2dIo if voxels[0] > 1 && dataset.file_ending.eq_ignore_ascii_case(".tif") => {
+            Reader::Tiff3dIo
+        }
         reader => reader,
     };
     let geometry = geometry(first, &label_map, stem, voxels, reader)?;
@@ -112,6 +114,9 @@ pub(super) fn case(
     let mut vote = Vote::new(dataset.labels.decision(), geometry.len())?;
     let [path, npz, pkl] = [output.join(&label_map), output.join(name), output.join(format!("{stem}.pkl"))];
     let mut written = vec![path.clone()];
+    if reader == Reader::Tiff3dIo {
+        written.push(label_sidecar(&path));
+    }
     if probabilities {
         write_npz(&npz, |archive| {
             archive.array("probabilities", &shape, |a| {
@@ -206,11 +211,15 @@ impl Vote {
 fn geometry(archive: &Path, label_map: &str, stem: &str, shape: [usize; 3], reader: Reader) -> Result<Geometry> {
     let (map, pkl) = (archive.with_file_name(label_map), archive.with_file_name(format!("{stem}.pkl")));
     if map.is_file() {
-        return reader.grid(&[map]);
+        let grid = reader.label_grid(&map)?;
+        if let Some(grid) = grid {
+            return Ok(grid);
+        }
     }
     if !pkl.is_file() {
+        let file = if map.is_file() { label_sidecar(&map) } else { map };
         let what = format!("missing, expected beside {stem}.npz: it says where the case lies; {stem}.pkl does, too");
-        return Err(Error::dataset(&map, "file", what));
+        return Err(Error::dataset(&file, "file", what));
     }
     store::read_grid(&pkl, shape)
 }

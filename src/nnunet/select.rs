@@ -108,7 +108,7 @@ pub struct Selected {
 /// # Errors
 /// [`Error::Usage`] for options that cannot be; [`Error::Dataset`] naming the model that was not trained, the fold that was
 /// not validated, the case that is missing, there twice or without probabilities, and what to do; [`Error::Unsupported`] for
-/// means of label maps that are not NIfTI; those of reading, writing and comparing; [`Error::Cancelled`].
+/// label maps of an ending that there is no reader for; those of reading, writing and comparing; [`Error::Cancelled`].
 pub fn select(
     results: &Path,
     preprocessed: &Path,
@@ -123,8 +123,8 @@ pub fn select(
     let described = models.iter().map(Model::description).collect::<Result<Vec<_>>>()?;
     let cases = crossval::validations(&models, &described, &truth, preprocessed, options)?;
     let pairs = if options.ensembling { pairs(models.len()) } else { Vec::new() };
+    described.iter().try_for_each(ensemble::check_ending)?;
     for &[i, j] in &pairs {
-        ensemble::check_ending(&described[i])?;
         crossval::check_pair([&models[i], &models[j]], [&cases[i], &cases[j]], &described[i])?;
     }
     let mut candidates = Vec::new();

@@ -105,6 +105,18 @@ impl Reader {
         }
     }
 
+    /// The grid of a label map, of which no voxel is read; `None` where nothing tells the spacing of a stack.
+    pub(in crate::nnunet) fn label_grid(self, path: &Path) -> Result<Option<Geometry>> {
+        match self {
+            Reader::SimpleItkIo | Reader::NibabelIo => read_nifti_header(path).map(Some),
+            Reader::NaturalImage2dIo => natural::picture_grid(path).map(Some),
+            Reader::Tiff3dIo => {
+                let Some(spacing_mm) = spacing_in(&label_sidecar(path))? else { return Ok(None) };
+                Ok(Some(Geometry::new(natural::picture_size(path)?, spacing_mm)))
+            }
+        }
+    }
+
     /// Writes a label map, as nnU-Net's class of the name does: NIfTI; a grey picture, PNG or TIFF by the ending; a TIFF stack
     /// and its spacing in `CASE.json`. Whole or not at all.
     ///
@@ -116,7 +128,7 @@ impl Reader {
             Reader::NaturalImage2dIo => natural::write_picture(path, segmentation),
             Reader::Tiff3dIo => {
                 // The stack last: where it is, its spacing is, too.
-                let (sidecar, spacing) = (path.with_extension("json"), segmentation.geometry.spacing_mm);
+                let (sidecar, spacing) = (label_sidecar(path), segmentation.geometry.spacing_mm);
                 json::write(&sidecar, &Json::object([("spacing", Json::list(spacing))]), true)?;
                 natural::write_tiff_stack(path, segmentation)
             }
@@ -130,7 +142,7 @@ impl Reader {
             Reader::NaturalImage2dIo => natural::read_pictures(&[path])?,
             // Truths have no spacing of their own: it stands beside the images.
             Reader::Tiff3dIo => {
-                natural::read_tiff_stacks(&[path], spacing_in(&path.with_extension("json"))?.unwrap_or([1.0; 3]))?
+                natural::read_tiff_stacks(&[path], spacing_in(&label_sidecar(path))?.unwrap_or([1.0; 3]))?
             }
         };
         let [voxels] = image.channels.as_slice() else {
@@ -172,6 +184,11 @@ pub fn sidecar(stack: &Path) -> PathBuf {
     let name = stack.file_stem().unwrap_or_default().to_string_lossy();
     let case = split_channel(&name).map_or(&*name, |(case, _)| case);
     stack.with_file_name(format!("{case}.json"))
+}
+
+/// The same of a label map, whose name has no channel: what looks like one is the case's.
+pub(in crate::nnunet) fn label_sidecar(map: &Path) -> PathBuf {
+    map.with_extension("json")
 }
 
 fn first(paths: &[PathBuf]) -> Result<&Path> {

@@ -11,7 +11,7 @@ use super::{Model, SelectOptions, joined};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
-use crate::nnunet::dataset::{DatasetJson, Reader, sidecar};
+use crate::nnunet::dataset::{DatasetJson, Reader, label_sidecar};
 use crate::nnunet::ensemble;
 use crate::nnunet::evaluate::folder;
 use crate::nnunet::split::{self, Fold};
@@ -141,8 +141,8 @@ pub(super) fn accumulate(
             continue;
         }
         // Where the spacing of a stack stands.
-        if stacks && sidecar(&from).is_file() {
-            copy(&sidecar(&from), &sidecar(&to))?;
+        if stacks && label_sidecar(&from).is_file() {
+            copy(&label_sidecar(&from), &label_sidecar(&to))?;
         }
         copy(&from, &to)?;
     }
