@@ -1,7 +1,7 @@
 // targets: 75 80
 // max-registers: 128
-// max-spill: 8
-// (Eight bytes only where a later card assembles what is for compute capability 7.5, which none does.)
+// max-spill: 16
+// (Of conv3d_residual_deep_f16 alone, and where 9.0 assembles what is for 7.5; it has a file of its own for 8.0.)
 // The end of a residual block whose shortcut is a convolution with a kernel of one voxel, at any stride: neither the
 // shortcut nor the normalised tensor it is added to is ever in memory. 16, 32 or 64 filters a block with the weights of all
 // channels in shared memory; 32 of few voxels with many channels; 64 of many of both, as conv3d_pointwise.cu.

@@ -67,28 +67,33 @@ impl Numbering {
     /// of images; a single prediction is not described, so that what is beside it may be anything, but for what a label system
     /// says of all.
     pub(super) fn check_folder(&self, folder: &Path, image: Option<&Path>) -> Result<()> {
+        let refused = |file: &Path, why: &str| {
+            Err(Error::Usage { what: format!("{}: {why}; expected another output folder", file.display()) })
+        };
         let [own, models] = [LabelSystem::FILE, "dataset.json"].map(|name| folder.join(name));
-        let (what, why) = match &self.system {
-            None if own.is_file() => (&own, "the label maps of this folder have another data set's numbers".into()),
-            Some(system) if own.is_file() => {
+        match (&self.system, image) {
+            (None, _) if own.is_file() => {
+                refused(&own, "the label maps of this folder have another data set's numbers")
+            }
+            (Some(system), _) if own.is_file() => {
                 let found = LabelSystem::read(&own)?;
                 if found.has_numbers_of(system) {
                     return Ok(());
                 }
                 let (found, name) = (found.name(), system.name());
-                (&own, format!("the label maps of this folder have the numbers of {found:?}, not those of {name:?}"))
+                let why = format!("the label maps of this folder have the numbers of {found:?}, not those of {name:?}");
+                refused(&own, &why)
             }
-            Some(_) if image.is_some() && models.is_file() => {
-                (&models, "the label maps of this folder have a model's numbers".into())
+            (Some(_), Some(_)) if models.is_file() => {
+                refused(&models, "the label maps of this folder have a model's numbers")
             }
             // Not every model leaves a description.
-            Some(_) => match image.map(|i| any_map(folder, cases::endings_like(i))).transpose()?.flatten() {
-                Some(file) => return Err(in_unknown_numbers(&file)),
-                None => return Ok(()),
+            (Some(_), Some(image)) => match any_map(folder, cases::endings_like(image))? {
+                Some(map) => refused(&map, &format!("there, and no {} says in which numbers", LabelSystem::FILE)),
+                None => Ok(()),
             },
-            None => return Ok(()),
-        };
-        Err(Error::Usage { what: format!("{}: {why}; expected another output folder", what.display()) })
+            _ => Ok(()),
+        }
     }
 
     /// The second stage of a cascade takes what the first predicted in the model's numbers.
@@ -139,9 +144,4 @@ fn any_map(folder: &Path, endings: &[&str]) -> Result<Option<PathBuf>> {
     }
     // Of several the same one each time.
     Ok(found.into_iter().min())
-}
-
-fn in_unknown_numbers(file: &Path) -> Error {
-    let (file, own) = (file.display(), LabelSystem::FILE);
-    Error::Usage { what: format!("{file}: there, and no {own} says in which numbers; expected another output folder") }
 }

@@ -35,8 +35,8 @@ pub fn ensemble(
     probabilities: bool,
     progress: &mut dyn Progress,
 ) -> Result<Vec<PathBuf>> {
-    check_ending(dataset)?;
     let names = names(inputs)?;
+    let reader = reader(dataset, &inputs[0].join(&names[0]))?;
     std::fs::create_dir_all(output).map_err(|e| Error::io("create", output, e))?;
     // What later steps look for beside predictions.
     json::write(&output.join("dataset.json"), &Json::from(&dataset.value), false)?;
@@ -44,15 +44,23 @@ pub fn ensemble(
     for (done, name) in names.iter().enumerate() {
         tell(progress, Event::Cases { done, total: names.len() })?;
         let paths: Vec<PathBuf> = inputs.iter().map(|folder| folder.join(name)).collect();
-        written.extend(case(&paths, output, dataset, probabilities)?);
+        written.extend(case(&paths, output, dataset, reader, probabilities)?);
     }
     tell(progress, Event::Cases { done: names.len(), total: names.len() })?;
     Ok(written)
 }
 
-/// [`Error::Unsupported`] for a data set whose label maps are not written here.
-pub(super) fn check_ending(dataset: &DatasetJson) -> Result<()> {
-    Reader::of(dataset, None).map(drop)
+/// How a data set's label maps are read and written; one beside `archive` may tell.
+///
+/// # Errors
+/// [`Error::Unsupported`] where there is none.
+pub(super) fn reader(dataset: &DatasetJson, archive: &Path) -> Result<Reader> {
+    Reader::of(dataset, Some(&archive.with_file_name(label_map(archive, dataset))))
+}
+
+/// Name of the label map beside an archive.
+fn label_map(archive: &Path, dataset: &DatasetJson) -> String {
+    format!("{}{}", archive.file_stem().unwrap_or_default().to_string_lossy(), dataset.file_ending)
 }
 
 /// Names of the archives, which are in each folder.
@@ -80,6 +88,7 @@ pub(super) fn case(
     paths: &[PathBuf],
     output: &Path,
     dataset: &DatasetJson,
+    reader: Reader,
     probabilities: bool,
 ) -> Result<Vec<PathBuf>> {
     let Some(first) = paths.first() else { return Err(Error::usage("no probabilities to average were given")) };
@@ -95,18 +104,17 @@ pub(super) fn case(
             return Err(Error::model(path, "probabilities", what));
         }
     }
-    let stem = name.to_string_lossy();
-    let stem = stem.strip_suffix(".npz").unwrap_or(&stem);
-    let label_map = format!("{stem}{}", dataset.file_ending);
+    let stem = first.file_stem().unwrap_or_default().to_string_lossy();
+    let label_map = label_map(first, dataset);
     let voxels = [shape[1], shape[2], shape[3]];
-    let reader = match Reader::of(dataset, Some(&first.with_file_name(&label_map)))? {
+    let reader = match reader {
         // Where no label map tells a picture from a stack, the probabilities do.
         Reader::NaturalImage2dIo if voxels[0] > 1 && dataset.file_ending.eq_ignore_ascii_case(".tif") => {
             Reader::Tiff3dIo
         }
         reader => reader,
     };
-    let geometry = geometry(first, &label_map, stem, voxels, reader)?;
+    let geometry = geometry(first, &label_map, &stem, voxels, reader)?;
     if geometry.shape != voxels {
         let what = format!("{voxels:?} voxels (z, y, x), the case has {:?}", geometry.shape);
         return Err(Error::model(first, "probabilities", what));
@@ -210,11 +218,10 @@ impl Vote {
 /// Where a case lies: as its label map does, or as the properties say that nnU-Net keeps beside its probabilities.
 fn geometry(archive: &Path, label_map: &str, stem: &str, shape: [usize; 3], reader: Reader) -> Result<Geometry> {
     let (map, pkl) = (archive.with_file_name(label_map), archive.with_file_name(format!("{stem}.pkl")));
-    if map.is_file() {
-        let grid = reader.label_grid(&map)?;
-        if let Some(grid) = grid {
-            return Ok(grid);
-        }
+    if map.is_file()
+        && let Some(grid) = reader.label_grid(&map)?
+    {
+        return Ok(grid);
     }
     if !pkl.is_file() {
         let file = if map.is_file() { label_sidecar(&map) } else { map };

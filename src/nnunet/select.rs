@@ -10,7 +10,6 @@ use crate::base::json::Json;
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::nnunet::dataset::DatasetJson;
-use crate::nnunet::ensemble;
 use crate::nnunet::evaluate::{CompareOptions, Folders, Summary};
 use crate::nnunet::json;
 use crate::nnunet::postprocess::{Determined, determine};
@@ -123,15 +122,15 @@ pub fn select(
     let described = models.iter().map(Model::description).collect::<Result<Vec<_>>>()?;
     let cases = crossval::validations(&models, &described, &truth, preprocessed, options)?;
     let pairs = if options.ensembling { pairs(models.len()) } else { Vec::new() };
-    described.iter().try_for_each(ensemble::check_ending)?;
+    let readers = described.iter().zip(&cases).map(|(d, c)| crossval::reader(d, c)).collect::<Result<Vec<_>>>()?;
     for &[i, j] in &pairs {
         crossval::check_pair([&models[i], &models[j]], [&cases[i], &cases[j]], &described[i])?;
     }
     let mut candidates = Vec::new();
-    for ((model, dataset), cases) in models.iter().zip(&described).zip(&cases) {
+    for (((model, dataset), &reader), cases) in models.iter().zip(&described).zip(&readers).zip(&cases) {
         let folder = model.folder.join(format!("crossval_results_folds_{}", joined(&options.folds, "_")));
         work.stage(&format!("collect {}", model.configuration))?;
-        crossval::accumulate(model, cases, dataset, &folder, options.overwrite, work.progress)?;
+        crossval::accumulate(model, cases, reader, &folder, options.overwrite, work.progress)?;
         candidates.push(work.candidate(model.name(), vec![model.clone()], folder, dataset)?);
     }
     for [i, j] in pairs {
@@ -140,7 +139,7 @@ pub fn select(
         let folder = results.join("ensembles").join(&name);
         work.stage(&format!("average {} and {}", a.configuration, b.configuration))?;
         let of_both = [(a, &cases[i]), (b, &cases[j])];
-        crossval::average(of_both, &described[i], &folder, options.overwrite, device, work.progress)?;
+        crossval::average(of_both, (&described[i], readers[i]), &folder, options.overwrite, device, work.progress)?;
         candidates.push(work.candidate(name, vec![a.clone(), b.clone()], folder, &described[i])?);
     }
     let best = first_best(&candidates).ok_or_else(|| {

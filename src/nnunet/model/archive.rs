@@ -13,7 +13,7 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, DateTime, ZipArchive, ZipWriter};
 
 use super::convert::{Temporary, sync_folder};
-use super::{ModelFolder, ModelKind, ModelOptions, own};
+use super::{ModelFolder, ModelKind, ModelOptions, own, v1};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::atomic::write_atomically;
@@ -81,11 +81,8 @@ pub fn export(
             }
         }
         // Of nnU-Net v1 each fold's plans lie beside its checkpoint, and post-processing beside the folds.
-        wanted.extend(opened.sources.iter().filter(|p| p.extension().is_some_and(|e| e == "model")).map(|p| {
-            let mut plans = p.clone().into_os_string();
-            plans.push(".pkl");
-            plans.into()
-        }));
+        let checkpoints = opened.sources.iter().filter(|p| p.extension().is_some_and(|e| e == "model"));
+        wanted.extend(checkpoints.map(|p| v1::info_file(p)));
         wanted.extend(["dataset_fingerprint.json", "postprocessing.json", "plans.pkl"].map(|name| folder.join(name)));
         for results in sub_folders(&folder)?.into_iter().filter(|f| named(f).starts_with("crossval_results_folds_")) {
             wanted.extend(if predictions {

@@ -250,9 +250,7 @@ fn open_v1(folder: Option<&Path>, checkpoints: Vec<Checkpoint>) -> Result<ModelF
     let mut info: Option<(PathBuf, v1::Info)> = None;
     let mut folds = Vec::new();
     for (name, path) in checkpoints {
-        let mut pkl = path.clone().into_os_string();
-        pkl.push(".pkl");
-        let pkl = PathBuf::from(pkl);
+        let pkl = v1::info_file(&path);
         if info.is_none() {
             // nnU-Net v1 takes the plans of the first fold for all.
             let found = v1::Info::read(&pkl, folder)?;

@@ -2,7 +2,7 @@
 
 mod trainers;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -25,6 +25,13 @@ const STUNET_LABELS: &str = include_str!("../data/stunet_labels.json");
 const STUNET_HEADS: usize = 105;
 const STUNET_TRAINERS: [&str; 4] =
     ["STUNetTrainer_small", "STUNetTrainer_base", "STUNetTrainer_large", "STUNetTrainer_huge"];
+
+/// The file that describes a checkpoint, `NAME.model.pkl` beside `NAME.model`.
+pub(super) fn info_file(checkpoint: &Path) -> PathBuf {
+    let mut path = checkpoint.as_os_str().to_owned();
+    path.push(".pkl");
+    path.into()
+}
 
 /// What `NAME.model.pkl` says.
 #[derive(Debug)]
@@ -317,6 +324,22 @@ fn keep_largest(folder: Option<&Path>, plan: &InferencePlan) -> Result<Vec<u16>>
 
 #[cfg(test)]
 mod tests {
+    /// As nnU-Net's `process_plans` makes them of the poolings of each axis.
+    #[test]
+    fn old_plans_are_repaired() {
+        let file = std::path::Path::new("x.model.pkl");
+        let old = serde_json::json!({"num_pool_per_axis": [1, 3, 2]});
+        let stage = super::Field::root(file, &old);
+        assert_eq!(super::pools(&stage, false).unwrap(), [[1, 2, 1], [1, 2, 2], [2, 2, 2]]);
+        assert_eq!(super::kernels(&stage, false).unwrap(), [[3; 3]; 4]);
+        let flat = serde_json::json!({"num_pool_per_axis": [1, 2]});
+        let stage = super::Field::root(file, &flat);
+        assert_eq!(super::pools(&stage, true).unwrap(), [[1, 1, 2], [1, 2, 2]]);
+        assert_eq!(super::kernels(&stage, true).unwrap(), [[1, 3, 3]; 3]);
+        let none = serde_json::json!({});
+        assert!(super::pools(&super::Field::root(file, &none), false).is_err());
+    }
+
     #[test]
     fn published_labels_are_complete() {
         let labels = super::stunet_labels().unwrap();

@@ -122,18 +122,21 @@ pub(super) fn check_pair(models: [&Model; 2], cases: [&Cases; 2], dataset: &Data
     Ok(())
 }
 
+/// How the label maps of a model are read and written.
+pub(super) fn reader(dataset: &DatasetJson, cases: &Cases) -> Result<Reader> {
+    Reader::of(dataset, cases.iter().next().map(|(name, folder)| folder.join(name)).as_deref())
+}
+
 /// Copies all label maps of a model, and its descriptions, to `output`.
 pub(super) fn accumulate(
     model: &Model,
     cases: &Cases,
-    dataset: &DatasetJson,
+    reader: Reader,
     output: &Path,
     overwrite: bool,
     progress: &mut dyn Progress,
 ) -> Result<()> {
     begin(model, output, overwrite)?;
-    let example = cases.iter().next().map(|(name, folder)| folder.join(name));
-    let stacks = Reader::of(dataset, example.as_deref())? == Reader::Tiff3dIo;
     for (done, (name, folder)) in cases.iter().enumerate() {
         tell(progress, Event::Cases { done, total: cases.len() })?;
         let (from, to) = (folder.join(name), output.join(name));
@@ -141,7 +144,7 @@ pub(super) fn accumulate(
             continue;
         }
         // Where the spacing of a stack stands.
-        if stacks && label_sidecar(&from).is_file() {
+        if reader == Reader::Tiff3dIo && label_sidecar(&from).is_file() {
             copy(&label_sidecar(&from), &label_sidecar(&to))?;
         }
         copy(&from, &to)?;
@@ -153,7 +156,7 @@ pub(super) fn accumulate(
 /// worked on at once as `device` has threads, each with a few channels in memory.
 pub(super) fn average(
     [(first, cases), (_, others)]: [(&Model, &Cases); 2],
-    dataset: &DatasetJson,
+    (dataset, reader): (&DatasetJson, Reader),
     output: &Path,
     overwrite: bool,
     device: &Device,
@@ -168,7 +171,7 @@ pub(super) fn average(
             return Ok(());
         }
         let archives = [Some(folder), others.get(name)].into_iter().flatten().map(|f| archive(f, name, ending));
-        ensemble::case(&archives.collect::<Vec<_>>(), output, dataset, false).map(drop)
+        ensemble::case(&archives.collect::<Vec<_>>(), output, dataset, reader, false).map(drop)
     })?;
     Ok(())
 }
