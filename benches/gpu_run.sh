@@ -105,11 +105,12 @@ kernels() {
     local tests=("$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card)
     # A process each: after a fault of one kernel the driver lets the process run no other. Last what may wait for ever.
     local part words
-    for part in relayout conv3d transpose3d moments instance_norm head_labels aggregate resample probe runtime graph devices network library STU-Net hopper tma; do
+    for part in relayout train conv3d transpose3d moments instance_norm head_labels aggregate resample probe runtime graph devices network library STU-Net hopper tma; do
         case $part in
         hopper) words="hopper -tma" ;;
         tma) words=tma ;;
-        *) words="$part -hopper -tma" ;;
+        train) words="train -hopper -tma" ;;
+        *) words="$part -train -hopper -tma" ;;
         esac
         step 90 "kernels_$part" "${run[@]}" STUNET_GPU_TESTS="$words" "${tests[@]}"
     done

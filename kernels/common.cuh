@@ -51,6 +51,11 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
 }
+// The same of matrices whose rows and columns change places.
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
 
 // A row of `PITCH` bytes holds 16-byte chunks; the chunk number is mixed with the number of the 128 bytes it lies in, so
 // that eight rows in a row lie in eight different groups of four banks.
@@ -145,6 +150,17 @@ struct Halves {
 };
 
 __device__ __forceinline__ float leaky(float v, float slope) { return v > 0.f ? v : __fmul_rn(v, slope); }
+
+// A sum whose rounding errors are carried along (Kahan): the order is fixed, and thousands of terms lose nothing. Sums of
+// f64 would be slow on consumer cards.
+struct Sum {
+    float sum = 0.f, error = 0.f;
+    __device__ __forceinline__ void add(float v) {
+        const float y = __fsub_rn(v, error), t = __fadd_rn(sum, y);
+        error = __fsub_rn(__fsub_rn(t, sum), y), sum = t;
+    }
+    __device__ __forceinline__ float total() const { return __fsub_rn(sum, error); }
+};
 
 // The subtraction is rounded before the multiply-add: what the tests compute, to the bit.
 __device__ __forceinline__ float normalised(float v, float mean, float scale, float shift, float slope) {

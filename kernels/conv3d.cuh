@@ -46,9 +46,32 @@ struct Tile {
     }
 };
 
+// PLANE: stride 1 and 3 x 3 taps in the plane, known to the compiler; WM x WN warps have MI fragments of 16 voxels and NI of 8
+// filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis. BACK: the gradient of the input of such a
+// convolution, see `Class`.
+enum Way { PLANE, EVERY, BACK };
+
+// What a convolution of stride 2 does to an input voxel depends on whether its place is even: 8 classes of voxels, a third
+// dimension of the grid, each of which is a convolution of stride 1 of the output's gradient with the taps that reach it: of
+// 3 the middle one, or the two others; of 1 that one, or none. Filters are mirrored: tap `first + i * step` meets the `i`-th
+// voxel from `-pad` on.
+struct Class {
+    int odd, count, first, step, pad;
+    __device__ __forceinline__ Class(int bit, int stride, int kernel) {
+        odd = stride == 2 ? (int)blockIdx.z >> bit & 1 : 0;
+        count = stride == 1 ? kernel : kernel == 3 ? 1 + odd : 1 - odd;
+        first = stride == 2 && kernel == 3 && !odd, step = stride, pad = stride == 1 ? kernel / 2 : 0;
+    }
+};
+
 // Fragment `f` is two rows of 8 voxels: four to a plane.
+template <int OWNER = PLANE>
 __device__ __forceinline__ bool voxel_of(const Conv3dParams& p, const Tile& t, int f, int row, int& z, int& y, int& x) {
     z = t.z0 + (f >> 2), y = t.y0 + (f & 3) * 2 + (row >> 3), x = t.x0 + (row & 7);
+    if constexpr (OWNER == BACK) {
+        z = z * p.stride_z + Class(2, p.stride_z, 1).odd, y = y * p.stride_y + Class(1, p.stride_y, 1).odd;
+        x = x * p.stride_x + Class(0, p.stride_x, 1).odd;
+    }
     return z < p.out_d && y < p.out_h && x < p.out_w;
 }
 
@@ -78,7 +101,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
             int z, y, x;
-            inside[i][h] = voxel_of(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x);
+            inside[i][h] = voxel_of<OWNER>(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x);
         }
     if (p.bias) {
         const float* bias = (const float*)p.bias + t.first;
@@ -164,7 +187,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
     for (int i = tid; i < WM * MI * 16 * (N / 8); i += COUNT) {
         const int row = i / (N / 8), c = i % (N / 8) * 8;
         int z, y, x;
-        if (voxel_of(p, t, row >> 4, row & 15, z, y, x) && t.first + c < p.filters) {
+        if (voxel_of<OWNER>(p, t, row >> 4, row & 15, z, y, x) && t.first + c < p.filters) {
             const uint4 v = *(const uint4*)(shared + swizzle<N * 2>(row * N * 2 + c * 2));
             const u64 voxel = (((u64)t.n * p.out_d + z) * p.out_h + y) * p.out_w + x;
             *(uint4*)((u16*)p.out + voxel * p.filters + t.first + c) = v;
@@ -173,7 +196,7 @@ __device__ __forceinline__ void finish(const Conv3dParams& p, const Tile& t, flo
 }
 
 // Writes a part's sums as they are, for conv3d_sum.cu: four lanes fill a sector.
-template <int WN, int MI, int NI, int STEP>
+template <int WN, int MI, int NI, int STEP, int OWNER = PLANE>
 __device__ __forceinline__ void leave(const Conv3dParams& p, const Tile& t, const float (&acc)[MI][NI][4], int fragment) {
     const int lane = threadIdx.x & 31, wn = (threadIdx.x >> 5) % WN;
     const int column = t.first + wn * NI * 8 + (lane & 3) * 2;
@@ -183,7 +206,7 @@ __device__ __forceinline__ void leave(const Conv3dParams& p, const Tile& t, cons
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
             int z, y, x;
-            if (!voxel_of(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x)) continue;
+            if (!voxel_of<OWNER>(p, t, fragment + i * STEP, h * 8 + (lane >> 2), z, y, x)) continue;
             float* to = (float*)p.out + (((sample * p.out_d + z) * p.out_h + y) * p.out_w + x) * p.filters + column;
             #pragma unroll
             for (int j = 0; j < NI; ++j)
@@ -191,29 +214,35 @@ __device__ __forceinline__ void leave(const Conv3dParams& p, const Tile& t, cons
         }
 }
 
-// PLANE: stride 1 and 3 x 3 taps in the plane, known to the compiler; WM x WN warps have MI fragments of 16 voxels and NI of 8
-// filters each. EVERY: strides of 1 or 2 and kernels of 1 or 3 on every axis.
-enum Way { PLANE, EVERY };
-
 template <class T, Way WAY, int WM, int WN, int MI, int NI>
 struct Brick {
-    static constexpr bool ANY = WAY == EVERY;
+    static constexpr bool ANY = WAY != PLANE;
     static constexpr int TZ = WM * MI / 4, N = WN * NI * 8;
     static_assert(WM * WN == WARPS && 4 % MI == 0, "warps");
     static_assert(NI % 2 == 0, "filters are loaded by 16");
 
     const Conv3dParams& p;
     const Tile t;
-    int sz, sy, sx, ky, kx, pitch, rows, columns, depth;
+    int sz, sy, sx, planes, ky, kx, pitch, rows, columns, depth;
     u32 by_columns, by_rows;    // n * by >> 16 = n / columns for all n of a brick
 
     __device__ __forceinline__ Brick(const Conv3dParams& p) : p(p), t(p, TZ, N) {
-        sz = ANY ? p.stride_z : 1, sy = ANY ? p.stride_y : 1, sx = ANY ? p.stride_x : 1;
-        ky = ANY ? p.kernel_y : 3, kx = ANY ? p.kernel_x : 3;
+        if constexpr (WAY == BACK) {
+            sz = sy = sx = 1;
+            planes = of_z().count, ky = of_y().count, kx = of_x().count;
+        } else {
+            sz = ANY ? p.stride_z : 1, sy = ANY ? p.stride_y : 1, sx = ANY ? p.stride_x : 1;
+            ky = ANY ? p.kernel_y : 3, kx = ANY ? p.kernel_x : 3;
+        }
         pitch = sx == 2 ? PITCH_2 : PITCH_1;
-        rows = 7 * sy + ky, columns = 7 * sx + kx, depth = (TZ - 1) * sz + p.kernel_z;
+        rows = 7 * sy + ky, columns = 7 * sx + kx, depth = (TZ - 1) * sz + kz();
         by_columns = 65536 / columns + 1, by_rows = 65536 / rows + 1;
     }
+    // Planes of taps; what the parameters say takes no register.
+    __device__ __forceinline__ int kz() const { return WAY == BACK ? planes : p.kernel_z; }
+    __device__ __forceinline__ Class of_z() const { return Class(2, p.stride_z, p.kernel_z); }
+    __device__ __forceinline__ Class of_y() const { return Class(1, p.stride_y, p.kernel_y); }
+    __device__ __forceinline__ Class of_x() const { return Class(0, p.stride_x, p.kernel_x); }
     __device__ __forceinline__ int bytes() const { return depth * rows * pitch * ROW; }
     __device__ __forceinline__ int slabs() const { return (p.a.channels + p.b.channels) / BLOCK; }
 
@@ -236,7 +265,8 @@ struct Brick {
                   shift_x = second ? p.b.shift_x : p.a.shift_x;
         const int c = slab * BLOCK - (second ? p.a.channels : 0) + (threadIdx.x & 1) * 8;
         const u16* from = (const u16*)(second ? p.b.data : p.a.data) + (u64)t.n * d * h * w * channels + c;
-        const int z0 = t.z0 * sz - p.kernel_z / 2, y0 = t.y0 * sy - ky / 2, x0 = t.x0 * sx - kx / 2;
+        const int z0 = t.z0 * sz - (WAY == BACK ? of_z().pad : (kz() - 1) / 2), y0 = t.y0 * sy - (WAY == BACK ? of_y().pad : (ky - 1) / 2),
+                  x0 = t.x0 * sx - (WAY == BACK ? of_x().pad : (kx - 1) / 2);
         const int voxels = depth * rows * columns;
         u32 real = 0, bit = 1;
         #pragma unroll 2
@@ -274,12 +304,20 @@ struct Brick {
     // Starts to load the filters of one plane of taps.
     __device__ __forceinline__ void load_weights(int slab, int tz, u32 to) const {
         const int taps = ky * kx;
-        const u16* from = (const u16*)p.weight + ((u64)(slab * p.kernel_z + tz) * taps * p.filters + t.first) * BLOCK;
+        const u16* from;
+        if constexpr (WAY == BACK) {
+            const Class z = of_z(), y = of_y(), x = of_x();
+            const u64 start = ((slab * p.kernel_z + z.first + tz * z.step) * p.kernel_y + y.first) * p.kernel_x + x.first;
+            from = (const u16*)p.weight + (start * p.filters + t.first) * BLOCK;
+        } else {
+            from = (const u16*)p.weight + ((u64)(slab * kz() + tz) * taps * p.filters + t.first) * BLOCK;
+        }
         #pragma unroll 2
         for (int i = threadIdx.x; i < taps * N * 2; i += THREADS) {
             const int tap = i / (N * 2), rest = i % (N * 2);
             const bool ok = t.first + (rest >> 1) < p.filters;
-            copy16(to + swizzle<ROW>(i * 16), ok ? from + (u64)tap * p.filters * BLOCK + rest * 8 : from, ok ? 16 : 0);
+            const int far = WAY == BACK ? tap / kx * p.stride_y * p.kernel_x + tap % kx * p.stride_x : tap;
+            copy16(to + swizzle<ROW>(i * 16), ok ? from + (u64)far * p.filters * BLOCK + rest * 8 : from, ok ? 16 : 0);
         }
     }
 
@@ -314,9 +352,18 @@ struct Brick {
         const u32 filter = swizzle<ROW>((wn * NI * 8 + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 16);
         float acc[MI][NI][4] = {};
         // A stage is a plane of taps of a slab; a part has a range of them.
-        int stage = slabs() * p.kernel_z * blockIdx.y / gridDim.y;
-        const int end = slabs() * p.kernel_z * (blockIdx.y + 1) / gridDim.y;
-        int slab = stage / p.kernel_z, tz = stage % p.kernel_z;
+        if constexpr (WAY == BACK) {
+            // At stride 1 all voxels are of one class.
+            if ((blockIdx.z & 4 && p.stride_z == 1) || (blockIdx.z & 2 && p.stride_y == 1) || (blockIdx.z & 1 && p.stride_x == 1)) return;
+            // Where no tap reaches, the gradient is zero.
+            if (kz() * ky * kx == 0) {
+                end_with(acc, f, shared);
+                return;
+            }
+        }
+        int stage = slabs() * kz() * blockIdx.y / gridDim.y;
+        const int end = slabs() * kz() * (blockIdx.y + 1) / gridDim.y;
+        int slab = stage / kz(), tz = stage % kz();
         u32 real = load(slab, start + (p.bricks == 2 ? slab & 1 : 0) * brick_bytes);
         load_weights(slab, tz, start + weights + (stage & 1) * weight_bytes);
         copy_commit();
@@ -327,12 +374,12 @@ struct Brick {
             else copy_wait<0>();
             if (fresh) normalise(slab, shared + buffer * brick_bytes, real);
             __syncthreads();                                // loaded by all, and the stage before is done by all
-            const bool last = tz + 1 == p.kernel_z, more = stage + 1 < end;
+            const bool last = tz + 1 == kz(), more = stage + 1 < end;
             if (more) {
                 load_weights(last ? slab + 1 : slab, last ? 0 : tz + 1, start + weights + (~stage & 1) * weight_bytes);
                 copy_commit();
             }
-            asked = fresh && p.bricks == 2 && stage - tz + p.kernel_z < end;
+            asked = fresh && p.bricks == 2 && stage - tz + kz() < end;
             if (asked) {
                 real = load(slab + 1, start + (buffer ^ 1) * brick_bytes);
                 copy_commit();
@@ -348,7 +395,11 @@ struct Brick {
                 copy_commit();
             }
         }
-        if (gridDim.y > 1) leave<WN, MI, NI, 1>(p, t, acc, f);
+        end_with(acc, f, shared);
+    }
+
+    __device__ __forceinline__ void end_with(float (&acc)[MI][NI][4], int f, unsigned char* shared) const {
+        if (gridDim.y > 1) leave<WN, MI, NI, 1, WAY>(p, t, acc, f);
         else finish<T, WAY, WM, WN, MI, NI>(p, t, acc, f, shared);
     }
 };

@@ -11,8 +11,8 @@ extern "C" __global__ void __launch_bounds__(256) conv3d_f32(const Conv3dParams 
     const u64 place = i / p.filters;
     const int n = (int)(place / voxels), voxel = (int)(place % voxels);
     if (n >= p.batch) return;
-    const int x0 = voxel % p.out_w * p.stride_x - p.kernel_x / 2, y0 = voxel / p.out_w % p.out_h * p.stride_y - p.kernel_y / 2,
-              z0 = voxel / (p.out_w * p.out_h) * p.stride_z - p.kernel_z / 2;
+    const int x0 = voxel % p.out_w * p.stride_x - (p.kernel_x - 1) / 2, y0 = voxel / p.out_w % p.out_h * p.stride_y - (p.kernel_y - 1) / 2,
+              z0 = voxel / (p.out_w * p.out_h) * p.stride_z - (p.kernel_z - 1) / 2;
     const int taps = p.kernel_z * p.kernel_y * p.kernel_x;
     float sum = p.bias ? ((const float*)p.bias)[f] : 0.f;
     int slab = 0;

@@ -9,6 +9,7 @@ struct MergeParams {
     u64 weight;     // f32 [C]
     u64 bias;       // f32 [C]
     u64 norm;       // f32 [N][mean, scale, shift][C]
+    u64 inverses;   // f32 [N][C], one over the deviation, or 0
     double inverse; // 1 / voxels
     int tiles, channels;
     float eps;
@@ -16,16 +17,6 @@ struct MergeParams {
 };
 
 constexpr int STRANDS = 64;
-
-// A sum whose rounding errors are carried along (Kahan): the order is fixed, and thousands of tiles lose nothing. Sums of
-// f64 would be slow on consumer cards.
-struct Sum {
-    float sum = 0.f, error = 0.f;
-    __device__ __forceinline__ void add(float v) {
-        const float y = __fsub_rn(v, error), t = __fadd_rn(sum, y);
-        error = __fsub_rn(__fsub_rn(t, sum), y), sum = t;
-    }
-};
 
 // A block puts together 16 channels of a sample; its strand k the tiles k, k + 64, ... Deviations are from the first
 // tile's mean, which is near the channel's against its deviation, so that nothing cancels.
@@ -56,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK * STRANDS) moments_merge(cons
     to[0] = (float)(pivot + off);
     to[p.channels] = __fdiv_rn(((const float*)p.weight)[c], deviation);
     to[2 * p.channels] = ((const float*)p.bias)[c];
+    if (p.inverses) ((float*)p.inverses)[(u64)n * p.channels + c] = __frcp_rn(deviation);
 }
 
 // Moments of tiles of a stored tensor.

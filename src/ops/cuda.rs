@@ -366,6 +366,7 @@ pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps
         bias: memory(OP, device, b.value())?,
         eps,
         norm: memory(OP, device, &planes)?,
+        inverses: None,
     };
     backend::moments::merge(card(OP, device)?, &p)?;
     Ok(planes)

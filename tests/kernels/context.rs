@@ -12,8 +12,9 @@ use stunet::{Device, Error, Precision};
 
 use super::sim::{Sim, on_card};
 use super::{
-    aggregate, conv_transpose3d, conv3d, conv3d_first, conv3d_residual, conv3d_tma, device, head_labels, instance_norm,
-    moments, network, probe, relayout, resample, runtime,
+    aggregate, channel_sums, conv_transpose3d, conv3d, conv3d_dgrad, conv3d_first, conv3d_residual, conv3d_tma,
+    conv3d_wgrad, device, head_labels, head_loss, instance_norm, instance_norm_grad, moments, network, optim, pool,
+    probe, relayout, resample, runtime,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -26,6 +27,11 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_conv3d_first_wastes_no_sector", "counts what a card does not count"),
     ("ptx_conv3d_residual_refuses_what_does_not_fit", "ends before anything runs"),
     ("ptx_conv3d_residual_wastes_no_bank_and_no_sector", "counts what a card does not count"),
+    ("cuda_train_conv3d_wgrad_refuses_what_does_not_fit", "ends before anything runs"),
+    ("cuda_train_conv3d_wgrad_wastes_no_bank_and_no_sector", "counts what a card does not count"),
+    ("cuda_train_conv3d_wgrad_is_cut_for_the_card", "runs nothing"),
+    ("cuda_train_optim_wastes_no_sector", "counts what a card does not count"),
+    ("cuda_train_optim_refuses_what_does_not_fit", "ends before anything runs"),
     ("ptx_faults_in_conv3d_are_found", "finds what a card does not find"),
     ("ptx_conv3d_in_bf16_is_refused_on_cards_before_ampere", "ends before anything runs"),
     ("ptx_conv3d_refuses_memory_that_is_too_small", "ends before anything runs"),
@@ -94,6 +100,32 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     device::ptx_variants_through_the_library,
     device::ptx_head_labels_that_stay,
     device::ptx_first_layers_through_the_library,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_in_f32,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_of_ragged_sizes_and_channels,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_strides_and_kernels,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_of_one_voxel,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_transposed,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_reads_two_sources_the_first_repeated,
+    conv3d_wgrad::cuda_train_conv3d_wgrad_in_parts,
+    channel_sums::cuda_train_channel_sums,
+    channel_sums::cuda_train_channel_sums_that_cancel,
+    head_loss::cuda_train_head_loss_of_labels,
+    head_loss::cuda_train_head_loss_of_one_term,
+    head_loss::cuda_train_head_loss_of_regions,
+    head_loss::cuda_train_head_loss_of_many_channels_and_classes,
+    head_loss::cuda_train_head_loss_over_many_tiles,
+    head_loss::cuda_train_head_loss_of_a_strange_label,
+    head_loss::cuda_train_head_loss_at_another_size,
+    optim::cuda_train_optim_squares,
+    optim::cuda_train_optim_sgd,
+    optim::cuda_train_optim_adam,
+    optim::cuda_train_optim_packs_without_a_step,
+    optim::cuda_train_optim_halves_are_packed_for_two_sources,
+    optim::cuda_train_optim_changes_nothing_unless_all_is_finite,
+    conv3d_dgrad::cuda_train_conv3d_dgrad,
+    conv3d_dgrad::cuda_train_conv3d_dgrad_strides,
+    instance_norm_grad::cuda_train_instance_norm_grad,
+    pool::cuda_train_pool,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
     conv3d_tma::ptx_conv3d_tma_of_ragged_sizes_and_channels,
@@ -186,7 +218,10 @@ fn every_test_of_a_kernel_runs_on_a_card() {
             let Some(name) = line.split("fn ").nth(1).and_then(|l| l.split('(').next()) else { continue };
             let known = ON_A_CARD.iter().any(|t| t.0 == name)
                 || INTERPRETED.iter().any(|(n, why)| *n == name && !why.is_empty());
-            assert!(known || !name.starts_with("ptx_"), "{name} is neither in ON_A_CARD nor in INTERPRETED");
+            assert!(
+                known || !(name.starts_with("ptx_") || name.starts_with("cuda_train_")),
+                "{name} is neither in ON_A_CARD nor in INTERPRETED"
+            );
         }
     }
 }

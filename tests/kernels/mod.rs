@@ -3,19 +3,26 @@
 //! bytes that nothing wrote.
 
 mod aggregate;
+mod channel_sums;
 mod context;
 mod conv3d;
+mod conv3d_dgrad;
 mod conv3d_first;
 mod conv3d_residual;
 mod conv3d_tma;
+mod conv3d_wgrad;
 mod conv_transpose3d;
 mod device;
 mod entries;
 mod faults;
 mod head_labels;
+mod head_loss;
 mod instance_norm;
+mod instance_norm_grad;
 mod moments;
 mod network;
+mod optim;
+mod pool;
 mod probe;
 mod relayout;
 mod resample;

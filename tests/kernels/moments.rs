@@ -43,6 +43,7 @@ fn check_on(card: [u32; 2], storage: Storage, batch: usize, space: [usize; 3], c
             bias: sim.with(bytemuck::cast_slice(&bias)),
             eps,
             norm,
+            inverses: None,
         };
         moments::merge(&sim, &merge).unwrap();
         sim.bytes(norm)
@@ -119,6 +120,7 @@ pub(super) fn ptx_moments_of_many_tiles() {
         bias: ones,
         eps: 0.0,
         norm,
+        inverses: None,
     };
     moments::merge(&sim, &merge).unwrap();
     let got = Storage::F32.load(&sim.bytes(norm));

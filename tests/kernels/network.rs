@@ -162,6 +162,7 @@ impl Net<'_> {
             bias: self.vector(&format!("{norm}.bias")),
             eps: 1e-5,
             norm: planes,
+            inverses: None,
         };
         moments::merge(self.sim, &merge).unwrap();
         x.norm = Some(Norm { planes, slope: SLOPE });

@@ -2,10 +2,13 @@
 //! plain reference in f32.
 
 mod boxes;
+pub mod dgrad;
 pub mod first;
+pub mod join;
 pub mod residual;
 mod sum;
 mod trial;
+pub mod wgrad;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -296,7 +299,7 @@ fn slabs(p: &Problem<'_>) -> usize {
 /// D, H, W of the result.
 #[must_use]
 pub fn output_space(input: [usize; 3], kernel: [usize; 3], stride: [usize; 3]) -> [usize; 3] {
-    [0, 1, 2].map(|a| (input[a] + kernel[a] / 2 * 2 - kernel[a]) / stride[a] + 1)
+    [0, 1, 2].map(|a| (input[a] + kernel[a].saturating_sub(1) / 2 * 2).saturating_sub(kernel[a]) / stride[a].max(1) + 1)
 }
 
 /// Names of the variants that can solve the problem, with moments or without. Those that a card has to confirm are tried on it
@@ -376,7 +379,9 @@ pub fn pack_weight(values: &[f32], dims: [usize; 5], channels: &[usize], storage
 
 /// Checks what does not depend on the variant; the input's size.
 fn check(p: &Problem<'_>) -> Result<[usize; 3]> {
-    let ok = p.kernel.iter().all(|k| matches!(k, 1 | 3)) && p.stride.iter().all(|s| matches!(s, 1 | 2));
+    // A kernel of 2 is the way back of a transposed convolution.
+    let known = |(k, s)| matches!((k, s), (1 | 3, 1 | 2) | (2, 2));
+    let ok = p.kernel.into_iter().zip(p.stride).all(known);
     if !ok || p.filters == 0 {
         let what = format!("{} filters of {:?} at stride {:?} in {:?}", p.filters, p.kernel, p.stride, p.storage);
         return Err(Error::shape(OP, what));
@@ -481,7 +486,9 @@ fn entry(v: &Variant, storage: Storage) -> String {
 }
 
 pub(super) fn entries() -> Vec<Entry> {
-    let mut all = [first::entries(), residual::entries(), sum::entries()].concat();
+    let mut all =
+        [dgrad::entries(), first::entries(), join::entries(), residual::entries(), sum::entries(), wgrad::entries()]
+            .concat();
     for v in &VARIANTS {
         let params = match v.kind {
             Kind::Pointwise => size_of::<gemm::Params>(),

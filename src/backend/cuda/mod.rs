@@ -5,13 +5,18 @@
 //! another block adds to.
 
 pub mod aggregate;
+pub mod channel_sums;
 pub mod conv3d;
 pub mod conv_transpose3d;
 mod gemm;
 pub mod head_labels;
+pub mod head_loss;
 pub mod instance_norm;
+pub mod instance_norm_grad;
 mod launch;
 pub mod moments;
+pub mod optim;
+pub mod pool;
 pub mod probe;
 pub mod relayout;
 pub mod resample;
@@ -20,6 +25,7 @@ use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+use crate::tensor::Precision;
 use crate::tensor::cuda::{Memory, Module};
 use launch::Files;
 
@@ -75,6 +81,16 @@ impl Storage {
             Storage::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             Storage::Bf16 => halves().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
             Storage::F16 => halves().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
+}
+
+impl From<Precision> for Storage {
+    fn from(p: Precision) -> Self {
+        match p {
+            Precision::F32 => Storage::F32,
+            Precision::Bf16 => Storage::Bf16,
+            Precision::F16 => Storage::F16,
         }
     }
 }
@@ -217,11 +233,16 @@ impl Entry {
 pub fn entries() -> Vec<Entry> {
     let all = [
         aggregate::entries(),
+        channel_sums::entries(),
         conv3d::entries(),
         conv_transpose3d::entries(),
         head_labels::entries(),
+        head_loss::entries(),
         instance_norm::entries(),
+        instance_norm_grad::entries(),
         moments::entries(),
+        optim::entries(),
+        pool::entries(),
         probe::entries(),
         relayout::entries(),
         resample::entries(),

@@ -35,6 +35,8 @@ pub struct Merge {
     pub eps: f32,
     /// f32 `[N][mean, scale, shift][padded channels]`.
     pub norm: Memory,
+    /// f32 `[N][padded channels]` for one over the deviation, which the way back asks for.
+    pub inverses: Option<Memory>,
 }
 
 /// `MergeParams` of `kernels/moments.cu`.
@@ -45,6 +47,7 @@ struct MergeParams {
     weight: u64,
     bias: u64,
     norm: u64,
+    inverses: u64,
     inverse: f64,
     tiles: i32,
     channels: i32,
@@ -66,6 +69,7 @@ pub fn merge(driver: &dyn Driver, p: &Merge) -> Result<()> {
         weight: p.weight.at_least(c * 4, OP, "the weight")?,
         bias: p.bias.at_least(c * 4, OP, "the bias")?,
         norm: p.norm.at_least(p.batch * 3 * c * 4, OP, "the normalisation")?,
+        inverses: p.inverses.map_or(Ok(0), |m| m.at_least(p.batch * c * 4, OP, "the inverses"))?,
         inverse: 1.0 / p.voxels as f64,
         tiles: int(OP, p.tiles)?,
         channels: int(OP, c)?,
