@@ -4,6 +4,7 @@
   bench_torch.py net --model base          forward passes of a STU-Net in every memory format and mode
   bench_torch.py layers --model base       its convolutions one by one
   bench_torch.py norm --model base         instance normalisation with leaky ReLU at the size of every stage
+  bench_torch.py step --model base         training steps: five heads, Dice and cross-entropy, backward, clipping, SGD
   bench_torch.py table --results FOLDER    a table of what gpu_run.sh left there; needs no PyTorch
 
 One line of JSON a case. bf16 by autocast, cudnn.benchmark on, TF32 allowed, warmed up, timed by CUDA events, median of as
@@ -37,9 +38,10 @@ DRIFT = 0.03
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["net", "layers", "norm", "table"])
+    p.add_argument("what", choices=["net", "layers", "norm", "step", "table"])
     p.add_argument("--model", choices=MODELS, default="base")
     p.add_argument("--patch", type=int, default=128, help="voxels along each axis")
+    p.add_argument("--batch", type=int, default=2, help="samples of a training step")
     p.add_argument("--secs", type=float, default=0.5, help="seconds of timed runs of a case")
     p.add_argument("--limit", type=float, default=500, help="seconds of timing after which no case begins")
     p.add_argument("--go", metavar="FILE", help="get ready, and time only when FILE exists")
@@ -86,8 +88,8 @@ class Timer:
         return statistics.median(a.elapsed_time(b) for a, b in events)
 
 
-def network(torch, dims, depth):
-    """A STU-Net whose decoder ends in one head, as predictions need it."""
+def network(torch, dims, depth, training=False):
+    """A STU-Net whose decoder ends in one head, as predictions need it, or with one at every level."""
     nn, F = torch.nn, torch.nn.functional
 
     class Block(nn.Module):
@@ -114,15 +116,21 @@ def network(torch, dims, depth):
             self.conv = nn.ModuleList(nn.Conv3d(dims[i + 1], dims[i], 1) for i in range(5))
             self.up = nn.ModuleList(stage(2 * dims[i], dims[i], 1) for i in range(5))
             self.head = nn.Conv3d(dims[0], CLASSES, 1)
+            if training:
+                self.heads = nn.ModuleList(nn.Conv3d(dims[i], CLASSES, 1) for i in range(1, 5))
 
         def forward(self, x):
-            skips = []
+            skips, outs = [], []
             for down in self.down:
                 x = down(x)
                 skips.append(x)
             for i in range(4, -1, -1):
                 x = self.conv[i](F.interpolate(x, scale_factor=2, mode="nearest"))
                 x = self.up[i](torch.cat((x, skips[i]), 1))
+                if training and i:
+                    outs.insert(0, self.heads[i - 1](x))
+            if training:
+                return [self.head(x), *outs]
             # Labels, as ours.
             return self.head(x).argmax(1)
 
@@ -241,6 +249,63 @@ def net(torch, device, timer, a):
                 say(**about, kernels_error=str(e)[:200])
 
 
+def dice_and_ce(torch, logits, target):
+    """nnU-Net's loss of one output: cross-entropy, and soft Dice of each sample without the background, smoothed by 1e-5."""
+    ce = torch.nn.functional.cross_entropy(logits, target[:, 0])
+    p = logits.float().softmax(1)
+    hot = torch.zeros(p.shape, device=p.device, dtype=torch.bool).scatter_(1, target, 1)
+    axes = (2, 3, 4)
+    both, ours, truth = (p[:, 1:] * hot[:, 1:]).sum(axes), p[:, 1:].sum(axes), hot[:, 1:].sum(axes)
+    dice = (2 * both + 1e-5) / torch.clip(truth + ours + 1e-5, 1e-8)
+    return ce - dice.mean()
+
+
+def step(torch, device, timer, a):
+    """Whole training steps in every memory format and mode, the memory of each alone."""
+    dims, depth = MODELS[a.model]
+    patch = a.patch
+    if a.smoke:
+        dims, patch = [c // 8 for c in dims], 64
+    weights = [w / sum(0.5**i for i in range(4)) for w in (1, 0.5, 0.25, 0.125, 0)]
+    begin = time.time()
+    for mode in ("eager", "compile"):
+        for name, memory_format in formats(torch):
+            about = {"model": a.model, "step": True, "format": name, "mode": mode}
+            if time.time() - begin > a.limit or (a.smoke and mode == "compile"):
+                say(**about, error="no time left")
+                continue
+            try:
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                torch.manual_seed(0)
+                model = network(torch, dims, depth, True).to(device).to(memory_format=memory_format)
+                run = compiled(torch, model, a) if mode == "compile" else model
+                x = torch.randn(a.batch, 1, patch, patch, patch, device=device).to(memory_format=memory_format)
+                label = torch.arange(x.numel(), device=device) // 7 % CLASSES
+                label = label.reshape(x.shape)
+                targets = [label[:, :, :: 2**i, :: 2**i, :: 2**i].contiguous() for i in range(5)]
+                sgd = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.99, nesterov=True, weight_decay=3e-5)
+
+                def once():
+                    sgd.zero_grad(set_to_none=True)
+                    with torch.autocast(device, torch.bfloat16):
+                        outs = run(x)
+                        # The last weight is 0: nnU-Net leaves that output out.
+                        loss = sum(w * dice_and_ce(torch, o, t) for w, o, t in zip(weights, outs, targets) if w)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 12)
+                    sgd.step()
+
+                took = timer.clocked(lambda: within(a.compile_limit, once))
+                ms = timer.median(once)
+                peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+                say(**about, patch=patch, batch=a.batch, ms=round(ms, 4), peak_bytes=peak, prepared_seconds=round(took / 1e3, 1))
+            except Exception as e:  # A mode that does not work is no reason to lose the others.
+                say(**about, error=str(e)[:200])
+            model = run = sgd = x = label = targets = None
+
+
 def longest(torch, device, f):
     """Names and milliseconds of the five kernels that take longest: convolutions that are not cuDNN's would be seen."""
     from torch.profiler import ProfilerActivity, profile
@@ -351,6 +416,13 @@ def table(folder):
     def log(name):
         return records(os.path.join(folder, f"{name}.log"))
 
+    for first in sorted(glob.glob(os.path.join(folder, "train_1_*.log"))):
+        model = os.path.basename(first)[len("train_1_") : -len(".log")]
+        ours = [r for n in (1, 2) for r in log(f"train_{n}_{model}") if "seconds" in r]
+        if ours:
+            ms, peak = [r["seconds"] * 1e3 for r in ours], max(r["peak_bytes"] for r in ours)
+            print(f"{model}, training step {ours[0]['patch']}: ours {' / '.join(f'{m:.3f}' for m in ms)} ms, {peak / 2**20:.0f} MiB\n")
+            forward_table(log(f"torch_step_{model}"), max(ms), peak)
     for first in sorted(glob.glob(os.path.join(folder, "ours_1_*.log"))):
         model = os.path.basename(first)[len("ours_1_") : -len(".log")]
         ours = [r for n in (1, 2) for r in log(f"ours_{n}_{model}") if "seconds" in r]
@@ -442,7 +514,7 @@ def main():
         cudnn=torch.backends.cudnn.version(),
         device="cpu" if a.smoke else torch.cuda.get_device_name(),
     )
-    {"net": net, "layers": layers, "norm": norm}[a.what](torch, device, timer, a)
+    {"net": net, "layers": layers, "norm": norm, "step": step}[a.what](torch, device, timer, a)
 
 
 if __name__ == "__main__":

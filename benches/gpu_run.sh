@@ -6,6 +6,7 @@
 #   bash .gpu/gpu_run.sh check      on the machine with the GPU: every kernel and whole networks on the card; sanitizers
 #   bash .gpu/gpu_run.sh bench      ours, PyTorch, ours again; a table; our layers by every variant; whole predictions
 #   bash .gpu/gpu_run.sh visit      check without sanitizers, while PyTorch compiles; then bench
+#   bash .gpu/gpu_run.sh train      training steps: ours, PyTorch, ours again; every training kernel on the card before
 #   bash .gpu/gpu_run.sh prof       what ncu says of the kernels of one forward pass
 #
 # Logs and tables go to $OUT [gpu-results]. MODELS="small base" names the networks [small base large huge], LAYERS those
@@ -116,6 +117,7 @@ kernels() {
     done
     step 60 forward "$here/bin/stunet" bench forward --device cuda --model small --patch 32 --runs 1
     step 60 conv3d_all "$here/bin/stunet" bench conv3d --device cuda --model small --patch 32 --runs 1 --all --json
+    step 60 train_step "$here/bin/stunet" bench train-step --device cuda --model small --patch 32 --runs 1
     step 60 predict "$here/bin/stunet" bench predict --device cuda --model small --patch 64 --shape 80 96 128 --tta --runs 1
 }
 
@@ -242,6 +244,23 @@ visit() {
     end
 }
 
+train() {
+    begin
+    step 120 kernels_train env STUNET_GPU=require RUST_BACKTRACE=0 STUNET_GPU_TESTS="train" \
+        "$here/bin/tests" --nocapture --test-threads 1 --exact kernels::context::ptx_on_a_card
+    local model what
+    for model in $models; do
+        what=("$here/bin/stunet" bench train-step --device cuda --model "$model" --patch "$patch" --runs 20 --json)
+        step 60 "train_1_$model" "${what[@]}"
+        if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+            step 150 "torch_step_$model" python3 "$here/bench_torch.py" step --model "$model" --patch "$patch" --limit 60 --compile-limit 60
+        fi
+        step 60 "train_2_$model" "${what[@]}"
+    done
+    python3 "$here/bench_torch.py" table --results "$results" | tee "$results/table.md"
+    end
+}
+
 prof() {
     begin
     # A page of text for each kernel. What the card is measured with comes first and is not of interest; of the rest, skips and
@@ -260,6 +279,7 @@ prepare) prepare ;;
 check) check ;;
 bench) bench ;;
 visit) visit ;;
+train) train ;;
 prof) prof ;;
-*) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 2 ;;
+*) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -5,15 +5,17 @@ mod proof;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use stunet::autograd::{Ctx, Grads, Param};
+use stunet::autograd::{Ctx, Grads, Param, Var};
 use stunet::models::{Network, NetworkConfig, StuNetConfig, UnetConfig, UnetKind};
 use stunet::nn::{self, Module, Optimizer, ParamSource};
-use stunet::ops::{self, LabelMap, Loss, Outputs};
+use stunet::ops::{self, LabelMap, Loss, LossValue, Outputs, Target};
 use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Error, Isa, Result};
 
 use crate::common::golden_train::{Array, GoldenTrain, Kind};
+use crate::kernels::Sim;
 use crate::reference::golden::norm;
 
 /// The parameters before the first step.
@@ -57,6 +59,57 @@ fn by_name(net: &Network, mut of: impl FnMut(&Param) -> Option<Vec<f32>>) -> BTr
     out
 }
 
+/// Outputs and loss, every output against the labels at its size.
+fn on_processor<'m>(
+    case: &GoldenTrain,
+    step: usize,
+    loss: &Loss,
+    net: &'m Network,
+    cx: &mut Ctx<'m>,
+    x: Var,
+) -> (Vec<Vec<f32>>, Var, LossValue) {
+    let outputs = net.forward_all(cx, x).unwrap();
+    assert_eq!(outputs.len(), case.settings.ds_weights.len());
+    let logits = outputs.iter().map(|y| y.value().to_host().unwrap()).collect();
+    let (mut terms, mut values) = (Vec::new(), Vec::new());
+    let weighted = outputs.into_iter().zip(&case.settings.ds_weights).enumerate();
+    for (i, (y, weight)) in weighted.filter(|(_, (_, w))| **w != 0.0) {
+        let target = Target::new(labels(&case.targets[step][i]), &Device::cpu()).unwrap();
+        let (l, v) = ops::loss(cx, y, target.map(), loss).unwrap();
+        terms.push((l, *weight));
+        values.push((v, *weight));
+    }
+    let value = values.iter().map(|(v, w)| v * w).sum();
+    (logits, ops::weighted_sum(cx, terms).unwrap(), LossValue::known(value))
+}
+
+/// The same with the heads' scores looked at beside the pass.
+fn on_card<'m>(
+    case: &GoldenTrain,
+    step: usize,
+    loss: &Loss,
+    net: &'m Network,
+    cx: &mut Ctx<'m>,
+    x: Var,
+) -> (Vec<Vec<f32>>, Var, LossValue) {
+    let heads = net.forward_heads(cx, x).unwrap();
+    let logits = heads.iter().map(|h| h.host_scores(cx).unwrap().to_host().unwrap()).collect();
+    let (mut terms, mut values) = (Vec::new(), Vec::new());
+    let weighted = heads.into_iter().zip(&case.settings.ds_weights).enumerate();
+    for (i, (head, weight)) in weighted.filter(|(_, (_, w))| **w != 0.0) {
+        let target = Target::new(labels(&case.targets[step][i]), cx.device()).unwrap();
+        let (l, v) = head.loss(cx, &target, loss).unwrap();
+        terms.push((l, *weight));
+        values.push((v, *weight));
+    }
+    (logits, ops::weighted_sum(cx, terms).unwrap(), LossValue::sum(values))
+}
+
+fn labels(of: &Array<u8>) -> LabelMap {
+    let labels: Vec<u16> = of.values.iter().map(|l| u16::from(*l)).collect();
+    LabelMap::new(labels, [of.shape[0], of.shape[2], of.shape[3], of.shape[4]]).unwrap()
+}
+
 /// The first steps of nnU-Net's training.
 fn train(case: &GoldenTrain, net: &mut Network, device: &Device, strict: bool, count: usize, what: String) -> Training {
     let settings = &case.settings;
@@ -71,22 +124,13 @@ fn train(case: &GoldenTrain, net: &mut Network, device: &Device, strict: bool, c
             let mut cx = Ctx::train(device).strict(strict);
             let dims: [usize; 5] = input.shape[..].try_into().unwrap();
             let x = cx.leaf(Tensor::from_host(&input.values, Dims::from(dims), device).unwrap());
-            let outputs = net.forward_all(&mut cx, x).unwrap();
-            assert_eq!(outputs.len(), settings.ds_weights.len());
-            let logits: Vec<_> = outputs.iter().map(|y| y.value().to_host().unwrap()).collect();
-            let (mut terms, mut value) = (Vec::new(), 0.0);
-            let weighted = outputs.into_iter().zip(&settings.ds_weights).enumerate();
-            for (i, (y, weight)) in weighted.filter(|(_, (_, w))| **w != 0.0) {
-                let Array { shape, values } = &case.targets[step][i];
-                let labels: Vec<u16> = values.iter().map(|l| u16::from(*l)).collect();
-                let target = LabelMap::new(labels, [shape[0], shape[2], shape[3], shape[4]]).unwrap();
-                let (l, v) = ops::loss(&mut cx, y, &target, &loss).unwrap();
-                terms.push((l, *weight));
-                value += weight * v;
-            }
-            let total = ops::weighted_sum(&mut cx, terms).unwrap();
+            let (logits, total, value) = if device.is_cpu() {
+                on_processor(case, step, &loss, net, &mut cx, x)
+            } else {
+                on_card(case, step, &loss, net, &mut cx, x)
+            };
             cx.backward(total, &mut grads).unwrap();
-            (logits, value)
+            (logits, value.read().unwrap())
         };
         let gradients = by_name(net, |p| grads.param(p).map(|g| nn::unpack(p, g).unwrap()));
         steps.push(Step { parameters, outputs, loss: value, gradients });
@@ -155,6 +199,40 @@ fn run(k: usize) {
             }
         }
     }
+}
+
+/// The first step by a card's kernels, on their interpreter.
+fn run_on_card(k: usize) {
+    let Some(case) = GoldenTrain::read(k) else { return };
+    let device = Device::on(Arc::new(Sim::of(0, [8, 6])), "sim".into());
+    let mut net = config(&case).build(&Before(&case), &device).unwrap();
+    let training = train(&case, &mut net, &device, true, 1, format!("{} on a card", case.name));
+    proof::prove(&case, &training, false);
+}
+
+#[test]
+fn cuda_train_golden_stunet() {
+    run_on_card(0);
+}
+
+#[test]
+fn cuda_train_golden_stunet_of_two_blocks_a_stage() {
+    run_on_card(1);
+}
+
+#[test]
+fn cuda_train_golden_stunet_of_strides_one() {
+    run_on_card(2);
+}
+
+#[test]
+fn cuda_train_golden_plain() {
+    run_on_card(3);
+}
+
+#[test]
+fn cuda_train_golden_residual_encoder() {
+    run_on_card(4);
 }
 
 #[test]

@@ -58,6 +58,9 @@ const EXEMPT: &[(&str, &str)] = &[
     ),
     ("lazy", "no operation: inputs that operations finish while they read them, tested with conv3d in conv3d_fused.rs"),
     ("testing", "no operation: the door through which tests reach every implementation"),
+    ("filter", "how filters lie on a card, which every convolution there goes through"),
+    ("grad", "the ways back on a card, each with a kernel of its own that has tests"),
+    ("head_loss", "conv3d and loss on the processor; on a card tests/kernels/head_loss.rs"),
 ];
 
 const MAX_LINES: usize = 600;

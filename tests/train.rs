@@ -9,7 +9,7 @@ use stunet::nn::{self, Module};
 use stunet::nnunet::loader::Batch;
 use stunet::nnunet::model::{ModelFolder, ModelOptions};
 use stunet::nnunet::train::{Batches, Data, NetworkChoice, Start, TrainOptions, Trainer, TrainingPlan};
-use stunet::{Device, Error, Event, Flow, Result};
+use stunet::{Device, Error, Event, Flow, Precision, Result};
 
 use crate::common::drive::values;
 
@@ -84,13 +84,18 @@ struct Noise {
     next: (u32, u32),
     iterations: u32,
     channels: usize,
+    patch: [usize; 3],
     /// A batch with a NaN.
     broken: Option<(u32, u32)>,
 }
 
 impl Noise {
     fn data(channels: usize, broken: Option<(u32, u32)>) -> Data {
-        let noise = |iterations| Box::new(Noise { next: (0, 0), iterations, channels, broken });
+        Self::of(channels, PATCH, broken)
+    }
+
+    fn of(channels: usize, patch: [usize; 3], broken: Option<(u32, u32)>) -> Data {
+        let noise = |iterations| Box::new(Noise { next: (0, 0), iterations, channels, patch, broken });
         Data { train: noise(3), val: noise(2), cases: vec!["first".into(), "second".into()] }
     }
 }
@@ -104,7 +109,7 @@ impl Batches for Noise {
     fn batch(&mut self) -> Result<Batch> {
         let (epoch, iteration) = self.next;
         self.seek(epoch, iteration + 1)?;
-        let voxels: usize = PATCH.iter().product();
+        let voxels: usize = self.patch.iter().product();
         let mut image = values(2 * self.channels * voxels, u64::from(epoch + iteration) % 3);
         let first = image.chunks_exact(voxels).step_by(self.channels);
         let label = |v: &f32| u16::from(*v > 0.0) + u16::from(*v > 0.5);
@@ -112,7 +117,7 @@ impl Batches for Noise {
         if self.broken == Some((epoch, iteration)) {
             image[7] = f32::NAN;
         }
-        Batch::new(image, target, self.channels, PATCH, vec![0, 1])
+        Batch::new(image, target, self.channels, self.patch, vec![0, 1])
     }
 }
 
@@ -373,4 +378,63 @@ fn supervision_follows_the_plan_and_not_the_network() {
     // All five learn, weighted as if there were a sixth.
     plan.pools = vec![[2; 3]; 6];
     assert_eq!(plan.supervision(), [16.0, 8.0, 4.0, 2.0, 1.0, 0.0].map(|w| w / 31.0));
+}
+
+/// On a card, which an interpreter stands for: trained as on the processor, stopped and gone on with, read where there is none.
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_train_goes_on_with_the_same_bytes_and_leaves_what_the_processor_reads() {
+    let patch = [4, 8, 8];
+    let sim = || Device::on(std::sync::Arc::new(crate::kernels::Sim::of(0, [8, 6])), "sim".into());
+    let mut options = options(NetworkChoice::Planned);
+    options.epochs = Some(2);
+    let begin = |folder: &Path, precision, start, broken, device: &Device| {
+        let plan = TrainingPlan::read(&folder.join("nnUNetPlans.json"), "3d_fullres").unwrap();
+        let plan = plan.with_sizes(Some(patch), None).unwrap();
+        let mut options = options.clone();
+        options.precision = precision;
+        let fold = folder.join(options.trainer_name()).join("fold_0");
+        Trainer::new(plan, options, start, &fold, "0", Noise::of(1, patch, broken), device)
+    };
+    let folder = || {
+        let folder = tempfile::tempdir().unwrap();
+        plans(folder.path(), &labels(), 1);
+        folder
+    };
+    let run = |precision, device: &Device| {
+        let folder = folder();
+        let mut t = begin(folder.path(), precision, Start::New, None, device).unwrap();
+        t.run(&mut (), &mut |_, _| Ok(())).unwrap();
+        (folder, t)
+    };
+    let (there, card) = run(Precision::Bf16, &sim());
+    let expected = parameters(&card);
+    let (_here, cpu) = run(Precision::Bf16, &Device::cpu());
+    for (a, b) in card.state().logs.train_losses.iter().zip(&cpu.state().logs.train_losses) {
+        assert!((a.0 - b.0).abs() < 0.02 * b.0.abs(), "losses {a:?} and {b:?}");
+    }
+    // The final checkpoint by the processor.
+    let opened = ModelFolder::open(there.path().join(options.trainer_name()), &ModelOptions::new()).unwrap();
+    assert_eq!(opened.plan.heads, 3);
+
+    // Stopped in the second epoch.
+    let folder = folder();
+    let mut t = begin(folder.path(), Precision::Bf16, Start::New, None, &sim()).unwrap();
+    t.epoch(&mut ()).unwrap();
+    t.step().unwrap();
+    t.save().unwrap();
+    drop(t);
+    let mut t = begin(folder.path(), Precision::Bf16, Start::Continue, None, &sim()).unwrap();
+    t.run(&mut (), &mut |_, _| Ok(())).unwrap();
+    assert!(parameters(&t) == expected, "other bytes after a stop");
+
+    // What is no number moves nothing.
+    let broken = tempfile::tempdir().unwrap();
+    plans(broken.path(), &labels(), 1);
+    let mut t = begin(broken.path(), Precision::Bf16, Start::New, Some((0, 1)), &sim()).unwrap();
+    t.step().unwrap();
+    let before = parameters(&t);
+    let e = t.step().unwrap_err().to_string();
+    assert!(e.contains("epoch 0, step 1") && parameters(&t) == before, "{e}");
+    assert!(begin(broken.path(), Precision::F16, Start::Afresh, None, &sim()).is_err());
 }

@@ -129,7 +129,13 @@ impl Param {
 
     /// Bytes of all such forms.
     pub(crate) fn derived_bytes(&self) -> usize {
-        self.forms().iter().map(|(_, f)| 4 * f.as_slice().len()).sum()
+        self.forms().iter().map(|(_, f)| f.bytes()).sum()
+    }
+
+    /// All such forms with their keys.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn all_derived(&self) -> Vec<(u64, Arc<Tensor>)> {
+        self.forms().clone()
     }
 
     fn forms(&self) -> MutexGuard<'_, Vec<(u64, Arc<Tensor>)>> {

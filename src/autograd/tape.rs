@@ -4,8 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Ctx, Param, ParamId, Var};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::pool;
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda::Driver;
 use crate::tensor::{BLOCK, Dims, Layout, Tensor};
 
 /// Where on which tape a value was made.
@@ -17,7 +21,8 @@ pub struct NodeId {
 
 /// The way back of one operation: what it kept of the way forward, and what to do with the gradient of its result.
 ///
-/// Gradients have the sizes of their values and are stored as f32 in the order that the device computes with.
+/// Gradients have the sizes of their values and are stored in the order that the device computes with: as f32, those of a
+/// card's activations as the activations are; scalars are the processor's.
 pub trait Backward<'m>: Send {
     /// The operation.
     fn name(&self) -> &'static str;
@@ -109,9 +114,15 @@ fn add_to<K: Ord>(all: &mut BTreeMap<K, Tensor>, id: K, g: Tensor) -> Result<()>
         None => g,
         Some(a) => {
             let (mut to, from) = if a.is_unique() { (a, g) } else { (g, a) };
-            if to.dims() != from.dims() || to.layout() != from.layout() {
+            if to.dims() != from.dims() || to.layout() != from.layout() || to.precision() != from.precision() {
                 let what = format!("{:?} and {:?}, expected equal sizes", to.dims(), from.dims());
                 return Err(Error::shape("gradient", what));
+            }
+            #[cfg(feature = "cuda")]
+            if let Some(driver) = to.device().driver() {
+                let sum = on_card(driver, to.clone(), &from, to.is_unique())?;
+                all.insert(id, sum);
+                return Ok(());
             }
             if !to.is_unique() {
                 let mut copy = Tensor::empty(*to.dims(), to.layout(), to.device())?;
@@ -129,6 +140,16 @@ fn add_to<K: Ord>(all: &mut BTreeMap<K, Tensor>, id: K, g: Tensor) -> Result<()>
     };
     all.insert(id, sum);
     Ok(())
+}
+
+/// The sum of two tensors of a card, in the place of the first if it is `owned`.
+#[cfg(feature = "cuda")]
+fn on_card(driver: &dyn Driver, a: Tensor, b: &Tensor, owned: bool) -> Result<Tensor> {
+    let out = if owned { a.clone() } else { Tensor::empty_in(*a.dims(), a.layout(), a.precision(), a.device())? };
+    let at = |t: &Tensor| t.cuda().ok_or_else(|| Error::shape("gradient", "a sum of tensors of different devices"));
+    let values = a.layout().len(a.dims());
+    pool::add(driver, a.precision().into(), values, at(&a)?, at(b)?, at(&out)?)?;
+    Ok(out)
 }
 
 fn memory(x: &mut Tensor) -> Result<&mut [f32]> {
@@ -205,8 +226,12 @@ impl<'m> Tape<'m> {
         let Some(n) = self.nodes.get(node.index).filter(|_| node.tape == self.id) else {
             return Err(Error::shape("backward", "a value of another pass, or of one whose way back is over"));
         };
-        // Scalars and vectors have no channel blocks.
-        let layout = if n.dims.as_slice().len() == 5 { Layout::BLOCKED } else { Layout::PLAIN };
+        // Scalars and vectors have no channel blocks; a card's activations have one.
+        let layout = match n.dims.as_slice() {
+            [_, c, _, _, _] if !g.device().is_cpu() => Layout { block: c.next_multiple_of(BLOCK) },
+            [_, _, _, _, _] => Layout::BLOCKED,
+            _ => Layout::PLAIN,
+        };
         if *g.dims() != n.dims || g.layout() != layout {
             return Err(Error::shape("backward", format!("a gradient of {:?} for {:?}", g.dims(), n.dims)));
         }
@@ -224,7 +249,7 @@ impl<'m> Ctx<'m> {
         if loss.value.dims().as_slice() != [1] {
             return Err(Error::shape("backward", format!("a loss of {:?}, expected [1]", loss.value.dims())));
         }
-        let one = Tensor::from_host(&[1.0], Dims::from([1]), &self.device)?;
+        let one = Tensor::from_host(&[1.0], Dims::from([1]), self.device.host())?;
         self.backward_from(vec![(loss, one)], grads)
     }
 

@@ -90,9 +90,10 @@ pub(super) struct Args {
     /// All random numbers follow from it
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = HOW)]
     seed: u64,
-    /// Activations in memory; weights and arithmetic are f32
-    #[arg(long, value_enum, default_value = "f32", help_heading = HOW)]
-    precision: PrecisionChoice,
+    /// Activations in memory, on a GPU also filters as they are computed with and gradients of activations; weights and sums
+    /// are f32 [default: f32, on a GPU bf16]
+    #[arg(long, value_enum, help_heading = HOW)]
+    precision: Option<PrecisionChoice>,
     /// Left is not right: neither mirror patches nor, later, images
     #[arg(long, help_heading = HOW)]
     no_mirroring: bool,
@@ -194,8 +195,9 @@ const FINAL: &str = "checkpoint_final.pth";
 const BEST: &str = "checkpoint_best.pth";
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let (task, options) = (args.task()?, args.options()?);
+    let (task, mut options) = (args.task()?, args.options()?);
     let device = args.device.open()?;
+    options.precision = args.precision.map_or_else(|| device.precision(), Into::into);
     progress::catch_interrupts();
     if !args.quiet {
         output::show_library_warnings();
@@ -261,7 +263,6 @@ impl Args {
             _ => [p[0], p[1], p[2]],
         });
         options.seed = self.seed;
-        options.precision = self.precision.into();
         if self.no_mirroring {
             options.mirror_axes = Some(Vec::new());
         }

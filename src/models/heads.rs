@@ -6,7 +6,7 @@ use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
 use crate::nn::{self, Conv3d, Module, ParamSource};
 use crate::ops;
-use crate::tensor::{Device, Precision};
+use crate::tensor::{Device, Dims, Precision, Tensor};
 
 const ONE: [usize; 3] = [1; 3];
 
@@ -78,10 +78,17 @@ impl Heads {
     /// What head `u` says: results, not activations, so not rounded; by a card, whose kernels store as filters are stored, to
     /// 16 bits.
     pub(super) fn scores<'m>(&'m self, cx: &mut Ctx<'m>, u: usize, x: Var) -> Result<Var> {
-        let before = cx.set_precision(Precision::F32);
+        // A card computes with the head as with every other filter.
+        let wanted = if cx.device().is_cpu() { Precision::F32 } else { cx.precision() };
+        let before = cx.set_precision(wanted);
         let scores = self.layers[u].run(cx, x);
         cx.set_precision(before);
         scores
+    }
+
+    /// Features of a level with head `u`, whose scores nobody has asked for yet.
+    pub(super) fn scored(&self, u: usize, features: Var) -> Scored<'_> {
+        Scored { features, heads: self, level: u }
     }
 
     /// What the last one says.
@@ -102,6 +109,58 @@ impl Heads {
     pub(super) fn params_mut<'m>(&'m mut self, visit: &mut dyn FnMut(&'m mut Param)) {
         self.last.take();
         self.layers.iter_mut().for_each(|l| l.params_mut(visit));
+    }
+}
+
+/// Who looks at a level's output.
+pub(super) type See<'s, 'm> = dyn FnMut(&mut Ctx<'m>, usize, &Var) -> Result<()> + 's;
+
+/// Features of a level and the head that is to make scores of them.
+#[derive(Debug)]
+pub struct Scored<'m> {
+    features: Var,
+    heads: &'m Heads,
+    level: usize,
+}
+
+impl<'m> Scored<'m> {
+    /// Sizes of the features, whose space is that of the scores: `[N, features, D, H, W]`.
+    #[must_use]
+    pub fn dims(&self) -> &Dims {
+        self.features.value().dims()
+    }
+
+    /// The scores `[N, classes, D, H, W]`.
+    ///
+    /// # Errors
+    /// As [`ops::conv3d()`].
+    pub fn scores(self, cx: &mut Ctx<'m>) -> Result<Var> {
+        self.heads.scores(cx, self.level, self.features)
+    }
+
+    /// The scores where the processor can read them, as far as a card rounds them to 16 bits.
+    ///
+    /// # Errors
+    /// As [`ops::conv3d()`]; [`Error::Device`].
+    pub fn host_scores(&self, cx: &mut Ctx<'m>) -> Result<Tensor> {
+        let scores = self.heads.scores(cx, self.level, self.features.clone())?.into_value();
+        Tensor::from_host(&scores.to_host()?, *scores.dims(), cx.device().host())
+    }
+
+    /// The loss of the scores; see [`ops::head_loss()`].
+    ///
+    /// # Errors
+    /// As [`ops::head_loss()`].
+    pub fn loss(self, cx: &mut Ctx<'m>, target: &ops::Target, how: &ops::Loss) -> Result<(Var, ops::LossValue)> {
+        self.heads.layers[self.level].run_loss(cx, self.features, target, how)
+    }
+
+    /// The label of every voxel by the full-resolution head; see [`ops::head_labels()`].
+    ///
+    /// # Errors
+    /// As [`ops::head_labels()`].
+    pub fn labels(&self, cx: &mut Ctx<'_>) -> Result<Vec<u16>> {
+        self.heads.labels(cx, self.features.clone())
     }
 }
 

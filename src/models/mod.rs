@@ -11,7 +11,7 @@ mod unet_config;
 mod unet_names;
 
 pub use config::StuNetConfig;
-pub use heads::Head;
+pub use heads::{Head, Scored};
 pub use network::{Network, NetworkConfig};
 pub use stunet::StuNet;
 pub use unet::Unet;

@@ -1,6 +1,6 @@
 //! Any of the networks, behind one type.
 
-use super::{Head, StuNet, StuNetConfig, Unet, UnetConfig, UnetKind};
+use super::{Head, Scored, StuNet, StuNetConfig, Unet, UnetConfig, UnetKind};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
 use crate::nn::{Module, ParamSource, RandomParams, Scheme};
@@ -278,6 +278,14 @@ impl Network {
     /// As [`StuNet::features`].
     pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
         each!(Network, self, n => n.forward_all(cx, x))
+    }
+
+    /// All heads with the features that they read, the full resolution first; see [`StuNet::forward_heads`].
+    ///
+    /// # Errors
+    /// As [`StuNet::features`].
+    pub fn forward_heads<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Scored<'m>>> {
+        each!(Network, self, n => n.forward_heads(cx, x))
     }
 
     /// The label of every voxel; see [`StuNet::labels`].

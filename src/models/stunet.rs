@@ -1,7 +1,7 @@
 //! STU-Net (Huang et al., "STU-Net: Scalable and Transferable Medical Image Segmentation Models Empowered by
 //! Large-Scale Supervised Pre-training", 2023): a residual U-Net of fixed topology that scales in width and depth.
 
-use super::heads::{Heads, storing};
+use super::heads::{Heads, Scored, See, storing};
 use super::{Head, StuNetConfig};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
@@ -211,7 +211,7 @@ impl StuNet {
     /// [`Error::Shape`] when `x` has other channels, or sizes that the strides do not divide;
     /// [`Error::OutOfMemory`].
     pub fn features<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
-        self.run(cx, x, None)
+        self.run(cx, x, &mut |_, _, _| Ok(()))
     }
 
     /// The label of every voxel, `[N, D, H, W]`: the first class of the largest full-resolution logit. Logits are never in
@@ -230,18 +230,37 @@ impl StuNet {
     /// As [`StuNet::features`].
     pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
         let mut outs = Vec::new();
-        let last = self.run(cx, x, Some(&mut outs))?;
+        let last = self.run(cx, x, &mut |cx, u, x| {
+            outs.push(self.heads.scores(cx, u, x.clone())?);
+            Ok(())
+        })?;
         outs.push(self.heads.last_scores(cx, last)?);
         outs.reverse();
         Ok(outs)
     }
 
-    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, outs: Option<&mut Vec<Var>>) -> Result<Var> {
-        self.check(&x)?;
-        storing(cx, self.precision, |cx| self.stages(cx, x, outs))
+    /// All heads with the features that they read, the full resolution first: for losses that need no scores in memory.
+    ///
+    /// # Errors
+    /// As [`Self::features`].
+    pub fn forward_heads<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Scored<'m>>> {
+        let mut outs = Vec::new();
+        let last = self.run(cx, x, &mut |_, u, x| {
+            outs.push(self.heads.scored(u, x.clone()));
+            Ok(())
+        })?;
+        outs.push(self.heads.scored(outs.len(), last));
+        outs.reverse();
+        Ok(outs)
     }
 
-    fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
+    /// Shows the output of every level but the last one to `see`.
+    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, see: &mut See<'_, 'm>) -> Result<Var> {
+        self.check(&x)?;
+        storing(cx, self.precision, |cx| self.stages(cx, x, see))
+    }
+
+    fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, see: &mut See<'_, 'm>) -> Result<Var> {
         let mut x = x;
         let mut skips = Vec::with_capacity(5);
         for (s, stage) in self.encoder.iter().enumerate() {
@@ -256,10 +275,8 @@ impl StuNet {
             let low = self.up[u].run(cx, x)?;
             let skip = skips.pop().ok_or_else(|| Error::shape("stunet", "skip missing"))?;
             x = self.stage(cx, stage, vec![low, skip], self.config.strides[4 - u])?;
-            if u < 4
-                && let Some(outs) = &mut outs
-            {
-                outs.push(self.heads.scores(cx, u, x.clone())?);
+            if u < 4 {
+                see(cx, u, &x)?;
             }
         }
         Ok(x)

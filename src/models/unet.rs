@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use super::heads::{Heads, storing};
+use super::heads::{Heads, Scored, See, storing};
 use super::plain_unet::PlainEncoder;
 use super::res_enc_unet::ResEncEncoder;
 use super::{Head, UnetConfig, UnetKind};
@@ -241,7 +241,7 @@ impl Unet {
     /// [`Error::Shape`] when `x` has other channels, or sizes that the strides do not divide;
     /// [`Error::OutOfMemory`].
     pub fn features<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Var> {
-        self.run(cx, x, None)
+        self.run(cx, x, &mut |_, _, _| Ok(()))
     }
 
     /// The label of every voxel, `[N, D, H, W]`: the first class of the largest full-resolution logit. Logits are never in
@@ -260,28 +260,45 @@ impl Unet {
     /// As [`Unet::features`].
     pub fn forward_all<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
         let mut outs = Vec::new();
-        let last = self.run(cx, x, Some(&mut outs))?;
+        let last = self.run(cx, x, &mut |cx, u, x| {
+            outs.push(self.heads.scores(cx, u, x.clone())?);
+            Ok(())
+        })?;
         outs.push(self.heads.last_scores(cx, last)?);
         outs.reverse();
         Ok(outs)
     }
 
-    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, outs: Option<&mut Vec<Var>>) -> Result<Var> {
-        self.check(&x)?;
-        storing(cx, self.precision, |cx| self.stages(cx, x, outs))
+    /// All heads with the features that they read, the full resolution first: for losses that need no scores in memory.
+    ///
+    /// # Errors
+    /// As [`Self::features`].
+    pub fn forward_heads<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Scored<'m>>> {
+        let mut outs = Vec::new();
+        let last = self.run(cx, x, &mut |_, u, x| {
+            outs.push(self.heads.scored(u, x.clone()));
+            Ok(())
+        })?;
+        outs.push(self.heads.scored(outs.len(), last));
+        outs.reverse();
+        Ok(outs)
     }
 
-    fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, mut outs: Option<&mut Vec<Var>>) -> Result<Var> {
+    /// Shows the output of every level but the last one to `see`.
+    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, see: &mut See<'_, 'm>) -> Result<Var> {
+        self.check(&x)?;
+        storing(cx, self.precision, |cx| self.stages(cx, x, see))
+    }
+
+    fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, see: &mut See<'_, 'm>) -> Result<Var> {
         let mut skips = self.encoder.run(cx, x)?;
         let mut skip = || skips.pop().ok_or_else(|| Error::shape(OP, "skip missing"));
         let mut x = skip()?;
         for (u, convs) in self.decoder.iter().enumerate() {
             let up = self.up[u].forward(cx, x)?;
             x = stack(cx, convs, Sources::Two(up.into(), skip()?.into()))?;
-            if u + 1 < self.decoder.len()
-                && let Some(outs) = &mut outs
-            {
-                outs.push(self.heads.scores(cx, u, x.clone())?);
+            if u + 1 < self.decoder.len() {
+                see(cx, u, &x)?;
             }
         }
         Ok(x)

@@ -26,6 +26,11 @@ impl<'m> Backward<'m> for WithoutEffect<'m> {
     fn saved<'s>(&'s self, _: &mut dyn FnMut(&'s Tensor)) {}
 
     fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if !cx.device().is_cpu() {
+            grads.add_param(self.0.id(), crate::ops::cuda::zeros(self.0)?)?;
+            return Ok(vec![Some(dy)]);
+        }
         let dims = *self.0.value().dims();
         grads.add_param(self.0.id(), Tensor::from_host(&vec![0.0; dims.len()], dims, cx.device())?)?;
         Ok(vec![Some(dy)])
@@ -88,6 +93,20 @@ impl Conv3d {
     /// As [`Module::forward`].
     pub fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: impl Into<Sources>) -> Result<Var> {
         ops::conv3d(cx, x, &self.weight, self.bias.as_ref(), self.how)
+    }
+
+    /// The loss of its result, for a layer of single voxels; see [`ops::head_loss()`].
+    ///
+    /// # Errors
+    /// As [`ops::head_loss()`].
+    pub fn run_loss<'m>(
+        &'m self,
+        cx: &mut Ctx<'m>,
+        x: Var,
+        target: &ops::Target,
+        how: &ops::Loss,
+    ) -> Result<(Var, ops::LossValue)> {
+        ops::head_loss(cx, x, &self.weight, self.bias.as_ref(), target, how)
     }
 
     /// Bytes of the filter's other forms, which it keeps from its first run on.

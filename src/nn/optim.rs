@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::param::{pack, unpack};
 use crate::autograd::{Grads, Param};
 use crate::error::{Error, Result};
+use crate::ops::LossValue;
 use crate::ops::optim::{self, Update};
 use crate::tensor::{Device, Layout, Precision, Tensor};
 
@@ -97,6 +98,9 @@ pub struct Optimizer {
     rule: Rule,
     max_norm: Option<f64>,
     slots: BTreeMap<String, Slot>,
+    /// What a card has of it.
+    #[cfg(feature = "cuda")]
+    room: crate::ops::cuda::optim::Room,
 }
 
 impl Optimizer {
@@ -109,13 +113,23 @@ impl Optimizer {
         if !rule.is_valid() || max_norm.is_some_and(|m| m.is_nan() || m <= 0.0) {
             return Err(Error::usage(format!("optimizer {rule:?} with norms up to {max_norm:?}: out of range")));
         }
-        Ok(Self { rule, max_norm, slots: BTreeMap::new() })
+        Ok(Self::with(rule, max_norm))
     }
 
     /// nnU-Net's: [`Rule::NNUNET`], gradients clipped to a norm of 12.
     #[must_use]
     pub fn nnunet() -> Self {
-        Self { rule: Rule::NNUNET, max_norm: Some(12.0), slots: BTreeMap::new() }
+        Self::with(Rule::NNUNET, Some(12.0))
+    }
+
+    fn with(rule: Rule, max_norm: Option<f64>) -> Self {
+        Self {
+            rule,
+            max_norm,
+            slots: BTreeMap::new(),
+            #[cfg(feature = "cuda")]
+            room: crate::ops::cuda::optim::Room::default(),
+        }
     }
 
     /// Its rule.
@@ -137,10 +151,106 @@ impl Optimizer {
     /// # Errors
     /// [`Error::NotFinite`] naming the first parameter whose gradient holds a NaN or an infinity, [`Error::Usage`] for a
     /// learning rate that is negative or no number, or two parameters of one name, [`Error::Shape`] when a gradient does
-    /// not fit: nothing is changed then. [`Error::Unsupported`] on a card and for parameters not stored as f32;
-    /// [`Error::OutOfMemory`].
+    /// not fit: nothing is changed then. [`Error::Unsupported`] for parameters not stored as f32; [`Error::OutOfMemory`].
     pub fn step(&mut self, params: Vec<&mut Param>, grads: &mut Grads, lr: f64) -> Result<StepNorms> {
         self.step_by(params, grads, lr, None)
+    }
+
+    /// As [`Optimizer::step`], of gradients of the loss times `scale`, which is taken out of them again. On a card nothing is
+    /// changed either when the loss turns out not to be finite, and this waits for the card.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`].
+    pub fn step_guarded(
+        &mut self,
+        params: Vec<&mut Param>,
+        grads: &mut Grads,
+        lr: f64,
+        loss: &LossValue,
+        scale: f64,
+    ) -> Result<StepNorms> {
+        #[cfg(feature = "cuda")]
+        if let Some(guard) = loss.guard() {
+            check_rate(lr)?;
+            return self.step_on_card(params, grads, lr, Some(guard), scale);
+        }
+        let _ = (loss, scale);
+        self.step_by(params, grads, lr, None)
+    }
+
+    /// The step of parameters that are on a card.
+    #[cfg(feature = "cuda")]
+    fn step_on_card(
+        &mut self,
+        mut params: Vec<&mut Param>,
+        grads: &mut Grads,
+        lr: f64,
+        guard: Option<&Tensor>,
+        scale: f64,
+    ) -> Result<StepNorms> {
+        use crate::ops::cuda::{self, optim as card};
+        params.retain(|p| grads.param(p).is_some());
+        let Some(device) = params.first().map(|p| p.value().device().clone()) else {
+            return Ok(StepNorms { gradient: 0.0, scale: 1.0 });
+        };
+        for p in &params {
+            let Some(g) = grads.param(p) else { continue };
+            if p.precision() != Precision::F32 {
+                let what = format!("training of parameters stored as {}; float32 is", p.precision().name());
+                return Err(Error::unsupported(what));
+            }
+            if g.dims().len() != cuda::floats(p)? || g.precision() != Precision::F32 {
+                let what = format!("a gradient of {:?} for {:?}: {}", g.dims(), p.dims(), p.name());
+                return Err(Error::shape("optim", what));
+            }
+        }
+        self.make_slots(&params)?;
+        let taken: Vec<Tensor> = params.iter().filter_map(|p| grads.take_param(p)).collect();
+        // Adam's numbers are those of the parameter's own steps.
+        let mut groups: BTreeMap<u64, (card::Rule, Vec<card::Moved<'_>>)> = BTreeMap::new();
+        for (p, gradient) in params.iter().zip(&taken) {
+            let Some(slot) = self.slots.get(p.name()) else { continue };
+            let steps = slot.steps + 1;
+            let (key, rule) = match self.rule {
+                Rule::Sgd { momentum, weight_decay, nesterov } => {
+                    let (weight_decay, momentum, rate) = (weight_decay as f32, momentum as f32, lr as f32);
+                    (0, card::Rule::Sgd(card::Sgd { weight_decay, momentum, rate, nesterov }))
+                }
+                Rule::Adam { betas: [beta1, beta2], eps, weight_decay, decoupled } => {
+                    let correction = |beta: f64| 1.0 - beta.powf(steps as f64);
+                    let adam = card::Adam {
+                        weight_decay: if decoupled { 0.0 } else { weight_decay as f32 },
+                        shrink: if decoupled { (1.0 - lr * weight_decay) as f32 } else { 1.0 },
+                        share1: (1.0 - beta1) as f32,
+                        beta2: beta2 as f32,
+                        share2: (1.0 - beta2) as f32,
+                        rate: (lr / correction(beta1)) as f32,
+                        correction: correction(beta2).sqrt() as f32,
+                        eps: eps as f32,
+                    };
+                    (steps, card::Rule::Adam(adam))
+                }
+            };
+            let moved = card::Moved { param: p, gradient, kept: slot.kept.all(), first: steps == 1 };
+            groups.entry(key).or_insert_with(|| (rule, Vec::new())).1.push(moved);
+        }
+        let groups: Vec<_> = groups.into_values().collect();
+        let found = card::step(&device, &mut self.room, &groups, guard, self.max_norm, 1.0 / scale)?;
+        let names: Vec<String> = groups.iter().flat_map(|(_, g)| g).map(|m| m.param.name().into()).collect();
+        if !found.finite {
+            return Err(Error::NotFinite {
+                what: match found.wrong.and_then(|i| names.get(i)) {
+                    Some(name) => format!("the gradient of {name}"),
+                    None => format!("the loss is {}", found.guard),
+                },
+            });
+        }
+        for name in names {
+            if let Some(slot) = self.slots.get_mut(&name) {
+                slot.steps += 1;
+            }
+        }
+        Ok(StepNorms { gradient: found.norm, scale: f64::from(found.scale) * scale })
     }
 
     /// As [`Optimizer::step`], by one implementation: for tests.
@@ -152,8 +262,10 @@ impl Optimizer {
         lr: f64,
         name: Option<&str>,
     ) -> Result<StepNorms> {
-        if !(lr >= 0.0 && lr.is_finite()) {
-            return Err(Error::usage(format!("learning rate {lr}, expected a number of at least 0")));
+        check_rate(lr)?;
+        #[cfg(feature = "cuda")]
+        if params.first().is_some_and(|p| !p.value().device().is_cpu()) {
+            return self.step_on_card(params, grads, lr, None, 1.0);
         }
         params.retain(|p| grads.param(p).is_some());
         let Some(device) = params.first().map(|p| p.value().device().clone()) else {
@@ -306,9 +418,22 @@ impl Kept {
     }
 }
 
+fn check_rate(lr: f64) -> Result<()> {
+    if lr >= 0.0 && lr.is_finite() {
+        return Ok(());
+    }
+    Err(Error::usage(format!("learning rate {lr}, expected a number of at least 0")))
+}
+
 /// Zeros that lie as the values of `p` do, for as long as training lasts.
 fn zeros(p: &Param) -> Result<Tensor> {
     let device = p.value().device();
+    #[cfg(feature = "cuda")]
+    if !device.is_cpu() {
+        let t = device.unplanned(|| Tensor::empty(*p.value().dims(), Layout::PLAIN, device))?;
+        crate::ops::cuda::clear(&t, 0, t.dims().len())?;
+        return Ok(t);
+    }
     let mut t = device.unplanned(|| Tensor::empty(*p.value().dims(), Layout::PLAIN, device))?;
     t.as_mut_slice().ok_or_else(|| Error::shape("optim", "fresh memory is shared"))?.fill(0.0);
     Ok(t)

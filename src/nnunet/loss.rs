@@ -2,7 +2,8 @@
 
 use crate::autograd::{Ctx, Var};
 use crate::error::{Error, Result};
-use crate::ops::{self, LabelMap, Loss, Outputs};
+use crate::models::Scored;
+use crate::ops::{self, LabelMap, Loss, LossValue, Outputs, Target};
 
 /// The losses of nnU-Net's trainers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -119,4 +120,31 @@ pub fn supervised(
         terms.push((loss, weight));
     }
     Ok((ops::weighted_sum(cx, terms)?, total))
+}
+
+/// The same of heads whose scores need not be in memory.
+///
+/// # Errors
+/// Those of [`ops::head_loss()`]; [`Error::Shape`] without outputs.
+pub fn supervised_heads<'m>(
+    cx: &mut Ctx<'m>,
+    heads: Vec<Scored<'m>>,
+    weights: &[f64],
+    target: &Target,
+    how: &Loss,
+) -> Result<(Var, LossValue)> {
+    if cx.device().is_cpu() {
+        let scores = heads.into_iter().map(|h| h.scores(cx)).collect::<Result<_>>()?;
+        let (loss, value) = supervised(cx, scores, weights, target.map(), how)?;
+        return Ok((loss, LossValue::known(value)));
+    }
+    let (mut terms, mut values) = (Vec::new(), Vec::new());
+    for (head, &weight) in heads.into_iter().zip(weights) {
+        if weight != 0.0 {
+            let (loss, value) = head.loss(cx, target, how)?;
+            terms.push((loss, weight));
+            values.push((value, weight));
+        }
+    }
+    Ok((ops::weighted_sum(cx, terms)?, LossValue::sum(values)))
 }

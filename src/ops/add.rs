@@ -1,6 +1,6 @@
 //! Elementwise sum.
 
-use super::{activation, floats, memory, processor};
+use super::{activation, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Var};
 use crate::backend::dispatch;
 use crate::error::{Error, Result};
@@ -16,13 +16,16 @@ pub fn add(cx: &mut Ctx<'_>, a: Var, b: Var) -> Result<Var> {
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, a: Var, b: Var, name: Option<&str>) -> Result<Var> {
-    processor("add", cx.device())?;
     let nodes = [a.node(), b.node()];
     let (a, b) = (a.into_value(), b.into_value());
     activation("add", a.dims())?;
     if a.dims() != b.dims() {
         return Err(Error::shape("add", format!("{:?} and {:?}, expected equal sizes", a.dims(), b.dims())));
     }
+    on_card!(cx.device(), {
+        let sum = super::cuda::add("add", a, b)?;
+        Ok(cx.record(sum, &nodes, || Box::new(AddBackward)))
+    });
     let (a, b) = (floats("add", a)?, floats("add", b)?);
     // The sum of two floats does not depend on their order, so either may be the place of the result.
     let (mut a, b) = if a.is_unique() { (a, b) } else { (b, a) };

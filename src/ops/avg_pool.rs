@@ -1,6 +1,6 @@
 //! Average pooling.
 
-use super::{activation, blocked, floats, memory, processor};
+use super::{activation, computed_with, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Var};
 use crate::backend::cpu::avg_pool::Problem;
 use crate::backend::dispatch;
@@ -21,17 +21,21 @@ pub fn avg_pool(cx: &mut Ctx<'_>, x: Var, kernel: [usize; 3]) -> Result<Var> {
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, kernel: [usize; 3], name: Option<&str>) -> Result<Var> {
-    processor(OP, cx.device())?;
     let dims = *x.value().dims();
     let [n, c, space @ ..] = activation(OP, &dims)?;
     if (0..3).any(|a| kernel[a] == 0 || kernel[a] > space[a]) {
         return Err(Error::shape(OP, format!("kernel {kernel:?} for an input {dims:?}")));
     }
     if kernel == [1; 3] {
-        return x.reformed(|x| blocked(OP, x));
+        return x.reformed(|x| computed_with(OP, x));
     }
     let p = Problem { space, kernel };
     let node = x.node();
+    on_card!(cx.device(), {
+        let x = computed_with(OP, x.into_value())?;
+        let out = super::cuda::pooled(OP, x, kernel, 1.0 / kernel.iter().product::<usize>() as f32)?;
+        Ok(cx.record(out, &[node], || Box::new(AvgPool { dims, kernel })))
+    });
     let x = floats(OP, x.into_value())?;
     let [d, h, w] = p.output();
     let mut out = Tensor::empty(Dims::from([n, c, d, h, w]), Layout::BLOCKED, cx.device())?;
@@ -70,6 +74,10 @@ pub(super) fn input_gradient(
     if dy.dims().five()[..2] != dims.five()[..2] || dy.dims().space() != p.output() {
         return Err(Error::shape(OP, format!("a gradient of {:?} for an input {dims:?}", dy.dims())));
     }
+    on_card!(
+        cx.device(),
+        super::cuda::spread(OP, dy.clone(), dims, kernel, 1.0 / kernel.iter().product::<usize>() as f32)
+    );
     let mut dx = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     dispatch!(cx.device(), avg_pool::input_gradient(name, &p, dy.as_slice(), memory(OP, &mut dx)?))?;
     Ok(dx)

@@ -5,7 +5,7 @@ mod backward;
 use backward::{ConvBackward, ResidualBackward};
 
 use super::lazy::{Affine, Moments, Source, Sources};
-use super::{activation, blocked, floats, memory, on_card, processor, same_device, stored_memory};
+use super::{activation, blocked, computed_with, floats, memory, on_card, same_device, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Storage, Wish, packed_len};
 use crate::backend::{dispatch, no_implementation};
@@ -106,9 +106,8 @@ pub fn conv3d_residual<'m>(
     if !cx.is_recorded() {
         return residual(cx, y, norm, inputs, w, b, how);
     }
-    processor("training", cx.device())?;
     let nodes: Vec<_> = [y.node()].into_iter().chain(inputs.iter().map(|s| s.value.node())).collect();
-    let (raw, sources) = (blocked(OP, y.value().clone())?, inputs.clone());
+    let (raw, sources) = (computed_with(OP, y.value().clone())?, inputs.clone());
     let out = cx.unrecorded(|cx| residual(cx, y, norm, inputs, w, b, how))?.into_value();
     let conv = ConvBackward { sources, w, b, how };
     let result = out.clone();
@@ -312,12 +311,15 @@ pub(super) fn run<'m>(
 ) -> Result<(Var, Moments)> {
     let inputs = x.into_vec();
     all_here(cx, w, &inputs)?;
-    if cx.is_recorded() {
-        processor("training", cx.device())?;
-    }
     on_card!(cx.device(), {
         geometry(&concatenated(&inputs)?, w, b, how)?;
-        super::cuda::conv3d(cx, inputs, w, b, how, name, measure)
+        if !cx.is_recorded() {
+            return super::cuda::conv3d(cx, inputs, w, b, how, name, measure);
+        }
+        let (sources, nodes) = (inputs.clone(), inputs.iter().map(|s| s.value.node()).collect::<Vec<_>>());
+        let (y, moments) = cx.unrecorded(|cx| super::cuda::conv3d(cx, inputs, w, b, how, name, measure))?;
+        let y = cx.record(y.into_value(), &nodes, || Box::new(ConvBackward { sources, w, b, how }));
+        Ok((y, moments))
     });
     let (g, _) = geometry(&concatenated(&inputs)?, w, b, how)?;
     // Errors of values become errors of gradients, from layer to layer.
@@ -553,9 +555,9 @@ pub fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
 /// back rounded.
 ///
 /// # Errors
-/// [`Error::Shape`] when `packed` is no packed filter of these sizes; [`Error::Unsupported`] on a card.
+/// [`Error::Shape`] when `packed` is no packed filter of these sizes, or on a card not stored as f32; [`Error::Device`].
 pub fn unpack_filter(packed: &Tensor, dims: [usize; 5]) -> Result<Vec<f32>> {
-    processor("unpack_filter", packed.device())?;
+    on_card!(packed.device(), super::cuda::unpack_filter(packed, [dims[0], dims[1], dims[2] * dims[3] * dims[4]]));
     if packed.stored().len() != packed_len(dims) {
         return Err(Error::shape("unpack_filter", format!("{} values for a filter {dims:?}", packed.stored().len())));
     }
@@ -567,9 +569,16 @@ pub fn unpack_filter(packed: &Tensor, dims: [usize; 5]) -> Result<Vec<f32>> {
 /// The `len` values of a vector from [`pack_vector`].
 ///
 /// # Errors
-/// [`Error::Shape`] when `packed` is no padded vector of this length; [`Error::Unsupported`] on a card.
+/// [`Error::Shape`] when `packed` is no padded vector of this length; [`Error::Device`].
 pub fn unpack_vector(packed: &Tensor, len: usize) -> Result<Vec<f32>> {
-    processor("unpack_vector", packed.device())?;
+    on_card!(packed.device(), {
+        let mut values = packed.to_host()?;
+        if values.len() != Layout::BLOCKED.padded(len) {
+            return Err(Error::shape("unpack_vector", format!("{} values for a vector of {len}", values.len())));
+        }
+        values.truncate(len);
+        Ok(values)
+    });
     let values = packed.stored();
     if values.len() != Layout::BLOCKED.padded(len) {
         return Err(Error::shape("unpack_vector", format!("{} values for a vector of {len}", values.len())));

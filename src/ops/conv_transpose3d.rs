@@ -1,6 +1,6 @@
 //! Transposed 3D convolution.
 
-use super::{activation, floats, memory, processor};
+use super::{activation, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Param, Var};
 use crate::backend::cpu::conv_transpose3d::{Geometry, Gradient, Problem, gradient_room, packed_len};
 use crate::backend::dispatch;
@@ -25,6 +25,17 @@ impl ConvTranspose3d {
     #[must_use]
     pub fn upsampling(stride: [usize; 3]) -> Self {
         Self { stride, padding: [0; 3], output_padding: [0; 3] }
+    }
+
+    /// Only a stride of the kernel's size without padding, up to 2 voxels, is there on a card.
+    #[cfg(feature = "cuda")]
+    fn is_upsampling(&self, w: &Param) -> Result<()> {
+        let kernel = w.dims().space();
+        let known = kernel == self.stride && kernel.iter().all(|k| matches!(k, 1 | 2));
+        if known && self.padding == [0; 3] && self.output_padding == [0; 3] {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!("{OP} on a card: {self:?} of a kernel of {kernel:?}")))
     }
 
     /// Sizes of the output for an input of sizes `x` `[N, C, D, H, W]` and a filter `w` `[C, O, kD, kH, kW]`: per axis
@@ -82,8 +93,13 @@ pub(super) fn run<'m>(
     how: ConvTranspose3d,
     name: Option<&str>,
 ) -> Result<Var> {
-    processor(OP, cx.device())?;
     let (geometry, dims) = geometry(x.value().dims(), w, b, how)?;
+    on_card!(cx.device(), {
+        how.is_upsampling(w)?;
+        let node = x.node();
+        let (y, input) = super::cuda::conv_transpose3d(cx, x.into_value(), w, b, dims)?;
+        Ok(cx.record(y, &[node], || Box::new(Recorded { input, w, b, how })))
+    });
     let (node, input) = (x.node(), x.into_value());
     let x = floats(OP, input.clone())?;
     let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
@@ -113,6 +129,12 @@ impl<'m> Backward<'m> for Recorded<'m> {
 
     fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
         let Self { input, w, b, how } = *self;
+        #[cfg(feature = "cuda")]
+        let [dx, dw, db] = match cx.device().is_cpu() {
+            true => gradients(cx, input, w, b, how, &dy, None)?,
+            false => super::cuda::conv_transpose3d_gradients(cx, input, w, b, &dy)?,
+        };
+        #[cfg(not(feature = "cuda"))]
         let [dx, dw, db] = gradients(cx, input, w, b, how, &dy, None)?;
         for (p, g) in [(Some(w), dw), (b, db)] {
             if let (Some(p), Some(g)) = (p, g) {
@@ -162,7 +184,7 @@ pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: ConvTranspos
     let out = how.output_dims(x, w.dims())?;
     let [batch, in_channels, input @ ..] = x.five();
     let [_, out_channels, kernel @ ..] = w.dims().five();
-    if w.value().dims().len() != packed_len(w.dims().five()) {
+    if w.value().device().is_cpu() && w.value().dims().len() != packed_len(w.dims().five()) {
         return Err(Error::shape(OP, format!("filter {:?} is not packed", w.dims())));
     }
     if let Some(b) = b
@@ -183,7 +205,7 @@ pub fn pack_transposed_filter(values: &[f32], dims: [usize; 5], device: &Device)
         let what = format!("{} values for a filter {dims:?}", values.len());
         return Err(Error::shape("pack_transposed_filter", what));
     }
-    processor("pack_transposed_filter", device)?;
+    on_card!(device, super::cuda::pack_transposed_filter(values, dims, device));
     let mut out = Tensor::empty(Dims::from([packed_len(dims)]), Layout::PLAIN, device)?;
     let to = memory("pack_transposed_filter", &mut out)?;
     dispatch!(device, conv_transpose3d::pack_filter(values, dims, to));
@@ -193,9 +215,14 @@ pub fn pack_transposed_filter(values: &[f32], dims: [usize; 5], device: &Device)
 /// The values of a filter of sizes `[I, O, kD, kH, kW]` from [`pack_transposed_filter`], in that order.
 ///
 /// # Errors
-/// [`Error::Shape`] when `packed` is no packed filter of these sizes; [`Error::Unsupported`] on a card.
+/// [`Error::Shape`] when `packed` is no packed filter of these sizes; [`Error::Device`].
 pub fn unpack_transposed_filter(packed: &Tensor, dims: [usize; 5]) -> Result<Vec<f32>> {
-    processor("unpack_transposed_filter", packed.device())?;
+    on_card!(packed.device(), {
+        let [i, o, d, h, w] = dims;
+        let (taps, turned) = (d * h * w, super::cuda::unpack_filter(packed, [o, i, d * h * w])?);
+        let at = |n: usize| turned[(n / taps % o * i + n / (o * taps)) * taps + n % taps];
+        Ok((0..turned.len()).map(at).collect())
+    });
     if packed.precision() != Precision::F32 || packed.as_slice().len() != packed_len(dims) {
         return Err(Error::shape("unpack_transposed_filter", format!("{:?} for a filter {dims:?}", packed.dims())));
     }

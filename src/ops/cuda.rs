@@ -4,6 +4,10 @@
 //! are stored. Normalisations are applied while they are read, nothing is upsampled or concatenated in memory.
 
 mod conv3d;
+mod filter;
+mod grad;
+mod head_loss;
+pub(crate) mod optim;
 
 use std::time::Instant;
 
@@ -16,7 +20,16 @@ use crate::error::{Error, Result};
 use crate::tensor::cuda::{Driver, Memory};
 use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
+use filter::{Form, computed};
+
 pub(super) use conv3d::{conv3d_memory, conv3d_residual, conv3d_residual_memory, conv3d_variants};
+pub(crate) use filter::floats;
+pub(crate) use grad::zeros;
+pub(super) use grad::{
+    add, bias, conv_transpose3d, conv_transpose3d_gradients, conv3d as conv3d_gradients,
+    instance_norm as instance_norm_gradients, pack_transposed_filter, pooled, spread, unpack_filter,
+};
+pub(super) use head_loss::{head_loss, upload_labels};
 
 /// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
 const FIRST: usize = kernels::first::CHANNELS;
@@ -24,14 +37,6 @@ const FIRST_NAME: &str = "first";
 
 fn unsupported<T>(op: &str, what: &str) -> Result<T> {
     Err(Error::unsupported(format!("{op} on a card: {what}")))
-}
-
-pub(super) fn storage(precision: Precision) -> Storage {
-    match precision {
-        Precision::F32 => Storage::F32,
-        Precision::Bf16 => Storage::Bf16,
-        Precision::F16 => Storage::F16,
-    }
 }
 
 pub(super) fn card<'d>(op: &'static str, device: &'d Device) -> Result<&'d dyn Driver> {
@@ -89,7 +94,7 @@ fn upload(op: &'static str, bytes: &[u8], precision: Precision, device: &Device)
 
 /// See [`super::pack_filter`].
 pub(super) fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
-    let (storage, i) = (storage(precision), dims[1]);
+    let (storage, i) = (Storage::from(precision), dims[1]);
     let mut bytes = kernels::pack_weight(values, dims, &[i], storage)?;
     if Form::Halves.exists(dims, precision) {
         bytes.extend(kernels::pack_weight(values, dims, &[i / 2; 2], storage)?);
@@ -98,64 +103,6 @@ pub(super) fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision
         bytes.extend(kernels::first::pack_weight(values, dims, storage)?);
     }
     upload("pack_filter", &bytes, precision, device)
-}
-
-/// The orders in which a filter lies one after the other, as far as it may be asked for in them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
-    /// For one source, and for two of which the first fills whole blocks of channels.
-    Whole,
-    /// For two sources of equal channels that do not.
-    Halves,
-    /// For few channels that arrive as planes.
-    First,
-}
-
-impl Form {
-    fn exists(self, [_, i, ..]: [usize; 5], precision: Precision) -> bool {
-        match self {
-            Form::Whole => true,
-            Form::Halves => i.is_multiple_of(2) && !(i / 2).is_multiple_of(backend::BLOCK),
-            Form::First => i <= FIRST && precision != Precision::F32,
-        }
-    }
-
-    /// Input channels with their padding, all taps together.
-    fn terms(self, [_, i, kernel @ ..]: [usize; 5]) -> usize {
-        let taps: usize = kernel.iter().product();
-        match self {
-            Form::Whole => padded(i) * taps,
-            Form::Halves => 2 * padded(i / 2) * taps,
-            Form::First => padded(i * taps),
-        }
-    }
-
-    /// The form of sources with these channels.
-    fn of(op: &str, channels: &[usize]) -> Result<Form> {
-        match *channels {
-            [_] => Ok(Form::Whole),
-            [a, _] if a.is_multiple_of(backend::BLOCK) => Ok(Form::Whole),
-            [a, b] if a == b => Ok(Form::Halves),
-            _ => {
-                unsupported(op, &format!("sources of {channels:?} channels, the first neither whole blocks nor a half"))
-            }
-        }
-    }
-
-    /// Where it is.
-    fn memory(self, op: &'static str, device: &Device, w: &Param) -> Result<Memory> {
-        let (dims, precision) = (w.dims().five(), w.precision());
-        let all = memory(op, device, w.value())?;
-        let bytes =
-            |f: Form| if f.exists(dims, precision) { f.terms(dims) * padded(dims[0]) * precision.size() } else { 0 };
-        let before: usize =
-            [Form::Whole, Form::Halves, Form::First].into_iter().take_while(|f| *f != self).map(bytes).sum();
-        let part = Memory { address: all.address + before as u64, bytes: bytes(self) };
-        if part.bytes == 0 || before + part.bytes > all.bytes {
-            return Err(Error::shape(op, format!("filter {:?} is not packed for a card", w.dims())));
-        }
-        Ok(part)
-    }
 }
 
 /// See [`super::pack_vector`].
@@ -171,7 +118,7 @@ pub(super) fn as_voxels(op: &'static str, x: Tensor, precision: Precision) -> Re
         let [batch, channels, space @ ..] = activation(op, x.dims())?;
         let out = voxels(op, *x.dims(), precision, x.device())?;
         let (planes, values) = (memory(op, x.device(), &x)?, memory(op, x.device(), &out)?);
-        let storage = storage(precision);
+        let storage = Storage::from(precision);
         let p = backend::relayout::Problem { storage, batch, channels, space, planes, values, flip: [false; 3] };
         backend::relayout::to_voxels(card(op, x.device())?, &p)?;
         return Ok(out);
@@ -211,8 +158,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(op: &'static str, sources: Vec<Source>, w: &Param, planes: bool) -> Result<Self> {
-        let precision = w.precision();
+    fn new(op: &'static str, sources: Vec<Source>, precision: Precision, planes: bool) -> Result<Self> {
         let dims = super::conv3d::concatenated(&sources)?.five();
         let each = |s: Source| {
             let value = if planes { s.value } else { s.value.reformed(|x| as_voxels(op, x, precision))? };
@@ -239,23 +185,23 @@ pub(super) fn conv3d(
     }
     let clock = cx.clock();
     let driver = card(OP, cx.device())?;
-    let precision = w.precision();
+    let precision = computed(cx, w);
     check_strict(cx, OP, precision)?;
     // The image as it arrives; inner layers of so few channels have voxels.
     let first = Form::First.exists(w.dims().five(), precision)
         && sources.iter().all(|s| s.is_plain() && s.value.value().layout() == Layout::PLAIN);
     let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
     let form = if first { Form::First } else { Form::of(OP, &each)? };
-    let inputs = Inputs::new(OP, sources, w, first)?;
+    let inputs = Inputs::new(OP, sources, precision, first)?;
     let [batch, _, space @ ..] = inputs.dims;
     let [d, h, width] = kernels::output_space(space, kernel, how.stride);
     let out = voxels(OP, Dims::from([batch, filters, d, h, width]), precision, cx.device())?;
     let device = cx.device();
-    let weight = form.memory(OP, device, w)?;
+    let weight = form.memory(OP, cx, w)?;
     let bias = b.map(|b| memory(OP, device, b.value())).transpose()?;
     let to = memory(OP, device, &out)?;
     let partials = |tiles: usize| plain(batch * tiles * 3 * padded(filters), cx.device());
-    let storage = storage(precision);
+    let storage = Storage::from(precision);
     let mut moments = None;
     let kernel_name = if first {
         let planes = memory(OP, device, inputs.sources[0].value.value())?;
@@ -340,7 +286,7 @@ fn measured(x: &Tensor) -> Result<CardMoments> {
     let tiles = backend::moments::count(space);
     let partials = plain(batch * tiles * 3 * padded(channels), x.device())?;
     let p = backend::moments::Tiles {
-        storage: storage(x.precision()),
+        storage: Storage::from(x.precision()),
         batch,
         channels,
         space,
@@ -351,11 +297,13 @@ fn measured(x: &Tensor) -> Result<CardMoments> {
     Ok(CardMoments { partials, tiles, batch, voxels: space.iter().product() })
 }
 
-/// f32 `[N][mean, scale, shift][padded channels]` for a layer's weight and bias.
+/// f32 `[N][mean, scale, shift][padded channels]` for a layer's weight and bias, and after them `[N][padded channels]`, one over
+/// the deviations.
 pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps: f32) -> Result<Tensor> {
     const OP: &str = "instance_norm";
     let device = m.partials.device();
-    let planes = plain(m.batch * 3 * padded(channels), device)?;
+    let floats = m.batch * padded(channels);
+    let planes = plain(4 * floats, device)?;
     let p = backend::moments::Merge {
         batch: m.batch,
         channels,
@@ -366,7 +314,7 @@ pub(super) fn affine(channels: usize, m: &CardMoments, w: &Param, b: &Param, eps
         bias: memory(OP, device, b.value())?,
         eps,
         norm: memory(OP, device, &planes)?,
-        inverses: None,
+        inverses: Some(part(&planes, 3 * floats, floats)?),
     };
     backend::moments::merge(card(OP, device)?, &p)?;
     Ok(planes)
@@ -385,7 +333,7 @@ fn block_end(cx: &mut Ctx<'_>, x: Tensor, n: &Affine, shortcut: Option<&Tensor>)
         let [_, channels, space @ ..] = t.dims().five();
         Ok(backend::Source::plain(memory(OP, device, t)?, channels, space))
     };
-    let (storage, slope) = (storage(x.precision()), n.slope());
+    let (storage, slope) = (Storage::from(x.precision()), n.slope());
     let shortcut = shortcut.map(plain).transpose()?;
     // Kernels run in order, so that `x` is read before its memory is given to anyone else.
     let out = if x.is_unique() { x.clone() } else { voxels(OP, *x.dims(), x.precision(), cx.device())? };
@@ -416,11 +364,9 @@ pub(super) fn instance_norm(
 ) -> Result<Var> {
     let channels = activation("instance_norm", x.value().dims())?[1];
     let precision = x.value().precision();
-    let x = as_voxels("instance_norm", x.into_value(), precision)?;
-    let moments = Moments::on_card(channels, measured(&x)?);
-    let n = Affine::new(&moments, w, b, how)?;
-    let x = cx.leaf(x);
-    apply(cx, x, &n, residual)
+    let x = x.reformed(|x| as_voxels("instance_norm", x, precision))?;
+    let moments = Moments::on_card(channels, measured(x.value())?);
+    Affine::new(&moments, w, b, how)?.apply(cx, x, residual)
 }
 
 /// See [`super::head_labels`]; its labels stay on the card, where [`read_labels`] finds them.
@@ -432,12 +378,13 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
     let x = as_voxels(OP, x.into_value(), precision)?;
     let [batch, channels, space @ ..] = activation(OP, x.dims())?;
     let (driver, device) = (card(OP, cx.device())?, cx.device());
-    let w = upload(OP, &kernel::pack_weight(weight, [bias.len(), channels], storage(precision))?, precision, device)?;
+    let w =
+        upload(OP, &kernel::pack_weight(weight, [bias.len(), channels], Storage::from(precision))?, precision, device)?;
     let b = upload(OP, bytemuck::cast_slice(&kernel::pack_bias(bias)), Precision::F32, device)?;
     // Two labels have the room of a float.
     let out = plain((batch * space.iter().product::<usize>()).div_ceil(2), device)?;
     let p = kernel::Problem {
-        storage: storage(precision),
+        storage: Storage::from(precision),
         batch,
         features: backend::Source::plain(memory(OP, device, &x)?, channels, space),
         weight: memory(OP, device, &w)?,
@@ -522,7 +469,7 @@ pub(crate) fn aggregate(
     let [_, c, space @ ..] = activation(OP, features.dims())?;
     let device = features.device();
     let p = backend::aggregate::Problem {
-        storage: storage(features.precision()),
+        storage: Storage::from(features.precision()),
         features: backend::Source::plain(memory(OP, device, features)?, c, space),
         importance: importance.map(|t| memory(OP, device, t)).transpose()?,
         sum: memory(OP, device, sum)?,

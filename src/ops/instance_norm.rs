@@ -1,7 +1,7 @@
 //! Instance normalisation, with what a residual block does next.
 
 use super::lazy::{Affine, Moments};
-use super::{activation, blocked, on_card, processor};
+use super::{activation, blocked, on_card};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::dispatch;
 use crate::error::Result;
@@ -48,9 +48,6 @@ pub(super) fn run(
 ) -> Result<Var> {
     const OP: &str = "instance_norm";
     let [_, c, d, h, space_w] = activation(OP, x.value().dims())?;
-    if cx.is_recorded() {
-        processor("training", cx.device())?;
-    }
     on_card!(cx.device(), super::cuda::instance_norm(cx, x, w, b, residual, how));
     let x = x.reformed(|x| blocked(OP, x))?;
     let blocks = dispatch!(cx.device(), instance_norm::measure(name, d * h * space_w, x.value().stored()))?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{activation, blocked, memory, on_card, processor, stored_memory, unshared};
+use super::{activation, blocked, memory, on_card, stored_memory, unshared};
 use crate::autograd::{Backward, Ctx, Grads, Param, ParamId, Var};
 use crate::backend::cpu::conv3d::Norm;
 use crate::backend::cpu::instance_norm::{Operand, Problem};
@@ -89,7 +89,7 @@ pub struct Affine {
     slope: f32,
     /// Of weight and bias.
     params: [ParamId; 2],
-    /// f32 `[N][mean, scale, shift][padded channels]` on a card, which the vectors are not.
+    /// f32 `[N][mean, scale, shift][padded channels]`, `[N][inverse][padded channels]` on a card, which the vectors are not.
     #[cfg(feature = "cuda")]
     card: Option<Planes>,
 }
@@ -187,7 +187,7 @@ impl Affine {
         let [n, c, ..] = activation(op, dims)?;
         let held = self.mean.len();
         #[cfg(feature = "cuda")]
-        let held = self.card().map_or(held, |t| t.dims().len() / 3);
+        let held = self.card().map_or(held, |t| t.dims().len() / 4);
         if c != self.channels || n * Layout::BLOCKED.padded(c) != held {
             return Err(Error::shape(op, format!("a normalisation of {} channels for {dims:?}", self.channels)));
         }
@@ -220,14 +220,22 @@ impl Affine {
             let (x, r) = (x.value().dims(), r.value().dims());
             return Err(Error::shape(OP, format!("input {x:?} and residual {r:?}, expected equal sizes")));
         }
-        if cx.is_recorded() {
-            processor("training", cx.device())?;
-            if residual.is_some() {
-                // The way back tells the side of leaky ReLU by the sign of its result.
-                self.is_readable(OP, x.value().dims())?;
-            }
+        if cx.is_recorded() && residual.is_some() {
+            // The way back tells the side of leaky ReLU by the sign of its result.
+            self.is_readable(OP, x.value().dims())?;
         }
-        on_card!(cx.device(), super::cuda::apply(cx, x, self, residual));
+        on_card!(cx.device(), {
+            if !cx.is_recorded() {
+                return super::cuda::apply(cx, x, self, residual);
+            }
+            let (nodes, added) = ([x.node(), residual.as_ref().and_then(Var::node)], residual.is_some());
+            let x = x.reformed(|x| super::computed_with(OP, x))?;
+            // A second owner, so that it is not overwritten.
+            let kept = x.value().clone();
+            let out = cx.unrecorded(|cx| super::cuda::apply(cx, x, self, residual))?.into_value();
+            let result = added.then(|| out.clone());
+            Ok(cx.record(out, &nodes, || Box::new(AffineBackward { norm: self.clone(), x: kept, result })))
+        });
         let clock = cx.clock();
         let dims = *x.value().dims();
         let nodes = [x.node(), residual.as_ref().and_then(Var::node)];
@@ -269,6 +277,7 @@ impl Affine {
     pub(super) fn backward(&self, cx: &mut Ctx<'_>, grads: &mut Grads, x: &Tensor, dy: Tensor) -> Result<Tensor> {
         const OP: &str = "instance_norm backward";
         self.fits(OP, x.dims())?;
+        on_card!(cx.device(), Ok(super::cuda::instance_norm_gradients(cx, grads, self, self.params, x, None, dy)?.0));
         let clock = cx.clock();
         let p = self.problem(x, Mask::Normalised);
         let mut dy = unshared(OP, dy)?;
@@ -289,15 +298,17 @@ impl Affine {
         x: &Tensor,
         result: &Tensor,
         dy: Tensor,
-    ) -> Result<(Tensor, Tensor, Vec<f32>)> {
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         const OP: &str = "instance_norm backward";
         self.fits(OP, x.dims())?;
+        on_card!(cx.device(), super::cuda::instance_norm_gradients(cx, grads, self, self.params, x, Some(result), dy));
         let clock = cx.clock();
         let p = self.problem(x, Mask::Result(result.stored()));
         let mut g = unshared(OP, dy)?;
         let to = memory(OP, &mut g)?;
         let sums = dispatch!(cx.device(), instance_norm_grad::sums(&p, to));
         let summed = self.learn(cx, grads, &sums)?;
+        let summed = Tensor::from_host(&summed, Dims::from([summed.len()]), cx.device())?;
         let mut dx = Tensor::empty(*x.dims(), Layout::BLOCKED, cx.device())?;
         let to = memory(OP, &mut dx)?;
         dispatch!(cx.device(), instance_norm_grad::input(&p, &sums, Some(g.as_slice()), to));

@@ -94,7 +94,7 @@ impl Loss {
     }
 
     /// An error if the settings contradict each other or a network of so many `channels`.
-    fn check(&self, channels: usize) -> Result<()> {
+    pub(super) fn check(&self, channels: usize) -> Result<()> {
         let wrong = |what: String| Err(Error::shape(OP, what));
         if let Outputs::Regions(regions) = &self.outputs {
             if regions.len() != channels {
@@ -272,7 +272,7 @@ impl<'m> Backward<'m> for Kept {
 }
 
 /// The number of a scalar `[1]` of the processor's.
-fn scalar(x: &Tensor) -> Result<f64> {
+pub(super) fn scalar(x: &Tensor) -> Result<f64> {
     match (x.dims().as_slice(), x.device().is_cpu()) {
         ([1], true) => Ok(f64::from(x.as_slice()[0])),
         _ => Err(Error::shape("weighted_sum", format!("{:?}, expected [1] on the processor", x.dims()))),
@@ -293,7 +293,7 @@ pub fn weighted_sum(cx: &mut Ctx<'_>, mut terms: Vec<(Var, f64)>) -> Result<Var>
         sum += weight * scalar(x.value())?;
     }
     let nodes: Vec<_> = terms.iter().map(|(x, _)| x.node()).collect();
-    let value = Tensor::from_host(&[sum as f32], [1].into(), cx.device())?;
+    let value = Tensor::from_host(&[sum as f32], [1].into(), cx.device().host())?;
     Ok(cx.record(value, &nodes, || Box::new(Weights(terms.into_iter().map(|(_, weight)| weight).collect()))))
 }
 
@@ -309,7 +309,7 @@ impl<'m> Backward<'m> for Weights {
 
     fn backward(self: Box<Self>, cx: &mut Ctx<'m>, _: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
         let dy = scalar(&dy)?;
-        let one = |weight: &f64| Tensor::from_host(&[(weight * dy) as f32], [1].into(), cx.device()).map(Some);
+        let one = |weight: &f64| Tensor::from_host(&[(weight * dy) as f32], [1].into(), cx.device().host()).map(Some);
         self.0.iter().map(one).collect()
     }
 }

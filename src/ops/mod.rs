@@ -14,6 +14,7 @@ mod conv_transpose3d;
 pub(crate) mod cuda;
 pub(crate) mod head;
 mod head_labels;
+mod head_loss;
 mod instance_norm;
 pub(crate) mod intensity;
 mod lazy;
@@ -35,6 +36,7 @@ pub use conv3d::{
     pack_vector, unpack_filter, unpack_vector,
 };
 pub use head_labels::head_labels;
+pub use head_loss::{LossValue, Target, head_loss};
 pub use instance_norm::{InstanceNorm, instance_norm};
 pub use lazy::{Affine, Moments, Source, Sources};
 pub use leaky_relu::leaky_relu;
@@ -92,7 +94,16 @@ fn floats(op: &'static str, x: Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// `x` in the layout that the device computes with; only the network's input arrives in another.
+/// `x` in the layout that its device computes with, whichever that is.
+fn computed_with(op: &'static str, x: Tensor) -> Result<Tensor> {
+    on_card!(x.device(), {
+        let precision = x.precision();
+        cuda::as_voxels(op, x, precision)
+    });
+    blocked(op, x)
+}
+
+/// `x` in the layout that the processor computes with; only the network's input arrives in another.
 fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
     processor(op, x.device())?;
     if x.layout() == Layout::BLOCKED {

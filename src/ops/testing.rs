@@ -254,7 +254,7 @@ pub fn peaks(device: &Device, precision: Precision) -> Result<(f64, f64)> {
     #[cfg(feature = "cuda")]
     if let Some(driver) = device.driver() {
         let start = std::time::Instant::now();
-        let storage = super::cuda::storage(precision);
+        let storage = crate::backend::cuda::Storage::from(precision);
         return crate::backend::cuda::probe::peaks(driver, storage, &mut || start.elapsed().as_secs_f64());
     }
     Err(crate::error::Error::unsupported(format!("a card's peak in {} of {}", precision.name(), device.name())))

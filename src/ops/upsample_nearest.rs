@@ -1,6 +1,6 @@
 //! Nearest-neighbour upsampling.
 
-use super::{activation, floats, memory, processor};
+use super::{activation, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Var};
 use crate::backend::cpu::upsample_nearest::Problem;
 use crate::backend::dispatch;
@@ -17,7 +17,6 @@ pub fn upsample_nearest(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3]) -> Result<
 }
 
 pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&str>) -> Result<Var> {
-    processor("upsample_nearest", cx.device())?;
     let [n, c, d, h, w] = activation("upsample_nearest", x.value().dims())?;
     if factor.contains(&0) {
         return Err(Error::shape("upsample_nearest", format!("factor {factor:?}, expected at least 1 per axis")));
@@ -26,9 +25,15 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&st
         return Ok(x);
     }
     let nodes = [x.node()];
-    let x = floats("upsample_nearest", x.into_value())?;
     let dims =
         Dims::from([n, c, d.saturating_mul(factor[0]), h.saturating_mul(factor[1]), w.saturating_mul(factor[2])]);
+    on_card!(cx.device(), {
+        let x = super::computed_with("upsample_nearest", x.into_value())?;
+        let back = UpsampleBackward { dims: *x.dims(), factor };
+        let out = super::cuda::spread("upsample_nearest", x, dims, factor, 1.0)?;
+        Ok(cx.record(out, &nodes, || Box::new(back)))
+    });
+    let x = floats("upsample_nearest", x.into_value())?;
     let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     let p = Problem { space: [d, h, w], factor };
     let to = memory("upsample_nearest", &mut out)?;
@@ -57,6 +62,7 @@ impl<'m> Backward<'m> for UpsampleBackward {
 
 /// The sum over the voxels that repeat each voxel of `dims`.
 pub(super) fn summed(cx: &Ctx<'_>, dy: Tensor, dims: Dims, factor: [usize; 3]) -> Result<Tensor> {
+    on_card!(cx.device(), super::cuda::pooled("upsample_nearest", dy, factor, 1.0));
     let mut dx = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     let p = Problem { space: dims.space(), factor };
     let to = memory("upsample_nearest", &mut dx)?;

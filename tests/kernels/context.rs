@@ -14,7 +14,7 @@ use super::sim::{Sim, on_card};
 use super::{
     aggregate, channel_sums, conv_transpose3d, conv3d, conv3d_dgrad, conv3d_first, conv3d_residual, conv3d_tma,
     conv3d_wgrad, device, head_labels, head_loss, instance_norm, instance_norm_grad, moments, network, optim, pool,
-    probe, relayout, resample, runtime,
+    probe, relayout, resample, runtime, train,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -126,6 +126,10 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     conv3d_dgrad::cuda_train_conv3d_dgrad_strides,
     instance_norm_grad::cuda_train_instance_norm_grad,
     pool::cuda_train_pool,
+    train::cuda_train_step_is_the_cpus,
+    train::cuda_train_step_of_unets_is_the_cpus,
+    train::cuda_train_step_in_16_bit_is_near_the_cpus,
+    train::cuda_train_steps_have_the_same_bytes_in_any_order,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
     conv3d_tma::ptx_conv3d_tma_of_ragged_sizes_and_channels,

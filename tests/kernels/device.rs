@@ -7,7 +7,7 @@ use stunet::autograd::Ctx;
 use stunet::io::Geometry;
 use stunet::models::StuNetConfig;
 use stunet::nn::Module;
-use stunet::ops::{self, Affine, Conv3d, InstanceNorm, Source, Sources, testing};
+use stunet::ops::{self, Affine, Conv3d, ConvTranspose3d, InstanceNorm, Source, Sources, testing};
 use stunet::tensor::{Dims, Precision, Tensor};
 use stunet::{Device, Image, Predictor, Result};
 
@@ -179,7 +179,8 @@ pub(super) fn ptx_prediction_through_the_library() {
 #[test]
 pub(super) fn ptx_prediction_on_another_grid_through_the_library() {
     // More classes than features: those are what is summed.
-    let config = StuNetConfig { dims: [16; 6], ..StuNetConfig::small(1, 24) }.with_strides([[1; 3]; 5]);
+    let config = StuNetConfig { dims: [16; 6], ..StuNetConfig::small(1, 24) };
+    let config = config.with_strides([[1, 2, 2], [1, 2, 2], [1; 3], [1; 3], [1; 3]]);
     let patch = [4, 8, 8];
     let agreement = |a: &[u16], b: &[u16]| a.iter().zip(b).filter(|(a, b)| a == b).count() as f64 / a.len() as f64;
     // Several windows along every axis; one window, wider than the image; an axis that is resampled apart.
@@ -344,5 +345,10 @@ pub(super) fn ptx_operands_are_what_they_are_taken_for() {
     assert!(ops::conv3d(&mut cx, plain, &w, None, how).is_err());
     let old = Device::on(Arc::new(Sim::of(0, [7, 5])), "old".into());
     assert!(testing::stored_filter(&random(16, 1), [1, 16, 1, 1, 1], Precision::Bf16, &old).is_err());
-    assert!(ops::pack_transposed_filter(&[0.0; 8], [1, 1, 2, 2, 2], &device).is_err());
+    // Only transposed convolutions whose kernel is their stride.
+    let w = testing::transposed_filter(&random(16 * 16 * 8, 1), [16, 16, 2, 2, 2], &device).unwrap();
+    let mut cx = Ctx::infer(&device);
+    let plain = cx.leaf(x(&device, 1));
+    let how = ConvTranspose3d { stride: [1; 3], padding: [0; 3], output_padding: [0; 3] };
+    assert!(ops::conv_transpose3d(&mut cx, plain, &w, None, how).is_err());
 }

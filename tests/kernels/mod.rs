@@ -28,12 +28,13 @@ mod relayout;
 mod resample;
 mod runtime;
 mod sim;
+mod train;
 
 use stunet::backend_testing::cuda::{Norm, Source, Storage, padded};
 use stunet::tensor::cuda::Memory;
 
 use crate::common::bound::{Bounded, gamma};
-use sim::Sim;
+pub use sim::Sim;
 
 /// Schedules under which every result has to have the same bytes.
 const SEEDS: [u64; 3] = [0, 1, 2];

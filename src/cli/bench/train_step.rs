@@ -8,8 +8,8 @@ use serde::Serialize;
 use stunet::autograd::{Ctx, Grads};
 use stunet::models::StuNet;
 use stunet::nn::{Module, Optimizer};
-use stunet::nnunet::loss::{Criterion, deep_supervised};
-use stunet::ops::{LabelMap, Outputs};
+use stunet::nnunet::loss::{Criterion, deep_supervised, deep_supervision_weights, supervised_heads};
+use stunet::ops::{LabelMap, Outputs, Target};
 use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Result};
 
@@ -32,6 +32,11 @@ pub(super) struct Args {
     #[arg(long)]
     recompute: bool,
 }
+
+/// Steps before those that are counted.
+const WARM: usize = 3;
+/// Steps of a card whose parts are waited for, one after the other.
+const PARTS: usize = 3;
 
 /// What only a training step has.
 #[derive(Debug, Serialize)]
@@ -70,12 +75,24 @@ impl Training {
 /// What a step needs besides the network.
 struct Batch {
     image: Tensor,
-    target: LabelMap,
+    target: Target,
     optimizer: Optimizer,
+}
+
+/// What is wanted to be known of a step beside its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// Nothing: a card is waited for at the end only.
+    Away,
+    /// The time of its parts.
+    Parts,
+    /// The time of every layer, too.
+    Layers,
 }
 
 /// When each part of a step was over, and what the step left to look at.
 struct Parts {
+    total: f64,
     /// Forward, loss, backward, optimizer.
     seconds: [f64; 4],
     layers: Vec<Layer>,
@@ -96,30 +113,34 @@ impl Args {
         let labels: Vec<u16> = (0..voxels).map(|i| (i / 7 % config.classes) as u16).collect();
         let mut batch = Batch {
             image: Tensor::from_host(&image, Dims::from([n, config.in_channels, d, h, w]), &device)?,
-            target: LabelMap::new(labels, [n, d, h, w])?,
+            target: Target::new(LabelMap::new(labels, [n, d, h, w])?, &device)?,
             optimizer: Optimizer::nnunet(),
         };
-        let mut all = Vec::with_capacity(usize::from(runs));
+        let (mut all, mut totals) = (Vec::with_capacity(usize::from(runs)), Vec::with_capacity(usize::from(runs)));
         let mut saved = BTreeMap::new();
         device.install(|| -> Result<()> {
-            // The last step is looked at, not counted.
-            for i in 0..usize::from(runs) + 3 {
-                let look = i == usize::from(runs) + 2;
-                let parts = device.planned(&[], || self.step(&mut net, &mut batch, &device, look))?;
-                if look {
-                    (record.layers, saved) = (parts.layers, parts.saved);
-                } else if i >= 2 {
+            let mut step = |look| device.planned(&[], || self.step(&mut net, &mut batch, &device, look));
+            // A card knows the work of a step by heart from the third one on.
+            for i in 0..usize::from(runs) + WARM {
+                let parts = step(Look::Away)?;
+                if i >= WARM {
+                    totals.push(parts.total);
                     all.push(parts.seconds);
                 }
             }
+            if !device.is_cpu() {
+                all.clear();
+                for _ in 0..PARTS {
+                    all.push(step(Look::Parts)?.seconds);
+                }
+            }
+            // The last step is looked at, not counted.
+            let parts = step(Look::Layers)?;
+            (record.layers, saved) = (parts.layers, parts.saved);
             Ok(())
         })?;
         let median = |part: usize| Seconds::of(all.iter().map(|s| s[part]).collect()).median;
-        record.measured(
-            Seconds::of(all.iter().map(|s| s.iter().sum()).collect()),
-            3.0 * n as f64 * config.macs(patch) as f64,
-            &device,
-        );
+        record.measured(Seconds::of(totals), 3.0 * n as f64 * config.macs(patch) as f64, &device);
         record.training = Some(Training {
             batch: self.batch,
             recompute: self.recompute,
@@ -132,35 +153,55 @@ impl Args {
         record.print(options.json)
     }
 
-    fn step(&self, net: &mut StuNet, batch: &mut Batch, device: &Device, look: bool) -> Result<Parts> {
-        let mut clock = Instant::now();
+    fn step(&self, net: &mut StuNet, batch: &mut Batch, device: &Device, look: Look) -> Result<Parts> {
+        device.synchronize()?;
+        let begin = Instant::now();
+        let mut clock = begin;
         let mut seconds = [0.0; 4];
-        let mut over = |part: usize| {
+        let mut over = |part: usize| -> Result<()> {
+            if look != Look::Away {
+                device.synchronize()?;
+            }
             seconds[part] = clock.elapsed().as_secs_f64();
             clock = Instant::now();
+            Ok(())
         };
         let how = Criterion::DiceCe.loss(Outputs::Labels, None, false)?;
         let mut grads = Grads::new();
-        let (layers, saved) = {
+        let (layers, saved, value) = {
             let cx = Ctx::train(device).strict(self.options.strict).storing(self.options.precision(device));
-            let mut cx = if look { cx.traced() } else { cx };
+            let mut cx = if look == Look::Layers { cx.traced() } else { cx };
             let x = cx.leaf(batch.image.clone());
-            let outputs = net.forward_all(&mut cx, x)?;
-            over(0);
-            let (loss, _) = deep_supervised(&mut cx, outputs, &batch.target, &how)?;
-            over(1);
+            let (loss, value) = if device.is_cpu() {
+                let outputs = net.forward_all(&mut cx, x)?;
+                over(0)?;
+                let (loss, _) = deep_supervised(&mut cx, outputs, batch.target.map(), &how)?;
+                (loss, None)
+            } else {
+                // With the heads, whose scores are never in memory.
+                let heads = net.forward_heads(&mut cx, x)?;
+                over(0)?;
+                let weights = deep_supervision_weights(heads.len());
+                let (loss, value) = supervised_heads(&mut cx, heads, &weights, &batch.target, &how)?;
+                (loss, Some(value))
+            };
+            over(1)?;
             let mut saved = BTreeMap::new();
-            if look {
+            if look == Look::Layers {
                 cx.saved().iter().for_each(|s| *saved.entry(s.operation).or_default() += s.bytes);
             }
             cx.backward(loss, &mut grads)?;
-            over(2);
-            (cx.steps().iter().map(Layer::from).collect(), saved)
+            over(2)?;
+            (cx.steps().iter().map(Layer::from).collect(), saved, value)
         };
         let mut params = Vec::new();
         net.params_mut(&mut |p| params.push(p));
-        batch.optimizer.step(params, &mut grads, 1e-2)?;
-        over(3);
-        Ok(Parts { seconds, layers, saved })
+        match value {
+            // It waits for the card.
+            Some(value) => batch.optimizer.step_guarded(params, &mut grads, 1e-2, &value, 1.0)?,
+            None => batch.optimizer.step(params, &mut grads, 1e-2)?,
+        };
+        over(3)?;
+        Ok(Parts { total: begin.elapsed().as_secs_f64(), seconds, layers, saved })
     }
 }

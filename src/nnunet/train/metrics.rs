@@ -22,6 +22,22 @@ impl Counts {
         Self { hit: vec![0; classes], wrong: vec![0; classes], missed: vec![0; classes] }
     }
 
+    /// Counts a voxel of the class `label` for which `found` was found, both below the number of classes.
+    fn voxel(&mut self, found: usize, label: usize) {
+        match (found, label) {
+            (0, 0) => {}
+            (a, b) if a == b => self.hit[a - 1] += 1,
+            (a, b) => {
+                if a > 0 {
+                    self.wrong[a - 1] += 1;
+                }
+                if b > 0 {
+                    self.missed[b - 1] += 1;
+                }
+            }
+        }
+    }
+
     /// Adds another count, or takes it over where there is none yet.
     pub(super) fn add(&mut self, other: &Self) {
         let pairs = [(&mut self.hit, &other.hit), (&mut self.wrong, &other.wrong), (&mut self.missed, &other.missed)];
@@ -45,6 +61,30 @@ impl Counts {
 pub(super) fn nan_mean(values: &[f64]) -> f64 {
     let known: Vec<f64> = values.iter().copied().filter(|v| !v.is_nan()).collect();
     known.iter().sum::<f64>() / known.len() as f64
+}
+
+/// Counts the voxels of `labels` `[N, D, H, W]` that a network of so many `classes` found: the labels but background.
+pub(super) fn count_labels(labels: &[u16], target: &LabelMap, classes: usize, ignore: Option<u16>) -> Result<Counts> {
+    if labels.len() != target.labels().len() {
+        let what = format!("{} labels beside {:?}", labels.len(), target.dims());
+        return Err(Error::shape("pseudo Dice", what));
+    }
+    let strange = |l: &&u16| usize::from(**l) >= classes && Some(**l) != ignore;
+    if let Some(label) = target.labels().iter().chain(labels).find(strange) {
+        return Err(Error::shape("pseudo Dice", format!("label {label} for {classes} classes")));
+    }
+    let parts = par::map(labels.len().div_ceil(PIECE), |k| {
+        let mut counts = Counts::new(classes.saturating_sub(1));
+        let piece = k * PIECE..labels.len().min((k + 1) * PIECE);
+        let pairs = labels[piece.clone()].iter().zip(&target.labels()[piece]);
+        for (found, label) in pairs.filter(|(_, l)| Some(**l) != ignore) {
+            counts.voxel(usize::from(*found), usize::from(*label));
+        }
+        counts
+    });
+    let mut all = Counts::new(classes.saturating_sub(1));
+    parts.iter().for_each(|c| all.add(c));
+    Ok(all)
 }
 
 /// Counts the voxels of `logits` `[N, C, D, H, W]`: the labels but background, or the regions. The largest logit is a voxel's
@@ -78,19 +118,7 @@ pub(super) fn count(logits: &Tensor, target: &LabelMap, outputs: &Outputs, ignor
                             (best, most) = (c, v);
                         }
                     }
-                    let label = usize::from(label);
-                    match (best, label) {
-                        (0, 0) => {}
-                        (a, b) if a == b => counts.hit[a - 1] += 1,
-                        (a, b) => {
-                            if a > 0 {
-                                counts.wrong[a - 1] += 1;
-                            }
-                            if b > 0 {
-                                counts.missed[b - 1] += 1;
-                            }
-                        }
-                    }
+                    counts.voxel(best, usize::from(label));
                 }
                 counts
             }

@@ -1,15 +1,15 @@
 //! One pass over a batch.
 
-use super::metrics::{Counts, count};
+use super::metrics::{Counts, count, count_labels};
 use super::options::TrainOptions;
 use super::plan::TrainingPlan;
-use crate::autograd::{Ctx, Grads};
+use crate::autograd::{Ctx, Grads, Var};
 use crate::error::{Error, Result};
 use crate::models::Network;
 use crate::nn::{Module, Optimizer, StepNorms};
 use crate::nnunet::loader::Batch;
-use crate::nnunet::loss::supervised;
-use crate::ops::{LabelMap, Loss};
+use crate::nnunet::loss::{supervised, supervised_heads};
+use crate::ops::{LabelMap, Loss, LossValue, Outputs, Target};
 use crate::tensor::{Device, Dims, Precision, Tensor};
 
 /// Keys of repeated computations; see [`Device::planned`].
@@ -49,9 +49,16 @@ impl Pass {
                     let mut cx = Ctx::train(device).strict(self.strict).storing(self.precision);
                     let (image, target) = tensors(batch, device)?;
                     let x = cx.leaf(image);
-                    let outputs = net.forward_all(&mut cx, x)?;
-                    let (loss, value) = supervised(&mut cx, outputs, &self.weights, &target, &self.loss)?;
-                    if !value.is_finite() {
+                    let (loss, value) = if device.is_cpu() {
+                        let outputs = net.forward_all(&mut cx, x)?;
+                        let (loss, value) = supervised(&mut cx, outputs, &self.weights, target.map(), &self.loss)?;
+                        (loss, LossValue::known(value))
+                    } else {
+                        let heads = net.forward_heads(&mut cx, x)?;
+                        supervised_heads(&mut cx, heads, &self.weights, &target, &self.loss)?
+                    };
+                    // What a card does not know yet, its optimizer looks at before it moves anything.
+                    if let Some(value) = value.get().filter(|v| !v.is_finite()) {
                         return Err(Error::NotFinite { what: format!("the loss is {value}") });
                     }
                     cx.backward(loss, &mut grads)?;
@@ -59,7 +66,8 @@ impl Pass {
                 };
                 let mut params = Vec::new();
                 net.params_mut(&mut |p| params.push(p));
-                Ok((value, optimizer.step(params, &mut grads, rate)?))
+                let norms = optimizer.step_guarded(params, &mut grads, rate, &value, 1.0)?;
+                Ok((value.read()?, norms))
             })
         })
     }
@@ -71,18 +79,51 @@ impl Pass {
                 let mut cx = Ctx::infer(device).strict(self.strict).storing(self.precision);
                 let (image, target) = tensors(batch, device)?;
                 let x = cx.leaf(image);
+                if !device.is_cpu() {
+                    return self.validate_on_card(net, cx, x, &target);
+                }
                 let outputs = net.forward_all(&mut cx, x)?;
                 let logits = outputs.first().map(|y| y.value().clone());
                 let logits = logits.ok_or_else(|| Error::shape("validation", "a network without outputs"))?;
                 // The loss checks the labels.
-                let (_, value) = supervised(&mut cx, outputs, &self.weights, &target, &self.loss)?;
-                Ok((value, count(&logits, &target, &self.loss.outputs, self.loss.ignore)?))
+                let (_, value) = supervised(&mut cx, outputs, &self.weights, target.map(), &self.loss)?;
+                Ok((value, count(&logits, target.map(), &self.loss.outputs, self.loss.ignore)?))
             })
         })
     }
+
+    /// Scores stay on the card; of labels the largest is found there, regions are for the processor to find.
+    fn validate_on_card<'m>(
+        &self,
+        net: &'m Network,
+        mut cx: Ctx<'m>,
+        x: Var,
+        target: &Target,
+    ) -> Result<(f64, Counts)> {
+        let heads = net.forward_heads(&mut cx, x)?;
+        let finest = heads.first().ok_or_else(|| Error::shape("validation", "a network without outputs"))?;
+        let (outputs, ignore) = (&self.loss.outputs, self.loss.ignore);
+        let found = match outputs {
+            Outputs::Labels => Found::Labels(finest.labels(&mut cx)?),
+            Outputs::Regions(_) => Found::Scores(finest.host_scores(&mut cx)?),
+        };
+        let (_, value) = supervised_heads(&mut cx, heads, &self.weights, target, &self.loss)?;
+        let counts = match found {
+            Found::Labels(labels) => count_labels(&labels, target.map(), net.classes(), ignore)?,
+            Found::Scores(scores) => count(&scores, target.map(), outputs, ignore)?,
+        };
+        Ok((value.read()?, counts))
+    }
 }
 
-fn tensors(batch: &Batch, device: &Device) -> Result<(Tensor, LabelMap)> {
+/// What a network says of a batch.
+enum Found {
+    Labels(Vec<u16>),
+    Scores(Tensor),
+}
+
+fn tensors(batch: &Batch, device: &Device) -> Result<(Tensor, Target)> {
     let image = Tensor::from_host(&batch.image, Dims::from(batch.image_dims()), device)?;
-    Ok((image, LabelMap::new(batch.target.as_slice(), batch.target_dims())?))
+    let target = LabelMap::new(batch.target.as_slice(), batch.target_dims())?;
+    Ok((image, Target::new(target, device)?))
 }

@@ -6,6 +6,8 @@ use crate::autograd::{Backward, Ctx, Grads, Param};
 use crate::backend::cpu::conv3d::Geometry;
 use crate::error::Result;
 use crate::ops::conv3d_grad::{By, Layer, bias_grad, dgrad, wgrad};
+#[cfg(feature = "cuda")]
+use crate::ops::cuda;
 use crate::ops::lazy::{Affine, Source, Sources};
 use crate::tensor::Tensor;
 
@@ -28,6 +30,14 @@ impl<'m> Backward<'m> for ConvBackward<'m> {
 
     fn backward(self: Box<Self>, cx: &mut Ctx<'m>, grads: &mut Grads, dy: Tensor) -> Result<Vec<Option<Tensor>>> {
         let Self { sources, w, b, how } = *self;
+        #[cfg(feature = "cuda")]
+        if !cx.device().is_cpu() {
+            if let Some(b) = b {
+                let db = cuda::bias(cx, &dy)?;
+                grads.add_param(b.id(), db)?;
+            }
+            return cuda::conv3d_gradients(cx, grads, sources, w, how, dy);
+        }
         if let Some(b) = b {
             let clock = cx.clock();
             let db = bias_grad(&dy, None)?;
@@ -63,9 +73,14 @@ impl<'m> Backward<'m> for ResidualBackward<'m> {
         let (dy, added, sum) = norm.backward_added(cx, grads, &y, &result, dy)?;
         drop((y, result));
         if let Some(b) = b {
-            grads.add_param(b.id(), Tensor::from_host(&sum, *b.value().dims(), cx.device())?)?;
+            grads.add_param(b.id(), sum)?;
         }
         let mut all = vec![Some(dy)];
+        #[cfg(feature = "cuda")]
+        if !cx.device().is_cpu() {
+            all.extend(cuda::conv3d_gradients(cx, grads, sources, w, how, added)?);
+            return Ok(all);
+        }
         all.extend(gradients(cx, grads, sources, w, how, added)?);
         Ok(all)
     }

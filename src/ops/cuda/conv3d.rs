@@ -1,8 +1,10 @@
 //! The end of a residual block whose shortcut is a convolution, and what is known of a convolution on a card before anything
 //! of it is in memory.
 
-use super::{FIRST, FIRST_NAME, Form, Inputs, as_voxels, block_end, card, check_strict, describe, memory, note, read};
-use super::{storage, voxels};
+use super::{
+    FIRST, FIRST_NAME, Form, Inputs, as_voxels, block_end, card, check_strict, computed, describe, memory, note,
+};
+use super::{read, voxels};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cuda as backend;
 use crate::backend::cuda::conv3d::residual as kernel;
@@ -56,7 +58,7 @@ impl Sizes<'_> {
         let plain = |c: &usize| backend::Source::plain(anywhere, *c, self.space);
         let sources: Vec<_> = self.channels.iter().map(plain).collect();
         let p = kernels::Problem {
-            storage: storage(self.precision),
+            storage: self.precision.into(),
             batch: self.batch,
             sources: &sources,
             weight: anywhere,
@@ -109,7 +111,7 @@ pub(in crate::ops) fn conv3d_residual(
     b: Option<&Param>,
     how: Conv3d,
 ) -> Result<Var> {
-    let (dims, precision) = (w.dims().five(), w.precision());
+    let (dims, precision) = (w.dims().five(), computed(cx, w));
     let y = as_voxels(RESIDUAL, y.into_value(), precision)?;
     if !is_fused(dims, precision) {
         let shortcut = super::conv3d(cx, sources, w, b, how, None, false)?.0;
@@ -120,7 +122,7 @@ pub(in crate::ops) fn conv3d_residual(
     let planes =
         matches!(&sources[..], [x] if x.is_plain() && x.value.value().layout() == Layout::PLAIN) && dims[1] <= FIRST;
     let each: Vec<usize> = sources.iter().map(|s| s.value.value().dims().five()[1]).collect();
-    let inputs = Inputs::new(RESIDUAL, sources, w, planes)?;
+    let inputs = Inputs::new(RESIDUAL, sources, precision, planes)?;
     let [batch, channels, space @ ..] = inputs.dims;
     let device = cx.device();
     let at = |t| memory(RESIDUAL, device, t);
@@ -136,10 +138,10 @@ pub(in crate::ops) fn conv3d_residual(
     let out = if y.is_unique() { y.clone() } else { voxels(RESIDUAL, *y.dims(), precision, device)? };
     let [_, filters, result @ ..] = y.dims().five();
     let p = kernel::Problem {
-        storage: storage(precision),
+        storage: precision.into(),
         batch,
         input,
-        weight: Form::of(RESIDUAL, &each)?.memory(RESIDUAL, device, w)?,
+        weight: Form::of(RESIDUAL, &each)?.memory(RESIDUAL, cx, w)?,
         bias: b.map(|b| at(b.value())).transpose()?,
         stride: how.stride,
         y: backend::Source {
