@@ -74,7 +74,7 @@ fn on_processor<'m>(
     let (mut terms, mut values) = (Vec::new(), Vec::new());
     let weighted = outputs.into_iter().zip(&case.settings.ds_weights).enumerate();
     for (i, (y, weight)) in weighted.filter(|(_, (_, w))| **w != 0.0) {
-        let target = Target::new(labels(&case.targets[step][i]), &Device::cpu()).unwrap();
+        let target = Target::new(labels(&case.targets[step][i]), &loss.outputs, &Device::cpu()).unwrap();
         let (l, v) = ops::loss(cx, y, target.map(), loss).unwrap();
         terms.push((l, *weight));
         values.push((v, *weight));
@@ -97,7 +97,7 @@ fn on_card<'m>(
     let (mut terms, mut values) = (Vec::new(), Vec::new());
     let weighted = heads.into_iter().zip(&case.settings.ds_weights).enumerate();
     for (i, (head, weight)) in weighted.filter(|(_, (_, w))| **w != 0.0) {
-        let target = Target::new(labels(&case.targets[step][i]), cx.device()).unwrap();
+        let target = Target::new(labels(&case.targets[step][i]), &loss.outputs, cx.device()).unwrap();
         let (l, v) = head.loss(cx, &target, loss).unwrap();
         terms.push((l, *weight));
         values.push((v, *weight));

@@ -120,7 +120,8 @@ fn add_to<K: Ord>(all: &mut BTreeMap<K, Tensor>, id: K, g: Tensor) -> Result<()>
             }
             #[cfg(feature = "cuda")]
             if let Some(driver) = to.device().driver() {
-                let sum = on_card(driver, to.clone(), &from, to.is_unique())?;
+                let owned = to.is_unique();
+                let sum = on_card(driver, to.clone(), &from, owned)?;
                 all.insert(id, sum);
                 return Ok(());
             }

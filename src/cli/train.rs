@@ -11,7 +11,7 @@ use stunet::nnunet::plans::Rules;
 use stunet::nnunet::split::Fold;
 use stunet::nnunet::train::{NetworkChoice, Start, Task, TrainOptions};
 use stunet::preview::curves::{self, Course};
-use stunet::{Device, Error, PredictOptions, Prediction, Result};
+use stunet::{Device, Error, Precision, PredictOptions, Prediction, Result};
 
 use super::args::{DeviceArgs, PrecisionChoice};
 use super::folders::{PreprocessedArgs, ResultsArgs};
@@ -91,7 +91,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = HOW)]
     seed: u64,
     /// Activations in memory, on a GPU also filters as they are computed with and gradients of activations; weights and sums
-    /// are f32 [default: f32, on a GPU bf16]
+    /// are f32 [default: f32, on a GPU that has it bf16]
     #[arg(long, value_enum, help_heading = HOW)]
     precision: Option<PrecisionChoice>,
     /// Left is not right: neither mirror patches nor, later, images
@@ -197,7 +197,12 @@ const BEST: &str = "checkpoint_best.pth";
 pub(super) fn run(args: &Args) -> Result<()> {
     let (task, mut options) = (args.task()?, args.options()?);
     let device = args.device.open()?;
-    options.precision = args.precision.map_or_else(|| device.precision(), Into::into);
+    options.precision = match (args.precision, device.precision()) {
+        (Some(wanted), _) => wanted.into(),
+        // Strict passes round nothing, and float16 does not train.
+        (None, Precision::Bf16) if !args.strict => Precision::Bf16,
+        (None, _) => Precision::F32,
+    };
     progress::catch_interrupts();
     if !args.quiet {
         output::show_library_warnings();

@@ -62,7 +62,7 @@ impl Heads {
     /// The last one.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a card after its parameters were changed there.
+    /// [`Error::Device`] of a card after its parameters were changed there.
     pub(super) fn last(&self) -> Result<&Head> {
         if let Some(head) = self.last.get() {
             return Ok(head);

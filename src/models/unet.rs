@@ -217,7 +217,8 @@ impl Unet {
     /// Bytes of filters in other forms, which convolutions keep from the first pass on.
     #[must_use]
     pub fn kept_bytes(&self) -> usize {
-        self.encoder.kept_bytes() + self.decoder.iter().flatten().map(ConvNorm::kept_bytes).sum::<usize>()
+        let up = self.up.iter().map(ConvTranspose3d::kept_bytes).sum::<usize>();
+        self.encoder.kept_bytes() + up + self.decoder.iter().flatten().map(ConvNorm::kept_bytes).sum::<usize>()
     }
 
     /// How its filters are stored, and the activations of a pass unless they are f32 and the pass asks for less

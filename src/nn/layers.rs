@@ -180,6 +180,12 @@ impl ConvTranspose3d {
             how: ops::ConvTranspose3d::upsampling(stride),
         })
     }
+
+    /// Bytes of the filter's other forms, which it keeps from its first run on.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        self.weight.derived_bytes()
+    }
 }
 
 impl Module for ConvTranspose3d {

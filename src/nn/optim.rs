@@ -174,7 +174,9 @@ impl Optimizer {
             check_rate(lr)?;
             return self.step_on_card(params, grads, lr, Some(guard), scale);
         }
-        let _ = (loss, scale);
+        if loss.get().is_some() && scale != 1.0 {
+            return Err(Error::unsupported("gradients of a scaled loss on the processor"));
+        }
         self.step_by(params, grads, lr, None)
     }
 
@@ -240,8 +242,8 @@ impl Optimizer {
         if !found.finite {
             return Err(Error::NotFinite {
                 what: match found.wrong.and_then(|i| names.get(i)) {
-                    Some(name) => format!("the gradient of {name}"),
-                    None => format!("the loss is {}", found.guard),
+                    Some(name) if found.guard.is_finite() => format!("the gradient of {name}"),
+                    _ => format!("the loss is {}", found.guard),
                 },
             });
         }

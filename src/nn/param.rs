@@ -59,7 +59,7 @@ pub fn vector(source: &dyn ParamSource, name: &str, len: usize, device: &Device)
 /// The values of a parameter in PyTorch's order, as [`ParamSource::values`] gives them.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a parameter on a card.
+/// [`Error::Shape`] for a parameter on a card that is not stored as f32; [`Error::Device`].
 pub fn values(p: &Param) -> Result<Vec<f32>> {
     unpack(p, p.value())
 }
@@ -77,7 +77,7 @@ pub fn set_values(p: &mut Param, values: &[f32]) -> Result<()> {
 /// Values that lie as those of `p` do, its gradient for one, in PyTorch's order.
 ///
 /// # Errors
-/// [`Error::Shape`] when `packed` lies otherwise; [`Error::Unsupported`] on a card.
+/// [`Error::Shape`] when `packed` lies otherwise; [`Error::Device`].
 pub fn unpack(p: &Param, packed: &Tensor) -> Result<Vec<f32>> {
     match p.kind() {
         ParamKind::Filter => ops::unpack_filter(packed, p.dims().five()),

@@ -29,7 +29,7 @@ pub(super) use grad::{
     add, bias, conv_transpose3d, conv_transpose3d_gradients, conv3d as conv3d_gradients,
     instance_norm as instance_norm_gradients, pack_transposed_filter, pooled, spread, unpack_filter,
 };
-pub(super) use head_loss::{head_loss, upload_labels};
+pub(super) use head_loss::{CardTarget, head_loss};
 
 /// A filter of so few input channels is packed for the first convolution, which reads the image as it arrives.
 const FIRST: usize = kernels::first::CHANNELS;

@@ -1,7 +1,7 @@
 //! The loss of a network's head. On the processor that is [`super::conv3d()`] and [`super::loss()`]; on a card both are one, and
 //! neither scores nor their gradient are ever in memory.
 
-use super::loss::{LabelMap, Loss, loss};
+use super::loss::{LabelMap, Loss, Outputs, loss};
 use super::{Conv3d, activation, conv3d, on_card};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::{Error, Result};
@@ -13,20 +13,20 @@ use crate::tensor::{Device, Precision};
 #[derive(Debug, Clone)]
 pub struct Target {
     map: LabelMap,
-    /// The labels, two to a float, on a card.
+    /// On a card.
     #[cfg(feature = "cuda")]
-    pub(super) card: Option<Tensor>,
+    pub(super) card: Option<super::cuda::CardTarget>,
 }
 
 impl Target {
-    /// `map` on `device`.
+    /// `map` on `device`, for scores of these outputs.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::Device`] on a card.
-    pub fn new(map: LabelMap, device: &Device) -> Result<Self> {
+    pub fn new(map: LabelMap, outputs: &Outputs, device: &Device) -> Result<Self> {
         #[cfg(feature = "cuda")]
-        let card = if device.is_cpu() { None } else { Some(super::cuda::upload_labels(&map, device)?) };
-        let _ = device;
+        let card = if device.is_cpu() { None } else { Some(super::cuda::CardTarget::new(&map, outputs, device)?) };
+        let _ = (outputs, device);
         Ok(Self {
             map,
             #[cfg(feature = "cuda")]

@@ -12,7 +12,7 @@ use stunet::tensor::{Dims, Tensor};
 use stunet::{Device, Precision};
 
 use super::random;
-use super::sim::Sim;
+use super::sim::{Lacks, Sim};
 
 /// What a training came to.
 #[derive(Debug, PartialEq)]
@@ -62,7 +62,7 @@ fn train(task: &Task<'_>, device: &Device, precision: Precision, steps: usize) -
                 let mut cx = Ctx::train(device).storing(precision);
                 let x = Tensor::from_host(&image, Dims::from([batch, config.in_channels(), d, h, w]), device).unwrap();
                 let target = LabelMap::new(labels.as_slice(), [batch, d, h, w]).unwrap();
-                let target = Target::new(target, device).unwrap();
+                let target = Target::new(target, &loss.outputs, device).unwrap();
                 let x = cx.leaf(x);
                 let heads = net.forward_heads(&mut cx, x).unwrap();
                 let weights = deep_supervision_weights(heads.len());
@@ -206,12 +206,16 @@ pub(super) fn cuda_train_step_in_16_bit_is_near_the_cpus() {
     }
 }
 
-/// Also when the work of a step is one graph, which it is from the third time on.
+/// Also when the work of a step is one graph, and on a card that makes none.
 #[test]
 pub(super) fn cuda_train_steps_have_the_same_bytes_in_any_order() {
     let (config, loss) = (stunet(), losses().remove(0));
     let task = Task { config: &config, patch: [2, 4, 8], batch: 1, loss: &loss, rule: SGD };
-    let first = train(&task, &sim(0), Precision::Bf16, 4);
-    assert!(first.losses[3] < first.losses[0], "{:?}", first.losses);
-    assert!(train(&task, &sim(1), Precision::Bf16, 4) == first, "bytes depend on the schedule");
+    let card = Arc::new(Sim::of(0, [8, 6]));
+    let first = train(&task, &Device::on(card.clone(), "sim".into()), Precision::Bf16, 7);
+    assert!(first.losses[6] < first.losses[0], "{:?}", first.losses);
+    let count = card.count();
+    assert!(count.replays > 0, "no step was a graph: {count:?}");
+    let plain = Device::on(Arc::new(Sim::of(1, [8, 6]).lacking(Lacks::Graphs)), "sim".into());
+    assert!(train(&task, &plain, Precision::Bf16, 7) == first, "bytes depend on the schedule, or on graphs");
 }

@@ -27,7 +27,7 @@ use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::models::{Network, NetworkConfig};
 use crate::nn::{Optimizer, ParamSource, PolyLr, Scheme};
-use crate::tensor::{Device, Precision};
+use crate::tensor::Device;
 
 pub use data::Task;
 pub use files::Start;
@@ -188,8 +188,8 @@ impl Trainer {
         let config = plan.network(options.network)?;
         let files = Files::find(folder, start)?;
         let pass = Pass::new(&plan, &options)?;
-        if !device.is_cpu() && options.precision == Precision::F16 {
-            return Err(Error::unsupported("training in float16; expected bfloat16, or float32"));
+        if !device.is_cpu() {
+            pass.check_card(device)?;
         }
         let origin = Origin {
             trainer: options.trainer_name(),

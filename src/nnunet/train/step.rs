@@ -33,6 +33,19 @@ impl Pass {
         Ok(Self { loss, weights, precision: options.precision, strict: options.strict })
     }
 
+    /// Whether a card can do it.
+    pub(super) fn check_card(&self, device: &Device) -> Result<()> {
+        let old = device.compute_capability().is_some_and(|[major, _]| major < 8);
+        let what = match self.precision {
+            Precision::F16 => "in float16; expected bfloat16 or float32",
+            Precision::Bf16 if self.strict => "strictly in bfloat16; expected float32",
+            Precision::Bf16 if old => "in bfloat16 on a card before Ampere; expected float32",
+            _ if self.loss.top.is_some() => "by the largest cross-entropies on a card; on the processor it is",
+            _ => return Ok(()),
+        };
+        Err(Error::unsupported(format!("training {what}")))
+    }
+
     /// A step; returns the loss before it. Nothing is changed when the loss or a gradient is not finite.
     pub(super) fn train(
         &self,
@@ -47,7 +60,7 @@ impl Pass {
                 let mut grads = Grads::new();
                 let value = {
                     let mut cx = Ctx::train(device).strict(self.strict).storing(self.precision);
-                    let (image, target) = tensors(batch, device)?;
+                    let (image, target) = self.tensors(batch, device)?;
                     let x = cx.leaf(image);
                     let (loss, value) = if device.is_cpu() {
                         let outputs = net.forward_all(&mut cx, x)?;
@@ -77,7 +90,7 @@ impl Pass {
         device.install(|| {
             device.planned(&[VALIDATE, batch.cases.len()], || {
                 let mut cx = Ctx::infer(device).strict(self.strict).storing(self.precision);
-                let (image, target) = tensors(batch, device)?;
+                let (image, target) = self.tensors(batch, device)?;
                 let x = cx.leaf(image);
                 if !device.is_cpu() {
                     return self.validate_on_card(net, cx, x, &target);
@@ -90,6 +103,12 @@ impl Pass {
                 Ok((value, count(&logits, target.map(), &self.loss.outputs, self.loss.ignore)?))
             })
         })
+    }
+
+    fn tensors(&self, batch: &Batch, device: &Device) -> Result<(Tensor, Target)> {
+        let image = Tensor::from_host(&batch.image, Dims::from(batch.image_dims()), device)?;
+        let target = LabelMap::new(batch.target.as_slice(), batch.target_dims())?;
+        Ok((image, Target::new(target, &self.loss.outputs, device)?))
     }
 
     /// Scores stay on the card; of labels the largest is found there, regions are for the processor to find.
@@ -120,10 +139,4 @@ impl Pass {
 enum Found {
     Labels(Vec<u16>),
     Scores(Tensor),
-}
-
-fn tensors(batch: &Batch, device: &Device) -> Result<(Tensor, Target)> {
-    let image = Tensor::from_host(&batch.image, Dims::from(batch.image_dims()), device)?;
-    let target = LabelMap::new(batch.target.as_slice(), batch.target_dims())?;
-    Ok((image, Target::new(target, device)?))
 }

@@ -202,6 +202,9 @@ pub(super) fn kept(
     precision: Precision,
     kept: Kept,
 ) -> Result<Arc<Tensor>> {
+    if w.precision() != Precision::F32 {
+        return unsupported(op, &format!("other forms of {}, stored as {}", w.name(), w.precision().name()));
+    }
     let key = kept.key(precision);
     w.derived(key, || {
         let (orders, storage) = (kept.orders(w), Storage::from(precision));
@@ -216,7 +219,7 @@ pub(super) fn kept(
         let p =
             optim::Parameter { shape: shape(w), value, gradient: None, kept: [None; 2], first: false, forms: &forms };
         let table = optim::table(storage, &[p])?;
-        let at = plain(table.bytes().len().div_ceil(4), device)?;
+        let at = device.unplanned(|| plain(table.bytes().len().div_ceil(4), device))?;
         let driver = card(op, device)?;
         driver.upload(memory(op, device, &at)?, table.bytes())?;
         optim::repack(driver, &table, memory(op, device, &at)?)?;

@@ -11,17 +11,35 @@ use crate::tensor::{Device, Dims, Precision, Tensor};
 
 const OP: &str = "head_loss";
 
-/// Labels on a card, two to a float.
-pub(in crate::ops) fn upload_labels(map: &LabelMap, device: &Device) -> Result<Tensor> {
-    let t = plain(map.labels().len().div_ceil(2), device)?;
-    card(OP, device)?.upload(memory(OP, device, &t)?, bytemuck::cast_slice(map.labels()))?;
-    Ok(t)
+/// What a card has of a target, sent before a pass so that the pass is launches only.
+#[derive(Debug, Clone)]
+pub(in crate::ops) struct CardTarget {
+    /// Two to a float.
+    labels: Tensor,
+    /// Which labels are in which regions, with the length of a row.
+    members: Option<(Tensor, usize)>,
+}
+
+impl CardTarget {
+    pub(in crate::ops) fn new(map: &LabelMap, outputs: &Outputs, device: &Device) -> Result<Self> {
+        let labels = plain(map.labels().len().div_ceil(2), device)?;
+        card(OP, device)?.upload(memory(OP, device, &labels)?, bytemuck::cast_slice(map.labels()))?;
+        let members = match outputs {
+            Outputs::Labels => None,
+            Outputs::Regions(regions) => {
+                let words = kernel::pack_regions(regions);
+                let rows = words.len() / regions.len().div_ceil(backend::BLOCK).max(1);
+                Some((upload(OP, bytemuck::cast_slice(&words), Precision::F16, device)?, rows))
+            }
+        };
+        Ok(Self { labels, members })
+    }
 }
 
 /// The labels at the size `space`.
 fn labels_at(cx: &Ctx<'_>, target: &Target, space: [usize; 3]) -> Result<Tensor> {
     let missing = || Error::shape(OP, "labels that are not on the card");
-    let labels = target.card.as_ref().ok_or_else(missing)?;
+    let labels = &target.card.as_ref().ok_or_else(missing)?.labels;
     let [batch, from @ ..] = target.map().dims();
     if from == space {
         return Ok(labels.clone());
@@ -106,14 +124,10 @@ pub(in crate::ops) fn head_loss<'m>(
     let node = features.node();
     let precision = features.value().precision();
     let features = as_voxels(OP, features.into_value(), precision)?;
-    let members = match &how.outputs {
-        Outputs::Labels => None,
-        Outputs::Regions(regions) => {
-            let words = kernel::pack_regions(regions);
-            let rows = words.len() / classes.div_ceil(backend::BLOCK);
-            Some((upload(OP, bytemuck::cast_slice(&words), Precision::F16, cx.device())?, rows))
-        }
-    };
+    let members = target.card.as_ref().and_then(|c| c.members.clone());
+    if members.is_some() != matches!(how.outputs, Outputs::Regions(_)) {
+        return Err(Error::shape(OP, "a target of labels for regions, or of regions for labels"));
+    }
     let slopes = plain(kernel::slopes_bytes(batch, classes, how.batch_dice).div_ceil(4), cx.device())?;
     let kept = Kept { features, labels: labels_at(cx, target, space)?, slopes, members };
     let mut p = problem(cx, &kept, w, b, how)?;

@@ -58,7 +58,7 @@ pub(super) struct Passes {
 
 impl Passes {
     /// Begins a pass, unless one is under way: then false.
-    pub(super) fn enter(&mut self, key: &[usize], driver: &dyn Driver) -> bool {
+    pub(super) fn enter(&mut self, key: &[usize]) -> bool {
         if self.run.is_some() {
             return false;
         }
@@ -69,9 +69,7 @@ impl Passes {
         });
         let mode = match graph {
             _ if self.refused => Mode::Plain,
-            // A card with nothing to do begins with the first launch, before the last is known.
-            true if driver.busy().unwrap_or(false) => Mode::Hold(0),
-            true => Mode::Plain,
+            true => Mode::Hold(0),
             false => Mode::Note(Vec::new()),
         };
         self.run = Some(Run { key: key.to_vec(), thread: std::thread::current().id(), mode });
@@ -95,6 +93,11 @@ impl Passes {
                     work.push(ask.into());
                 }
                 Ok(())
+            }
+            // A card with nothing to do begins with the first launch, before the last is known.
+            Mode::Hold(0) if !driver.busy().unwrap_or(false) => {
+                *mode = Mode::Plain;
+                ask.issue(driver)
             }
             Mode::Hold(held) => {
                 let Some(known) = self.known.last() else { return ask.issue(driver) };
@@ -187,8 +190,10 @@ impl Passes {
             return;
         };
         let same = work.iter().zip(&known.work).take_while(|(a, b)| a.ask().is(b)).count();
+        // A pass that was cut short, by what came only once, says nothing of what follows.
+        let goes_on = same == known.work.len() && same < work.len();
         known.work = work;
-        if same < LEAST {
+        if same < LEAST || goes_on {
             return;
         }
         known.work.truncate(same);

@@ -22,7 +22,7 @@ impl Queue {
 
     /// Begins a pass of the computation `key` on this thread, which lasts until the result is dropped; none inside another.
     pub(in crate::tensor) fn enter(&self, key: &[usize]) -> Pass<'_> {
-        Pass { queue: self.passes().enter(key, &*self.driver).then_some(self) }
+        Pass { queue: self.passes().enter(key).then_some(self) }
     }
 
     fn passes(&self) -> MutexGuard<'_, Passes> {
