@@ -3,12 +3,20 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use stunet::nn::{self, Module};
+#[cfg(feature = "cuda")]
+use stunet::nnunet::augment::AugmentConfig;
 use stunet::nnunet::loader::Batch;
+#[cfg(feature = "cuda")]
+use stunet::nnunet::loader::{Loader, LoaderConfig};
 use stunet::nnunet::model::{ModelFolder, ModelOptions};
 use stunet::nnunet::train::{Batches, Data, NetworkChoice, Start, TrainOptions, Trainer, TrainingPlan};
+#[cfg(feature = "cuda")]
+use stunet::nnunet::training_case::TrainingCase;
 use stunet::{Device, Error, Event, Flow, Precision, Result};
 
 use crate::common::drive::values;
@@ -437,4 +445,52 @@ fn cuda_train_goes_on_with_the_same_bytes_and_leaves_what_the_processor_reads() 
     let e = t.step().unwrap_err().to_string();
     assert!(e.contains("epoch 0, step 1") && parameters(&t) == before, "{e}");
     assert!(begin(broken.path(), Precision::F16, Start::Afresh, None, &sim()).is_err());
+}
+
+/// Patches go to the card as they were read: trained as if the processor had augmented them, and a stop changes no byte.
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_train_augments_on_the_card() {
+    let patch = [4, 8, 8];
+    let sim = || Device::on(std::sync::Arc::new(crate::kernels::Sim::of(0, [8, 6])), "sim".into());
+    let data = |raw| {
+        let augment = AugmentConfig::new(&patch, &[false]).unwrap();
+        let case = |seed| -> Arc<dyn TrainingCase> {
+            let mut case = crate::augment::Case::random([9, 12, 14], 1, seed);
+            case.labels.iter_mut().for_each(|l| *l = (*l).min(2));
+            Arc::new(case)
+        };
+        let config =
+            LoaderConfig { iterations: 2, seed: 7, raw, workers: 1, ahead: 2, ..LoaderConfig::training(augment, 2) };
+        let train = Box::new(Loader::new(vec![case(1), case(2)], config).unwrap());
+        Data { train, ..Noise::of(1, patch, None) }
+    };
+    let begin = |folder: &Path, start, raw| {
+        plans(folder, &labels(), 1);
+        let plan = TrainingPlan::read(&folder.join("nnUNetPlans.json"), "3d_fullres").unwrap();
+        let plan = plan.with_sizes(Some(patch), None).unwrap();
+        let mut options = options(NetworkChoice::Planned);
+        (options.epochs, options.iterations, options.val_iterations) = (Some(2), 2, 1);
+        (options.augment_on_device, options.precision) = (raw, Precision::Bf16);
+        let fold = folder.join(options.trainer_name()).join("fold_0");
+        Trainer::new(plan, options, start, &fold, "0", data(raw), &sim())
+    };
+    let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let here = begin(folders[0].path(), Start::New, false).unwrap().step().unwrap().loss;
+    let mut there = begin(folders[1].path(), Start::New, true).unwrap();
+    there.run(&mut (), &mut |_, _| Ok(())).unwrap();
+    // Values of patches differ by the order of sums, before the network rounds them to eight bits.
+    let again = begin(folders[2].path(), Start::New, true).unwrap().step().unwrap().loss;
+    assert!((again - here).abs() < 2f64.powi(-8) * here.abs(), "losses {again} and {here}");
+    // Stopped in the second epoch, and gone on with only by the same rules.
+    let mut t = begin(folders[0].path(), Start::Afresh, true).unwrap();
+    t.epoch(&mut ()).unwrap();
+    t.step().unwrap();
+    t.save().unwrap();
+    drop(t);
+    let e = begin(folders[0].path(), Start::Continue, false).err().unwrap();
+    assert!(e.exit_code() == 2 && e.to_string().contains("augmentation is true here and \"on a card\""), "{e}");
+    let mut t = begin(folders[0].path(), Start::Continue, true).unwrap();
+    t.run(&mut (), &mut |_, _| Ok(())).unwrap();
+    assert!(parameters(&t) == parameters(&there), "other bytes after a stop");
 }

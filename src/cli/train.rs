@@ -100,6 +100,9 @@ pub(super) struct Args {
     /// Keep less for the way back and compute it twice (STU-Net)
     #[arg(long, help_heading = HOW)]
     recompute: bool,
+    /// Augment patches on the GPU instead of the processor: for few cores beside a fast card
+    #[arg(long, help_heading = HOW)]
+    augment_on_device: bool,
     /// Only kernels as accurate as plain summation; slower
     #[arg(long, help_heading = HOW)]
     strict: bool,
@@ -272,6 +275,7 @@ impl Args {
             options.mirror_axes = Some(Vec::new());
         }
         options.recompute = self.recompute;
+        options.augment_on_device = self.augment_on_device;
         options.strict = self.strict;
         options.workers = self.workers;
         options.save_every = self.save_every;

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 pub use sampling::{Oversampling, Sampler};
 
 use crate::error::{Error, Result};
-use crate::nnunet::augment::{AugmentConfig, Augmenter, Item, Parameters, Scratch};
+use crate::nnunet::augment::{AugmentConfig, Augmenter, Item, Parameters, RawPatch, Scratch};
 use crate::nnunet::training_case::TrainingCase;
 use queue::{Place, Queue};
 
@@ -35,6 +35,8 @@ pub struct LoaderConfig {
     pub augment: Option<AugmentConfig>,
     /// In a cascade the foreground labels of the stage before, each of which becomes a channel; else empty.
     pub previous: Vec<u16>,
+    /// Patches go out as they were read, for a card to augment; not in a cascade.
+    pub raw: bool,
     /// Threads, at least one.
     pub workers: usize,
     /// Batches that are made before they are asked for, at least one.
@@ -59,6 +61,7 @@ impl LoaderConfig {
             seed: 0,
             augment: None,
             previous: Vec::new(),
+            raw: false,
             workers: 1,
             ahead: 3,
         }
@@ -67,10 +70,12 @@ impl LoaderConfig {
 
 /// Patches and their labels. Its memory goes back to the loader when it is dropped.
 pub struct Batch {
-    /// `[N, C, D, H, W]`.
+    /// `[N, C, D, H, W]`; empty where a card is to make it.
     pub image: Vec<f32>,
-    /// `[N, D, H, W]`.
+    /// `[N, D, H, W]`; empty where a card is to make it.
     pub target: Vec<u16>,
+    /// What a card makes them of.
+    raw: Vec<RawPatch>,
     /// Channels, those of the stage before included.
     pub channels: usize,
     /// Voxels of a patch along (z, y, x).
@@ -98,7 +103,14 @@ impl Batch {
             let what = format!("{} values and {} labels for {voxels} voxels", image.len(), target.len());
             return Err(Error::shape("batch", what));
         }
-        Ok(Self { image, target, channels, patch, cases, home: None })
+        Ok(Self { image, target, raw: Vec::new(), channels, patch, cases, home: None })
+    }
+
+    /// What a card makes the patches of and how, if they are not made yet.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn raw(&self) -> Option<(&Augmenter, &[RawPatch])> {
+        let home = self.home.as_ref()?;
+        (!self.raw.is_empty()).then(|| (&home.maker().augmenter, &self.raw[..]))
     }
 
     /// N, C, D, H, W of the images.
@@ -125,7 +137,14 @@ impl fmt::Debug for Batch {
 impl Drop for Batch {
     fn drop(&mut self) {
         if let Some(home) = self.home.take() {
-            home.take_back(std::mem::take(&mut self.image), std::mem::take(&mut self.target));
+            let (image, target, raw) = (&mut self.image, &mut self.target, &mut self.raw);
+            let cases = Vec::new();
+            home.take_back(Made {
+                image: std::mem::take(image),
+                target: std::mem::take(target),
+                raw: std::mem::take(raw),
+                cases,
+            });
         }
     }
 }
@@ -182,6 +201,7 @@ impl Loader {
         Ok(Batch {
             image: made.image,
             target: made.target,
+            raw: made.raw,
             cases: made.cases,
             channels: self.queue.maker().channels,
             patch: self.queue.maker().config.patch,
@@ -205,6 +225,7 @@ impl Drop for Loader {
 struct Made {
     image: Vec<f32>,
     target: Vec<u16>,
+    raw: Vec<RawPatch>,
     cases: Vec<usize>,
 }
 
@@ -244,6 +265,9 @@ impl Maker {
         if label_channels < 1 + usize::from(!config.previous.is_empty()) {
             return bad("cases without the prediction of the stage before, expected one for a cascade".into());
         }
+        if config.raw && (config.augment.is_none() || !config.previous.is_empty()) {
+            return bad("patches for a card to augment, expected an augmentation and no stage before".into());
+        }
         let augmenter = match &config.augment {
             Some(augment) => Augmenter::new(augment.clone(), &config.previous),
             None => Augmenter::plain(config.patch, &config.previous),
@@ -262,11 +286,13 @@ impl Maker {
     fn make(&self, place: Place, scratch: &mut Scratch, made: &mut Made) -> Result<()> {
         let volume: usize = self.config.patch.iter().product();
         let batch = self.config.batch;
-        resize(&mut made.image, batch * self.channels * volume)?;
-        resize(&mut made.target, batch * volume)?;
+        let made_here = if self.config.raw { 0 } else { batch };
+        resize(&mut made.image, made_here * self.channels * volume)?;
+        resize(&mut made.target, made_here * volume)?;
+        made.raw.resize_with(batch - made_here, RawPatch::default);
         made.cases.clear();
-        let images = made.image.chunks_exact_mut(self.channels * volume);
-        for (position, (image, target)) in images.zip(made.target.chunks_exact_mut(volume)).enumerate() {
+        let mut images = made.image.chunks_exact_mut(self.channels * volume).zip(made.target.chunks_exact_mut(volume));
+        for position in 0..batch {
             let index = place.iteration * batch as u32 + position as u32;
             let item = Item { seed: self.config.seed, epoch: place.epoch, index };
             let chosen = self.sampler.draw(&self.cases, position, item)?;
@@ -275,7 +301,13 @@ impl Maker {
                 Some(config) => Parameters::draw(config, case.channels(), self.config.previous.len(), item),
                 None => Parameters::default(),
             };
-            self.augmenter.run(case, chosen.lower, &parameters, scratch, image, target)?;
+            match (images.next(), made.raw.get_mut(position)) {
+                (Some((image, target)), _) => {
+                    self.augmenter.run(case, chosen.lower, &parameters, scratch, image, target)?;
+                }
+                (None, Some(raw)) => self.augmenter.read(case, chosen.lower, parameters, raw)?,
+                (None, None) => return Err(Error::shape("batch", "no room for a patch")),
+            }
             made.cases.push(chosen.case);
         }
         Ok(())

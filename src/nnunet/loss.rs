@@ -135,7 +135,7 @@ pub fn supervised_heads<'m>(
 ) -> Result<(Var, LossValue)> {
     if cx.device().is_cpu() {
         let scores = heads.into_iter().map(|h| h.scores(cx)).collect::<Result<_>>()?;
-        let (loss, value) = supervised(cx, scores, weights, target.map(), how)?;
+        let (loss, value) = supervised(cx, scores, weights, target.map()?, how)?;
         return Ok((loss, LossValue::known(value)));
     }
     let (mut terms, mut values) = (Vec::new(), Vec::new());

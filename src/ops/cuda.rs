@@ -8,6 +8,7 @@ mod filter;
 mod grad;
 mod head_loss;
 pub(crate) mod optim;
+pub(crate) mod patch;
 
 use std::time::Instant;
 
@@ -400,7 +401,7 @@ pub(super) fn head_labels(cx: &mut Ctx<'_>, x: Var, weight: &[f32], bias: &[f32]
 }
 
 /// Copies the labels of [`head_labels`], all of them.
-pub(super) fn read_labels(from: &Tensor, labels: &mut [u16]) -> Result<()> {
+pub(crate) fn read_labels(from: &Tensor, labels: &mut [u16]) -> Result<()> {
     const OP: &str = "head_labels";
     card(OP, from.device())?.download(memory(OP, from.device(), from)?, bytemuck::cast_slice_mut(labels))
 }

@@ -12,7 +12,9 @@ use crate::tensor::{Device, Precision};
 /// The truth that scores are compared with, where the pass runs.
 #[derive(Debug, Clone)]
 pub struct Target {
-    map: LabelMap,
+    /// On the host, unless a card made them.
+    map: Option<LabelMap>,
+    dims: [usize; 4],
     /// On a card.
     #[cfg(feature = "cuda")]
     pub(super) card: Option<super::cuda::CardTarget>,
@@ -28,16 +30,31 @@ impl Target {
         let card = if device.is_cpu() { None } else { Some(super::cuda::CardTarget::new(&map, outputs, device)?) };
         let _ = (outputs, device);
         Ok(Self {
-            map,
+            dims: map.dims(),
+            map: Some(map),
             #[cfg(feature = "cuda")]
             card,
         })
     }
 
-    /// The labels, as they were given.
+    /// Of u16 `[N, D, H, W]` that are on a card, two to a float of `labels`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_card(labels: Tensor, dims: [usize; 4], outputs: &Outputs) -> Result<Self> {
+        Ok(Self { map: None, dims, card: Some(super::cuda::CardTarget::of(labels, outputs)?) })
+    }
+
+    /// N, D, H, W.
     #[must_use]
-    pub fn map(&self) -> &LabelMap {
-        &self.map
+    pub fn dims(&self) -> [usize; 4] {
+        self.dims
+    }
+
+    /// The labels, as they were given.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for labels that a card made.
+    pub fn map(&self) -> Result<&LabelMap> {
+        self.map.as_ref().ok_or_else(|| Error::shape("head_loss", "labels that are on a card only"))
     }
 }
 
@@ -141,14 +158,14 @@ pub fn head_loss<'m>(
 ) -> Result<(Var, LossValue)> {
     const OP: &str = "head_loss";
     let [n, ..] = activation(OP, features.value().dims())?;
-    if target.map.dims()[0] != n {
-        let what = format!("labels of {:?} for features of {:?}", target.map.dims(), features.value().dims());
+    if target.dims[0] != n {
+        let what = format!("labels of {:?} for features of {:?}", target.dims, features.value().dims());
         return Err(Error::shape(OP, what));
     }
     on_card!(cx.device(), super::cuda::head_loss(cx, features, w, b, target, how));
     let before = cx.set_precision(Precision::F32);
     let scores = conv3d(cx, features, w, b, Conv3d { stride: [1; 3], padding: [0; 3] });
     cx.set_precision(before);
-    let (scalar, value) = loss(cx, scores?, &target.map, how)?;
+    let (scalar, value) = loss(cx, scores?, target.map()?, how)?;
     Ok((scalar, LossValue::known(value)))
 }

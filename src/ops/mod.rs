@@ -12,6 +12,8 @@ pub mod conv3d_grad;
 mod conv_transpose3d;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::patch;
 pub(crate) mod head;
 mod head_labels;
 mod head_loss;

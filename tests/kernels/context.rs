@@ -12,9 +12,9 @@ use stunet::{Device, Error, Precision};
 
 use super::sim::{Sim, on_card};
 use super::{
-    aggregate, channel_sums, conv_transpose3d, conv3d, conv3d_dgrad, conv3d_first, conv3d_residual, conv3d_tma,
-    conv3d_wgrad, device, head_labels, head_loss, instance_norm, instance_norm_grad, moments, network, optim, pool,
-    probe, relayout, resample, runtime, train,
+    aggregate, augment, channel_sums, conv_transpose3d, conv3d, conv3d_dgrad, conv3d_first, conv3d_residual,
+    conv3d_tma, conv3d_wgrad, device, head_labels, head_loss, instance_norm, instance_norm_grad, moments, network,
+    optim, pool, probe, relayout, resample, runtime, train,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -52,6 +52,12 @@ macro_rules! tests {
 
 /// All others.
 const ON_A_CARD: &[(&str, fn())] = tests![
+    augment::cuda_train_augment_warps,
+    augment::cuda_train_augment_adds_noise,
+    augment::cuda_train_augment_filters,
+    augment::cuda_train_augment_knows_statistics,
+    augment::cuda_train_augment_mirrors_and_masks,
+    augment::cuda_train_augment_whole_batches,
     relayout::ptx_relayout_there_and_back,
     relayout::ptx_relayout_takes_a_window,
     conv3d::ptx_conv3d_plain_in_f32,

@@ -3,6 +3,7 @@
 //! bytes that nothing wrote.
 
 mod aggregate;
+mod augment;
 mod channel_sums;
 mod context;
 mod conv3d;

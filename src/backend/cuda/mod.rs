@@ -5,6 +5,7 @@
 //! another block adds to.
 
 pub mod aggregate;
+pub mod blur;
 pub mod channel_sums;
 pub mod conv3d;
 pub mod conv_transpose3d;
@@ -13,13 +14,16 @@ pub mod head_labels;
 pub mod head_loss;
 pub mod instance_norm;
 pub mod instance_norm_grad;
+pub mod intensity;
 mod launch;
+pub mod low_resolution;
 pub mod moments;
 pub mod optim;
 pub mod pool;
 pub mod probe;
 pub mod relayout;
 pub mod resample;
+pub mod warp;
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
@@ -233,6 +237,7 @@ impl Entry {
 pub fn entries() -> Vec<Entry> {
     let all = [
         aggregate::entries(),
+        blur::entries(),
         channel_sums::entries(),
         conv3d::entries(),
         conv_transpose3d::entries(),
@@ -240,12 +245,15 @@ pub fn entries() -> Vec<Entry> {
         head_loss::entries(),
         instance_norm::entries(),
         instance_norm_grad::entries(),
+        intensity::entries(),
+        low_resolution::entries(),
         moments::entries(),
         optim::entries(),
         pool::entries(),
         probe::entries(),
         relayout::entries(),
         resample::entries(),
+        warp::entries(),
     ];
     all.concat()
 }

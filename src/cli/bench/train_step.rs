@@ -175,7 +175,7 @@ impl Args {
             let (loss, value) = if device.is_cpu() {
                 let outputs = net.forward_all(&mut cx, x)?;
                 over(0)?;
-                let (loss, _) = deep_supervised(&mut cx, outputs, batch.target.map(), &how)?;
+                let (loss, _) = deep_supervised(&mut cx, outputs, batch.target.map()?, &how)?;
                 (loss, None)
             } else {
                 // With the heads, whose scores are never in memory.

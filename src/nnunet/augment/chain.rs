@@ -1,11 +1,12 @@
 //! A patch from a case to the batch.
 
-use super::intensity::Memory;
+use super::intensity::{Channel, Memory};
 use super::{AugmentConfig, Parameters, cascade, intensity, spatial};
 use crate::error::{Error, Result};
 use crate::nnunet::preprocess::labels;
 use crate::nnunet::training_case::TrainingCase;
 use crate::ops::intensity::{Flip, put_labels};
+use crate::ops::warp::{Warp, warp};
 use crate::tensor::Isa;
 
 const OP: &str = "augmentation";
@@ -22,14 +23,22 @@ pub struct Augmenter {
 /// Memory that a thread works with, from one patch to the next.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    /// The box of the case that a warp reads.
-    pub(super) source: Vec<f32>,
-    pub(super) source_labels: Vec<i16>,
-    /// The patch before it is mirrored.
-    pub(super) image: Vec<f32>,
-    pub(super) labels: Vec<i16>,
+    read: RawPatch,
+    /// A patch that was warped.
+    image: Vec<f32>,
+    labels: Vec<i16>,
     previous: Vec<u16>,
     memory: Memory,
+}
+
+/// A patch as it was read from its case, and what is to become of it.
+#[derive(Debug, Default)]
+pub struct RawPatch {
+    /// The patch (channel, z, y, x), or the box that a warp reads.
+    pub(super) image: Vec<f32>,
+    pub(super) labels: Vec<i16>,
+    pub(super) warp: Option<Warp>,
+    pub(super) parameters: Parameters,
 }
 
 impl Augmenter {
@@ -104,37 +113,75 @@ impl Augmenter {
         if case.label_channels() < 1 + cascade {
             return Err(Error::shape(OP, "a case without the labels of the stage before"));
         }
-        parameters.check(channels, self.previous.len())?;
-        scratch.labels.resize(case.label_channels() * volume, 0);
         let (images, one_hot) = image.split_at_mut(channels * volume);
         let flip = Flip { shape: self.patch, axes: parameters.mirror };
-        match &self.config {
-            None => case.crop(lower, self.patch, images, &mut scratch.labels)?,
-            Some(config) => {
-                scratch.image.resize(channels * volume, 0.0);
-                match parameters.spatial {
-                    Some(spatial) => spatial::warped(self.isa, config, spatial, case, lower, scratch)?,
-                    None => {
-                        let skip = |k: usize| (config.initial_patch[k] / 2) as i64 - (self.patch[k] / 2) as i64;
-                        let middle = std::array::from_fn(|k| lower[k] + skip(k));
-                        case.crop(middle, self.patch, &mut scratch.image, &mut scratch.labels)?;
-                    }
-                }
-                let each = scratch.image.chunks_exact_mut(volume).zip(images.chunks_exact_mut(volume));
-                for (c, (x, out)) in each.enumerate() {
-                    let truth = &scratch.labels[..volume];
-                    intensity::transform(self.isa, config, parameters, c, x, truth, &mut scratch.memory, out);
-                }
+        let labels = match &self.config {
+            None => {
+                parameters.check(channels, self.previous.len())?;
+                scratch.labels.resize(case.label_channels() * volume, 0);
+                case.crop(lower, self.patch, images, &mut scratch.labels)?;
+                &scratch.labels
             }
-        }
-        put_labels(self.isa, flip, &scratch.labels[..volume], target);
+            Some(config) => {
+                self.read(case, lower, parameters.clone(), &mut scratch.read)?;
+                let Scratch { read, image, labels, memory, .. } = scratch;
+                let (image, labels) = match &read.warp {
+                    Some(how) => {
+                        image.resize(channels * volume, 0.0);
+                        labels.resize(case.label_channels() * volume, 0);
+                        warp(self.isa, how, &read.image, &read.labels, image, labels);
+                        (image, &*labels)
+                    }
+                    None => (&mut read.image, &read.labels),
+                };
+                let each = image.chunks_exact_mut(volume).zip(images.chunks_exact_mut(volume));
+                for (c, (x, out)) in each.enumerate() {
+                    let mut channel = Channel::new(self.isa, config.patch, x, memory);
+                    intensity::transform(config, parameters, c, &mut channel)?;
+                    let outside = intensity::masked(config, c).then_some(&labels[..volume]);
+                    channel.put(parameters.mirror, outside, out);
+                }
+                labels
+            }
+        };
+        put_labels(self.isa, flip, &labels[..volume], target);
         if cascade == 1 {
             scratch.previous.resize(volume, 0);
-            put_labels(self.isa, flip, &scratch.labels[volume..2 * volume], &mut scratch.previous);
+            put_labels(self.isa, flip, &labels[volume..2 * volume], &mut scratch.previous);
             labels::one_hot(&scratch.previous, &self.previous, one_hot);
             let flat = self.config.as_ref().is_some_and(|c| c.two_d);
             cascade::apply(&parameters.operations, &parameters.removals, self.patch, flat, one_hot);
         }
+        Ok(())
+    }
+
+    /// Reads what the patch needs whose initial patch begins at voxel `lower` of the case, for whoever does to it what the
+    /// parameters say.
+    ///
+    /// # Errors
+    /// As [`Augmenter::run`]; [`Error::Usage`] without augmentation.
+    pub fn read(
+        &self,
+        case: &dyn TrainingCase,
+        lower: [i64; 3],
+        parameters: Parameters,
+        to: &mut RawPatch,
+    ) -> Result<()> {
+        let config = self.config.as_ref().ok_or_else(|| Error::usage("a patch to augment without augmentation"))?;
+        parameters.check(case.channels(), self.previous.len())?;
+        to.parameters = parameters;
+        to.warp = match to.parameters.spatial {
+            Some(spatial) => Some(spatial::source(config, spatial, case, lower, &mut to.image, &mut to.labels)?),
+            None => {
+                let volume: usize = self.patch.iter().product();
+                to.image.resize(case.channels() * volume, 0.0);
+                to.labels.resize(case.label_channels() * volume, 0);
+                let skip = |k: usize| (config.initial_patch[k] / 2) as i64 - (self.patch[k] / 2) as i64;
+                let middle = std::array::from_fn(|k| lower[k] + skip(k));
+                case.crop(middle, self.patch, &mut to.image, &mut to.labels)?;
+                None
+            }
+        };
         Ok(())
     }
 }

@@ -4,10 +4,67 @@
 //! contrast and the ends of a gamma transform cost no pass over memory. What is known of the values is kept beside them.
 
 use super::{AugmentConfig, Parameters};
+use crate::base::rng::Key;
+use crate::error::{Error, Result};
 use crate::ops::blur::{Kernel, TAPS, blur};
 use crate::ops::intensity::{Flip, Map, Power, Stats, add_noise, power, put, stats};
 use crate::ops::low_resolution::low_resolution;
 use crate::tensor::Isa;
+
+/// A channel under way, on the processor or on a card: what can be done to its values.
+pub(super) trait Values {
+    /// Adds `sigma` times the standard normal numbers of a stream.
+    fn noise(&mut self, sigma: f32, key: Key) -> Result<()>;
+    /// Filters along z, y and x; at most once, before anything below.
+    fn blur(&mut self, kernels: &[Kernel; 3]) -> Result<()>;
+    /// `v <- scale v + shift`.
+    fn affine(&mut self, scale: f64, shift: f64) -> Result<()>;
+    /// `ContrastTransform` with `preserve_range`; before it no map has bounds.
+    fn contrast(&mut self, factor: f64) -> Result<()>;
+    /// `SimulateLowResolutionTransform`: "nearest-exact" down, linear up.
+    fn low_resolution(&mut self, coarse: [usize; 3]) -> Result<()>;
+    /// `GammaTransform` with `p_retain_stats` 1.
+    fn gamma(&mut self, gamma: f32) -> Result<()>;
+}
+
+/// All transforms of the values of channel `index`, but for what [`Parameters::mirror`] does.
+pub(super) fn transform(config: &AugmentConfig, p: &Parameters, index: usize, x: &mut impl Values) -> Result<()> {
+    let shape = config.patch;
+    if let Some(noise) = &p.noise {
+        x.noise(noise.sigma(), noise.field(index))?;
+    }
+    if let Some(sigmas) = p.blur.get(index).copied().flatten() {
+        let mut kernels = sigmas.map(gaussian);
+        if config.two_d {
+            kernels[0] = Kernel { weights: [1.0; TAPS], len: 1 };
+        }
+        x.blur(&kernels)?;
+    }
+    if let Some(&factor) = p.brightness.get(index) {
+        x.affine(f64::from(factor), 0.0)?;
+    }
+    if let Some(&factor) = p.contrast.get(index) {
+        x.contrast(f64::from(factor))?;
+    }
+    if let Some(scale) = p.low_resolution.get(index).copied().flatten() {
+        let along = |k| if k == 0 && config.planes { shape[0] } else { coarse(shape[k], scale) };
+        x.low_resolution([0, 1, 2].map(along))?;
+    }
+    if let Some(&gamma) = p.gamma_inverted.get(index) {
+        x.affine(-1.0, 0.0)?;
+        x.gamma(gamma)?;
+        x.affine(-1.0, 0.0)?;
+    }
+    if let Some(&gamma) = p.gamma.get(index) {
+        x.gamma(gamma)?;
+    }
+    Ok(())
+}
+
+/// Whether a channel is 0 outside of the nonzero mask.
+pub(super) fn masked(config: &AugmentConfig, index: usize) -> bool {
+    config.masked.get(index).is_some_and(|m| *m)
+}
 
 /// Memory to work with.
 #[derive(Debug, Default)]
@@ -17,63 +74,16 @@ pub(super) struct Memory {
     small: Vec<f32>,
 }
 
-/// A channel under way: its values are `map(x)`.
-struct Channel<'c> {
+/// A channel under way on the processor: its values are `map(x)`.
+pub(super) struct Channel<'c> {
     isa: Isa,
     shape: [usize; 3],
     x: &'c mut [f32],
     map: Map,
     known: Option<Stats>,
-}
-
-/// All transforms of the values of channel `index`, and the mirrored and masked result.
-pub(super) fn transform(
-    isa: Isa,
-    config: &AugmentConfig,
-    p: &Parameters,
-    index: usize,
-    x: &mut [f32],
-    truth: &[i16],
-    memory: &mut Memory,
-    out: &mut [f32],
-) {
-    let shape = config.patch;
-    if let Some(noise) = &p.noise {
-        add_noise(isa, x, noise.sigma(), noise.field(index));
-    }
-    let x = match p.blur.get(index).copied().flatten() {
-        Some(sigmas) => {
-            let mut kernels = sigmas.map(gaussian);
-            if config.two_d {
-                kernels[0] = Kernel { weights: [1.0; TAPS], len: 1 };
-            }
-            memory.moved.resize(x.len(), 0.0);
-            blur(isa, shape, &kernels, x, &mut memory.small, &mut memory.moved);
-            &mut memory.moved[..]
-        }
-        None => x,
-    };
-    let mut channel = Channel { isa, shape, x, map: Map::IDENTITY, known: None };
-    if let Some(&factor) = p.brightness.get(index) {
-        channel.affine(f64::from(factor), 0.0);
-    }
-    if let Some(&factor) = p.contrast.get(index) {
-        channel.contrast(f64::from(factor));
-    }
-    if let Some(scale) = p.low_resolution.get(index).copied().flatten() {
-        let coarse = std::array::from_fn(|k| if k == 0 && config.planes { shape[0] } else { coarse(shape[k], scale) });
-        channel.low_resolution(coarse, &mut memory.small);
-    }
-    if let Some(&gamma) = p.gamma_inverted.get(index) {
-        channel.affine(-1.0, 0.0);
-        channel.gamma(gamma);
-        channel.affine(-1.0, 0.0);
-    }
-    if let Some(&gamma) = p.gamma.get(index) {
-        channel.gamma(gamma);
-    }
-    let outside = config.masked.get(index).is_some_and(|m| *m).then_some(truth);
-    put(isa, Flip { shape, axes: p.mirror }, channel.map, channel.x, outside, out);
+    /// Memory for a channel that is filtered.
+    moved: Option<&'c mut Vec<f32>>,
+    small: &'c mut Vec<f32>,
 }
 
 /// Python's `round(n * scale)`.
@@ -81,14 +91,23 @@ fn coarse(n: usize, scale: f32) -> usize {
     ((n as f64 * f64::from(scale)).round_ties_even() as usize).max(1)
 }
 
-impl Channel<'_> {
+impl<'c> Channel<'c> {
+    pub(super) fn new(isa: Isa, shape: [usize; 3], x: &'c mut [f32], memory: &'c mut Memory) -> Self {
+        let Memory { moved, small } = memory;
+        Self { isa, shape, x, map: Map::IDENTITY, known: None, moved: Some(moved), small }
+    }
+
+    /// The mirrored values, 0 where `outside` is negative.
+    pub(super) fn put(self, axes: [bool; 3], outside: Option<&[i16]>, out: &mut [f32]) {
+        put(self.isa, Flip { shape: self.shape, axes }, self.map, self.x, outside, out);
+    }
+
     fn stats(&mut self) -> Stats {
         let (isa, x, map) = (self.isa, &*self.x, self.map);
         *self.known.get_or_insert_with(|| stats(isa, x, map))
     }
 
-    /// `v <- scale v + shift`.
-    fn affine(&mut self, scale: f64, shift: f64) {
+    fn moved(&mut self, scale: f64, shift: f64) {
         let of = |v: f32| (f64::from(v) * scale + shift) as f32;
         let turned = |low: f32, high: f32| if scale < 0.0 { (of(high), of(low)) } else { (of(low), of(high)) };
         let (low, high) = turned(self.map.low, self.map.high);
@@ -104,29 +123,49 @@ impl Channel<'_> {
             Stats { mean: s.mean * scale + shift, std: s.std * scale.abs(), min, max }
         });
     }
+}
 
-    /// `ContrastTransform` with `preserve_range`; before it no map has bounds.
-    fn contrast(&mut self, factor: f64) {
+impl Values for Channel<'_> {
+    fn noise(&mut self, sigma: f32, key: Key) -> Result<()> {
+        add_noise(self.isa, self.x, sigma, key);
+        Ok(())
+    }
+
+    fn blur(&mut self, kernels: &[Kernel; 3]) -> Result<()> {
+        let moved = self.moved.take().ok_or_else(|| Error::shape("blur", "a second filter"))?;
+        moved.resize(self.x.len(), 0.0);
+        blur(self.isa, self.shape, kernels, self.x, self.small, moved);
+        self.x = moved;
+        Ok(())
+    }
+
+    fn affine(&mut self, scale: f64, shift: f64) -> Result<()> {
+        self.moved(scale, shift);
+        Ok(())
+    }
+
+    fn contrast(&mut self, factor: f64) -> Result<()> {
         let s = self.stats();
-        self.affine(factor, s.mean * (1.0 - factor));
+        self.moved(factor, s.mean * (1.0 - factor));
         (self.map.low, self.map.high) = (s.min, s.max);
         self.known = None;
+        Ok(())
     }
 
-    /// `SimulateLowResolutionTransform`: "nearest-exact" down, linear up.
-    fn low_resolution(&mut self, coarse: [usize; 3], memory: &mut Vec<f32>) {
-        low_resolution(self.isa, self.shape, coarse, self.map, self.x, memory);
+    fn low_resolution(&mut self, coarse: [usize; 3]) -> Result<()> {
+        low_resolution(self.isa, self.shape, coarse, self.map, self.x, self.small);
         (self.map, self.known) = (Map::IDENTITY, None);
+        Ok(())
     }
 
-    /// `GammaTransform` with `p_retain_stats` 1.
-    fn gamma(&mut self, gamma: f32) {
+    fn gamma(&mut self, gamma: f32) -> Result<()> {
         let before = self.stats();
         let how = Power { min: before.min, max: before.max, gamma };
         let after = power(self.isa, self.x, self.map, how);
         (self.map, self.known) = (Map::IDENTITY, Some(after));
         let scale = before.std / after.std.max(1e-7);
-        self.affine(scale, before.mean - after.mean * scale);
+        self.moved(scale, before.mean - after.mean * scale);
+        Ok(())
     }
 }
 

@@ -5,6 +5,8 @@
 //! transform, so that a patch never depends on the patches before it. [`Augmenter`] is a function of parameters and voxels,
 //! on the thread that calls it.
 
+#[cfg(feature = "cuda")]
+mod card;
 mod cascade;
 mod chain;
 mod intensity;
@@ -12,8 +14,10 @@ mod morphology;
 mod parameters;
 mod spatial;
 
+#[cfg(feature = "cuda")]
+pub(crate) use card::CardBatch;
 pub use cascade::{Operation, Removal};
-pub use chain::{Augmenter, Scratch};
+pub use chain::{Augmenter, RawPatch, Scratch};
 pub use morphology::Operator;
 pub(crate) use parameters::Purpose;
 pub use parameters::{Item, Noise, Parameters, Spatial};

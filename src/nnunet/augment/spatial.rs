@@ -1,22 +1,21 @@
 //! Rotation and scale: which voxels of a case a patch needs, and the warp onto its grid.
 
-use super::{AugmentConfig, Scratch, Spatial};
+use super::{AugmentConfig, Spatial};
 use crate::error::Result;
 use crate::nnunet::training_case::TrainingCase;
-use crate::ops::warp::{Warp, warp};
-use crate::tensor::Isa;
+use crate::ops::warp::Warp;
 
-/// Writes the patch to `scratch.image` and `scratch.labels`, whose initial patch begins at voxel `lower` of the case. Outside
-/// of the initial patch the image is 0 and labels are -1, whatever the case holds there; both are interpolated across that
-/// border (nnU-Net pads with the label -1 in `SpatialTransform`).
-pub(super) fn warped(
-    isa: Isa,
+/// Reads what the patch needs whose initial patch begins at voxel `lower` of the case, and tells how it gets onto its grid.
+/// Outside of the initial patch the image is 0 and labels are -1, whatever the case holds there; both are interpolated across
+/// that border (nnU-Net pads with the label -1 in `SpatialTransform`).
+pub(super) fn source(
     config: &AugmentConfig,
     spatial: Spatial,
     case: &dyn TrainingCase,
     lower: [i64; 3],
-    scratch: &mut Scratch,
-) -> Result<()> {
+    image: &mut Vec<f32>,
+    labels: &mut Vec<i16>,
+) -> Result<Warp> {
     let initial = config.initial_patch;
     let matrix = matrix(spatial, config.planes);
     // The middle of the grid lies in the middle of the initial patch.
@@ -38,20 +37,18 @@ pub(super) fn warped(
         shift[k] = middle[k] - turned - first[k] as f64;
     }
     let volume: usize = size.iter().product();
-    scratch.source.resize(case.channels() * volume, 0.0);
-    scratch.source_labels.resize(case.label_channels() * volume, 0);
+    image.resize(case.channels() * volume, 0.0);
+    labels.resize(case.label_channels() * volume, 0);
     let at = std::array::from_fn(|k| lower[k] + first[k]);
-    case.crop(at, size, &mut scratch.source, &mut scratch.source_labels)?;
+    case.crop(at, size, image, labels)?;
     for k in 0..3 {
         let ends = [(first[k] < 0, 0), (first[k] + size[k] as i64 > initial[k] as i64, size[k] - 1)];
         for (_, plane) in ends.into_iter().filter(|(outside, _)| *outside) {
-            fill_plane(&mut scratch.source, size, k, plane, 0.0);
-            fill_plane(&mut scratch.source_labels, size, k, plane, -1);
+            fill_plane(image, size, k, plane, 0.0);
+            fill_plane(labels, size, k, plane, -1);
         }
     }
-    let how = Warp { matrix, shift, source: size, grid: config.patch, origin: first, planes: config.planes };
-    warp(isa, &how, &scratch.source, &scratch.source_labels, &mut scratch.image, &mut scratch.labels);
-    Ok(())
+    Ok(Warp { matrix, shift, source: size, grid: config.patch, origin: first, planes: config.planes })
 }
 
 /// nnU-Net `create_affine_matrix_3d` and, in planes, `create_affine_matrix_2d`, whose matrix turns the other two axes.

@@ -129,11 +129,11 @@ impl Queue {
         self.wanted.notify_all();
     }
 
-    pub(super) fn take_back(&self, image: Vec<f32>, target: Vec<u16>) {
+    pub(super) fn take_back(&self, made: Made) {
         let mut state = self.lock();
         // No more than can be used at a time.
         if state.spare.len() < self.maker.config.ahead {
-            state.spare.push(Made { image, target, cases: Vec::new() });
+            state.spare.push(made);
         }
     }
 

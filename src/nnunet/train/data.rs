@@ -115,6 +115,16 @@ impl Task {
             }
             false => None,
         };
+        if options.augment_on_device && device.is_cpu() {
+            return Err(Error::usage(
+                "augmentation on a card: the training is on the processor, expected --device cuda",
+            ));
+        }
+        if options.augment_on_device && !plan.previous_labels().is_empty() {
+            return Err(Error::unsupported(
+                "augmentation on a card of a cascade's second stage; on the processor it is",
+            ));
+        }
         let base = LoaderConfig {
             previous: plan.previous_labels().to_vec(),
             ..LoaderConfig::validation(plan.patch, plan.batch)
@@ -123,6 +133,7 @@ impl Task {
             iterations: options.iterations,
             oversampling,
             seed: options.seed,
+            raw: options.augment_on_device && augment.is_some(),
             augment,
             workers: options.workers,
             ahead: options.workers + 2,

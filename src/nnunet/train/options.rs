@@ -46,6 +46,8 @@ pub struct TrainOptions {
     pub deep_supervision: bool,
     /// Patches are changed at random.
     pub augmentation: bool,
+    /// On a card patches are changed there, from the same random numbers; not in a cascade.
+    pub augment_on_device: bool,
     /// Axes that may be mirrored; all of the patch by default.
     pub mirror_axes: Option<Vec<usize>>,
     /// Of all random numbers.
@@ -81,6 +83,7 @@ impl Default for TrainOptions {
             criterion: Criterion::DiceCe,
             deep_supervision: true,
             augmentation: true,
+            augment_on_device: false,
             mirror_axes: None,
             seed: 0,
             precision: Precision::F32,
@@ -191,7 +194,11 @@ impl TrainOptions {
             "patch": plan.patch,
             "oversample": self.oversample,
             "probabilistic": self.probabilistic,
-            "augmentation": self.augmentation,
+            "augmentation": match self.augment_on_device {
+                // Sums in another order: not the same bytes.
+                true if self.augmentation => json!("on a card"),
+                _ => json!(self.augmentation),
+            },
             "mirror_axes": self.mirror_axes,
             "criterion": format!("{:?}", self.criterion),
             "deep_supervision": self.deep_supervision,

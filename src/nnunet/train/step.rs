@@ -7,6 +7,8 @@ use crate::autograd::{Ctx, Grads, Var};
 use crate::error::{Error, Result};
 use crate::models::Network;
 use crate::nn::{Module, Optimizer, StepNorms};
+#[cfg(feature = "cuda")]
+use crate::nnunet::augment::CardBatch;
 use crate::nnunet::loader::Batch;
 use crate::nnunet::loss::{supervised, supervised_heads};
 use crate::ops::{LabelMap, Loss, LossValue, Outputs, Target};
@@ -24,13 +26,23 @@ pub(super) struct Pass {
     weights: Vec<f64>,
     precision: Precision,
     strict: bool,
+    /// Where patches are made that come as they were read.
+    #[cfg(feature = "cuda")]
+    card: CardBatch,
 }
 
 impl Pass {
     pub(super) fn new(plan: &TrainingPlan, options: &TrainOptions) -> Result<Self> {
         let loss = options.criterion.loss(plan.labels.outputs(), plan.labels.ignore(), plan.batch_dice)?;
         let weights = if options.deep_supervision { plan.supervision() } else { vec![1.0] };
-        Ok(Self { loss, weights, precision: options.precision, strict: options.strict })
+        Ok(Self {
+            loss,
+            weights,
+            precision: options.precision,
+            strict: options.strict,
+            #[cfg(feature = "cuda")]
+            card: CardBatch::default(),
+        })
     }
 
     /// Whether a card can do it.
@@ -48,23 +60,27 @@ impl Pass {
 
     /// A step; returns the loss before it. Nothing is changed when the loss or a gradient is not finite.
     pub(super) fn train(
-        &self,
+        &mut self,
         net: &mut Network,
         optimizer: &mut Optimizer,
         batch: &Batch,
         rate: f64,
         device: &Device,
     ) -> Result<(f64, StepNorms)> {
+        let made = self.made(batch, device)?;
         device.install(|| {
             device.planned(&[TRAIN, batch.cases.len()], || {
                 let mut grads = Grads::new();
                 let value = {
                     let mut cx = Ctx::train(device).strict(self.strict).storing(self.precision);
-                    let (image, target) = self.tensors(batch, device)?;
+                    let (image, target) = match made {
+                        Some(made) => made,
+                        None => self.tensors(batch, device)?,
+                    };
                     let x = cx.leaf(image);
                     let (loss, value) = if device.is_cpu() {
                         let outputs = net.forward_all(&mut cx, x)?;
-                        let (loss, value) = supervised(&mut cx, outputs, &self.weights, target.map(), &self.loss)?;
+                        let (loss, value) = supervised(&mut cx, outputs, &self.weights, target.map()?, &self.loss)?;
                         (loss, LossValue::known(value))
                     } else {
                         let heads = net.forward_heads(&mut cx, x)?;
@@ -99,10 +115,23 @@ impl Pass {
                 let logits = outputs.first().map(|y| y.value().clone());
                 let logits = logits.ok_or_else(|| Error::shape("validation", "a network without outputs"))?;
                 // The loss checks the labels.
-                let (_, value) = supervised(&mut cx, outputs, &self.weights, target.map(), &self.loss)?;
-                Ok((value, count(&logits, target.map(), &self.loss.outputs, self.loss.ignore)?))
+                let (_, value) = supervised(&mut cx, outputs, &self.weights, target.map()?, &self.loss)?;
+                Ok((value, count(&logits, target.map()?, &self.loss.outputs, self.loss.ignore)?))
             })
         })
+    }
+
+    /// A batch that comes as it was read, made on the card: before a pass, whose launches are the same for all batches.
+    #[cfg(feature = "cuda")]
+    fn made(&mut self, batch: &Batch, device: &Device) -> Result<Option<(Tensor, Target)>> {
+        let Some((how, raw)) = batch.raw() else { return Ok(None) };
+        let (image, labels) = self.card.make(how, raw, device)?;
+        Ok(Some((image, Target::on_card(labels, batch.target_dims(), &self.loss.outputs)?)))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn made(&mut self, _: &Batch, _: &Device) -> Result<Option<(Tensor, Target)>> {
+        Ok(None)
     }
 
     fn tensors(&self, batch: &Batch, device: &Device) -> Result<(Tensor, Target)> {
@@ -128,8 +157,8 @@ impl Pass {
         };
         let (_, value) = supervised_heads(&mut cx, heads, &self.weights, target, &self.loss)?;
         let counts = match found {
-            Found::Labels(labels) => count_labels(&labels, target.map(), net.classes(), ignore)?,
-            Found::Scores(scores) => count(&scores, target.map(), outputs, ignore)?,
+            Found::Labels(labels) => count_labels(&labels, target.map()?, net.classes(), ignore)?,
+            Found::Scores(scores) => count(&scores, target.map()?, outputs, ignore)?,
         };
         Ok((value.read()?, counts))
     }

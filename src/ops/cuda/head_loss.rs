@@ -24,6 +24,12 @@ impl CardTarget {
     pub(in crate::ops) fn new(map: &LabelMap, outputs: &Outputs, device: &Device) -> Result<Self> {
         let labels = plain(map.labels().len().div_ceil(2), device)?;
         card(OP, device)?.upload(memory(OP, device, &labels)?, bytemuck::cast_slice(map.labels()))?;
+        Self::of(labels, outputs)
+    }
+
+    /// Of labels that are there.
+    pub(in crate::ops) fn of(labels: Tensor, outputs: &Outputs) -> Result<Self> {
+        let device = labels.device();
         let members = match outputs {
             Outputs::Labels => None,
             Outputs::Regions(regions) => {
@@ -40,7 +46,7 @@ impl CardTarget {
 fn labels_at(cx: &Ctx<'_>, target: &Target, space: [usize; 3]) -> Result<Tensor> {
     let missing = || Error::shape(OP, "labels that are not on the card");
     let labels = &target.card.as_ref().ok_or_else(missing)?.labels;
-    let [batch, from @ ..] = target.map().dims();
+    let [batch, from @ ..] = target.dims();
     if from == space {
         return Ok(labels.clone());
     }
