@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::param::{pack, unpack};
+use super::scaler::GradScaler;
 use crate::autograd::{Grads, Param};
 use crate::error::{Error, Result};
 use crate::ops::LossValue;
@@ -178,6 +179,33 @@ impl Optimizer {
             return Err(Error::unsupported("gradients of a scaled loss on the processor"));
         }
         self.step_by(params, grads, lr, None)
+    }
+
+    /// As [`Optimizer::step_guarded`], of gradients of the loss times [`GradScaler::scale`]. Where only these turn out not to be
+    /// finite, nothing is changed but the scaler, which goes back, and there are no norms: the step is skipped.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`]; [`Error::NotFinite`] of gradients only when the scaler cannot go back any further.
+    pub fn step_scaled(
+        &mut self,
+        params: Vec<&mut Param>,
+        grads: &mut Grads,
+        lr: f64,
+        loss: &LossValue,
+        scaler: &mut GradScaler,
+    ) -> Result<Option<StepNorms>> {
+        match self.step_guarded(params, grads, lr, loss, scaler.scale()) {
+            Ok(norms) => {
+                scaler.grow();
+                Ok(Some(norms))
+            }
+            Err(Error::NotFinite { what }) => match loss.read()? {
+                value if !value.is_finite() => Err(Error::NotFinite { what: format!("the loss is {value}") }),
+                _ if scaler.back_off() => Ok(None),
+                _ => Err(Error::NotFinite { what: format!("{what}, though the loss is scaled no more") }),
+            },
+            Err(e) => Err(e),
+        }
     }
 
     /// The step of parameters that are on a card.

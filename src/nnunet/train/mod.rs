@@ -26,7 +26,7 @@ use super::loader::{Batch, Loader};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::models::{Network, NetworkConfig};
-use crate::nn::{Optimizer, ParamSource, PolyLr, Scheme};
+use crate::nn::{GradScaler, Optimizer, ParamSource, PolyLr, Scheme};
 use crate::tensor::Device;
 
 pub use data::Task;
@@ -76,10 +76,14 @@ pub struct Data {
 pub struct StepReport {
     /// Before the step.
     pub loss: f64,
-    /// Norm of all gradients together, before clipping.
+    /// Norm of all gradients together, before clipping; infinite of a step that was skipped.
     pub gradient_norm: f64,
     /// Whether they were scaled down.
     pub clipped: bool,
+    /// Nothing moved: gradients were not finite as float16 that are of the loss times `loss_scale`, which is halved now.
+    pub skipped: bool,
+    /// What the loss was multiplied by before the way back, in float16 on a card.
+    pub loss_scale: Option<f64>,
     /// Wall seconds until the batch was there.
     pub seconds_waiting: f64,
     /// Wall seconds of the step.
@@ -110,6 +114,11 @@ pub struct EpochReport {
     pub max_gradient_norm: f64,
     /// Steps whose gradients were scaled down.
     pub clipped: u32,
+    /// Steps that were skipped, see [`StepReport::skipped`].
+    pub skipped: u32,
+    /// What the next step's loss is multiplied by, in float16 on a card.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
     /// Wall seconds.
     pub seconds: f64,
     /// Of those, waiting for batches.
@@ -129,6 +138,9 @@ impl EpochReport {
         if let Some(loss) = self.val_loss {
             lines.push(format!("val_loss {}", number(loss)));
             lines.push(format!("Pseudo dice [{}]", dice.join(", ")));
+        }
+        if let Some(scale) = self.loss_scale.filter(|_| self.skipped > 0) {
+            lines.push(format!("steps skipped, whose gradients overflowed: {}; loss scale {scale}", self.skipped));
         }
         lines.push(format!("Epoch time: {:.2} s", self.seconds));
         if self.is_best {
@@ -166,6 +178,7 @@ struct Seen {
     waiting: f64,
     norm: f64,
     clipped: u32,
+    skipped: u32,
 }
 
 impl Trainer {
@@ -202,6 +215,7 @@ impl Trainer {
         let mut state = TrainingState::new(options.seed, origin);
         state.schedule.initial = options.initial_rate();
         state.settings = options.settings(&plan);
+        state.scaler = pass.scaler(device);
         let scheme = match options.network {
             NetworkChoice::Planned => Scheme::He,
             _ => Scheme::Torch,
@@ -217,7 +231,8 @@ impl Trainer {
                 let (net, optimizer, found) = resumed(&config, &checkpoint, device)?;
                 // A file of nnU-Net knows no seed.
                 let seed = if found.settings.is_empty() { state.seed } else { found.seed };
-                state = TrainingState { origin: state.origin, settings: state.settings, seed, ..found };
+                let scaler = state.scaler.map(|new: GradScaler| found.scaler.unwrap_or(new));
+                state = TrainingState { origin: state.origin, settings: state.settings, seed, scaler, ..found };
                 if let Some(lr) = options.learning_rate {
                     state.schedule.initial = lr;
                 }
@@ -330,15 +345,34 @@ impl Trainer {
             Error::Shape { op, what } => Error::Shape { op, what: format!("{}: {what}", place()) },
             e => e,
         };
-        let done = self.pass.train(&mut self.net, &mut self.optimizer, &batch, rate, &self.device);
+        let loss_scale = self.state.scaler.map(|s| s.scale());
+        let scaler = self.state.scaler.as_mut();
+        let done = self.pass.train(&mut self.net, &mut self.optimizer, &batch, rate, scaler, &self.device);
         let (loss, norms) = done.map_err(named)?;
-        self.state.step += 1;
         self.state.losses.push(loss);
         self.seen.waiting += seconds_waiting;
-        self.seen.norm = self.seen.norm.max(norms.gradient);
-        self.seen.clipped += u32::from(norms.scale < 1.0);
-        let (gradient_norm, clipped) = (norms.gradient, norms.scale < 1.0);
-        Ok(StepReport { loss, gradient_norm, clipped, seconds_waiting, seconds: clock.elapsed().as_secs_f64() })
+        let clipped = norms.is_some_and(|n| n.scale < 1.0);
+        match (norms, loss_scale) {
+            (None, Some(scale)) => {
+                self.seen.skipped += 1;
+                let what = "is skipped: gradients overflow at loss scale";
+                self.log.line(&format!("step {} {what} {scale}, which is halved", at.1))?;
+            }
+            (norms, _) => {
+                self.state.step += 1;
+                self.seen.norm = norms.map_or(self.seen.norm, |n| self.seen.norm.max(n.gradient));
+                self.seen.clipped += u32::from(clipped);
+            }
+        }
+        Ok(StepReport {
+            loss,
+            gradient_norm: norms.map_or(f64::INFINITY, |n| n.gradient),
+            clipped,
+            skipped: norms.is_none(),
+            loss_scale,
+            seconds_waiting,
+            seconds: clock.elapsed().as_secs_f64(),
+        })
     }
 
     /// What is left of the present epoch: steps, validation, log, checkpoints.
@@ -392,6 +426,8 @@ impl Trainer {
             is_best: false,
             max_gradient_norm: seen.norm,
             clipped: seen.clipped,
+            skipped: seen.skipped,
+            loss_scale: self.state.scaler.map(|s| s.scale()),
             seconds: self.seconds_of_steps + clock.elapsed().as_secs_f64(),
             seconds_waiting: seen.waiting,
             peak_tensor_bytes: self.device.memory().peak,

@@ -6,7 +6,7 @@ use super::plan::TrainingPlan;
 use crate::autograd::{Ctx, Grads, Var};
 use crate::error::{Error, Result};
 use crate::models::Network;
-use crate::nn::{Module, Optimizer, StepNorms};
+use crate::nn::{GradScaler, Module, Optimizer, StepNorms};
 use crate::nnunet::loader::Batch;
 use crate::nnunet::loss::{supervised, supervised_heads};
 use crate::ops::{LabelMap, Loss, LossValue, Outputs, Target};
@@ -37,7 +37,7 @@ impl Pass {
     pub(super) fn check_card(&self, device: &Device) -> Result<()> {
         let old = device.compute_capability().is_some_and(|[major, _]| major < 8);
         let what = match self.precision {
-            Precision::F16 => "in float16; expected bfloat16 or float32",
+            Precision::F16 if self.strict => "strictly in float16; expected float32",
             Precision::Bf16 if self.strict => "strictly in bfloat16; expected float32",
             Precision::Bf16 if old => "in bfloat16 on a card before Ampere; expected float32",
             _ if self.loss.top.is_some() => "by the largest cross-entropies on a card; on the processor it is",
@@ -46,15 +46,22 @@ impl Pass {
         Err(Error::unsupported(format!("training {what}")))
     }
 
-    /// A step; returns the loss before it. Nothing is changed when the loss or a gradient is not finite.
+    /// What scales the loss on `device`, where gradients are stored as they are computed; on the processor they are f32.
+    pub(super) fn scaler(&self, device: &Device) -> Option<GradScaler> {
+        (self.precision == Precision::F16 && !device.is_cpu()).then(GradScaler::default)
+    }
+
+    /// A step; returns the loss before it, and no norms when `scaler` skips it. Nothing is changed when the loss or a gradient is
+    /// not finite.
     pub(super) fn train(
         &self,
         net: &mut Network,
         optimizer: &mut Optimizer,
         batch: &Batch,
         rate: f64,
+        scaler: Option<&mut GradScaler>,
         device: &Device,
-    ) -> Result<(f64, StepNorms)> {
+    ) -> Result<(f64, Option<StepNorms>)> {
         device.install(|| {
             device.planned(&[TRAIN, batch.cases.len()], || {
                 let mut grads = Grads::new();
@@ -74,12 +81,15 @@ impl Pass {
                     if let Some(value) = value.get().filter(|v| !v.is_finite()) {
                         return Err(Error::NotFinite { what: format!("the loss is {value}") });
                     }
-                    cx.backward(loss, &mut grads)?;
+                    cx.backward_scaled(loss, scaler.as_ref().map_or(1.0, |s| s.scale()), &mut grads)?;
                     value
                 };
                 let mut params = Vec::new();
                 net.params_mut(&mut |p| params.push(p));
-                let norms = optimizer.step_guarded(params, &mut grads, rate, &value, 1.0)?;
+                let norms = match scaler {
+                    Some(scaler) => optimizer.step_scaled(params, &mut grads, rate, &value, scaler)?,
+                    None => Some(optimizer.step_guarded(params, &mut grads, rate, &value, 1.0)?),
+                };
                 Ok((value.read()?, norms))
             })
         })

@@ -100,13 +100,16 @@ impl Passes {
                 ask.issue(driver)
             }
             Mode::Hold(held) => {
-                let Some(known) = self.known.last() else { return ask.issue(driver) };
+                let Some(known) = self.known.last_mut() else { return ask.issue(driver) };
                 if known.work.get(*held).is_some_and(|w| ask.is(w)) {
                     *held += 1;
                     return if *held == known.work.len() { self.replay(driver) } else { Ok(()) };
                 }
-                // Another computation than before: noted from its beginning, as far as that was the same.
-                let same = known.work[..*held].to_vec();
+                // Another computation than before: noted from its beginning, as far as that was the same. What it was
+                // before is forgotten, so that what changed once, a learning rate or a loss scale, is not taken for what
+                // changes every time: then the graph would end before it for good.
+                let mut same = std::mem::take(&mut known.work);
+                same.truncate(*held);
                 *mode = Mode::Note(same);
                 self.forget(driver);
                 let Some(Run { mode: Mode::Note(work), .. }) = &mut self.run else { return Ok(()) };
