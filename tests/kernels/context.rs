@@ -97,6 +97,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,
     device::ptx_prediction_on_another_grid_through_the_library,
+    device::ptx_prediction_of_unets_through_the_library,
     device::ptx_variants_through_the_library,
     device::ptx_head_labels_that_stay,
     device::ptx_first_layers_through_the_library,

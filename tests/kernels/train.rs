@@ -161,7 +161,7 @@ fn stunet() -> NetworkConfig {
     config.with_strides([[1, 2, 2], [2, 1, 1], [1, 1, 2], [1; 3], [1; 3]]).into()
 }
 
-fn unet(kind: UnetKind) -> NetworkConfig {
+pub(super) fn unet(kind: UnetKind) -> NetworkConfig {
     UnetConfig {
         kind,
         planar: false,
