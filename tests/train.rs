@@ -15,14 +15,14 @@ use stunet::{Device, Error, Event, Flow, Precision, Result};
 
 use crate::common::drive::values;
 
-const PATCH: [usize; 3] = [16, 16, 16];
+pub const PATCH: [usize; 3] = [16, 16, 16];
 
-fn write_json(path: &Path, value: &Value) {
+pub fn write_json(path: &Path, value: &Value) {
     fs::write(path, serde_json::to_string_pretty(value).unwrap()).unwrap();
 }
 
 /// A data set's folder with plans for a U-Net of three stages.
-fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
+pub fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
     let resampling =
         |order: usize, seg: bool| json!({"is_seg": seg, "order": order, "order_z": 0, "force_separate_z": null});
     let function = "resample_data_or_seg_to_shape";
@@ -77,12 +77,12 @@ fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
     path
 }
 
-fn labels() -> Value {
+pub fn labels() -> Value {
     json!({"background": 0, "bright": 1, "brighter": 2})
 }
 
 /// Noise whose label is its brightness.
-struct Noise {
+pub struct Noise {
     next: (u32, u32),
     iterations: u32,
     channels: usize,
@@ -96,7 +96,7 @@ impl Noise {
         Self::of(channels, PATCH, broken)
     }
 
-    fn of(channels: usize, patch: [usize; 3], broken: Option<(u32, u32)>) -> Data {
+    pub fn of(channels: usize, patch: [usize; 3], broken: Option<(u32, u32)>) -> Data {
         let noise = |iterations| Box::new(Noise { next: (0, 0), iterations, channels, patch, broken });
         Data { train: noise(3), val: noise(2), cases: vec!["first".into(), "second".into()] }
     }
@@ -123,7 +123,7 @@ impl Batches for Noise {
     }
 }
 
-fn options(network: NetworkChoice) -> TrainOptions {
+pub fn options(network: NetworkChoice) -> TrainOptions {
     let mut o = TrainOptions::new();
     (o.network, o.epochs, o.iterations, o.val_iterations, o.seed) = (network, Some(3), 3, 2, 7);
     o
@@ -148,7 +148,7 @@ fn trainer_after(
     Trainer::new(plan, options.clone(), start, &fold, "0", data, &Device::cpu())
 }
 
-fn parameters(trainer: &Trainer) -> Vec<Vec<f32>> {
+pub fn parameters(trainer: &Trainer) -> Vec<Vec<f32>> {
     let mut out = Vec::new();
     trainer.network().params(&mut |p| out.push(nn::values(p).unwrap()));
     out

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Ctx, Param, ParamId, Var};
+use crate::backend::compute;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::pool;
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::tensor::cuda::Driver;
@@ -134,7 +134,7 @@ fn add_to<K: Ord>(all: &mut BTreeMap<K, Tensor>, id: K, g: Tensor) -> Result<()>
             // The sum's kernel knows whole channel blocks only; scalars are less.
             let (from, rest) = from.as_slice().split_at(from.as_slice().len() / BLOCK * BLOCK);
             let (sum, sum_rest) = memory(&mut to)?.split_at_mut(from.len());
-            dispatch!(&device, add::forward(None, None, from, sum))?;
+            compute!(&device, add::forward(None, None, from, sum), Ok(()))?;
             sum_rest.iter_mut().zip(rest).for_each(|(a, b)| *a += b);
             to
         }

@@ -9,7 +9,7 @@ use stunet::nnunet::evaluate::Summary;
 use stunet::nnunet::lookup;
 use stunet::nnunet::plans::Rules;
 use stunet::nnunet::split::Fold;
-use stunet::nnunet::train::{NetworkChoice, Start, Task, TrainOptions};
+use stunet::nnunet::train::{NetworkChoice, Recompute, Start, Task, TrainOptions};
 use stunet::preview::curves::{self, Course};
 use stunet::{Device, Error, Precision, PredictOptions, Prediction, Result};
 
@@ -97,9 +97,19 @@ pub(super) struct Args {
     /// Left is not right: neither mirror patches nor, later, images
     #[arg(long, help_heading = HOW)]
     no_mirroring: bool,
-    /// Keep less for the way back and compute it twice (STU-Net)
-    #[arg(long, help_heading = HOW)]
-    recompute: bool,
+    /// Keep less for the way back and compute it twice: when a step does not fit otherwise (auto; with --continue as before),
+    /// always, or never [without a value: always]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "auto",
+        default_missing_value = "always",
+        help_heading = HOW
+    )]
+    recompute: RecomputeChoice,
     /// Only kernels as accurate as plain summation; slower
     #[arg(long, help_heading = HOW)]
     strict: bool,
@@ -141,6 +151,24 @@ pub(super) struct Args {
     results: ResultsArgs,
     #[command(flatten)]
     device: DeviceArgs,
+}
+
+/// When stages run again on the way back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RecomputeChoice {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<RecomputeChoice> for Recompute {
+    fn from(c: RecomputeChoice) -> Self {
+        match c {
+            RecomputeChoice::Auto => Recompute::Auto,
+            RecomputeChoice::Always => Recompute::Always,
+            RecomputeChoice::Never => Recompute::Never,
+        }
+    }
 }
 
 /// Networks by name.
@@ -271,7 +299,7 @@ impl Args {
         if self.no_mirroring {
             options.mirror_axes = Some(Vec::new());
         }
-        options.recompute = self.recompute;
+        options.recompute = self.recompute.into();
         options.strict = self.strict;
         options.workers = self.workers;
         options.save_every = self.save_every;

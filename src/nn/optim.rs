@@ -465,7 +465,9 @@ fn zeros(p: &Param) -> Result<Tensor> {
         return Ok(t);
     }
     let mut t = device.unplanned(|| Tensor::empty(*p.value().dims(), Layout::PLAIN, device))?;
-    t.as_mut_slice().ok_or_else(|| Error::shape("optim", "fresh memory is shared"))?.fill(0.0);
+    if !device.is_rehearsal() {
+        t.as_mut_slice().ok_or_else(|| Error::shape("optim", "fresh memory is shared"))?.fill(0.0);
+    }
     Ok(t)
 }
 

@@ -215,8 +215,12 @@ impl Args {
                 let moved = batch.optimizer.step_scaled(params, &mut grads, 1e-2, &value, scaler)?;
                 batch.skipped += u32::from(moved.is_none());
             }
-            (Some(value), None) => drop(batch.optimizer.step_guarded(params, &mut grads, 1e-2, &value, 1.0)?),
-            (None, _) => drop(batch.optimizer.step(params, &mut grads, 1e-2)?),
+            (Some(value), None) => {
+                batch.optimizer.step_guarded(params, &mut grads, 1e-2, &value, 1.0)?;
+            }
+            (None, _) => {
+                batch.optimizer.step(params, &mut grads, 1e-2)?;
+            }
         }
         over(3)?;
         Ok(Parts { total: begin.elapsed().as_secs_f64(), seconds, layers, saved })

@@ -72,7 +72,8 @@ pub struct TrainingState {
     pub epoch: u32,
     /// Optimizer steps that are over, without those skipped; of nnU-Net's file, whose SGD does not count them, 250 per epoch.
     pub step: u64,
-    /// What batches and loss follow from, by name: a training goes on with the same only.
+    /// What batches, loss and the order of sums follow from, by name: a training goes on with the same only, unless it is asked
+    /// for recomputation anew.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub settings: Map<String, Value>,
     /// Losses of the steps of an epoch that is not over.

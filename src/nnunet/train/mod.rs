@@ -6,19 +6,20 @@
 mod data;
 mod files;
 mod log;
+mod memory;
 mod metrics;
 mod options;
 mod plan;
 mod pretrained;
+mod report;
 mod step;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use serde::Serialize;
-
 use self::files::Files;
 use self::log::{Log, seconds_since_1970};
+use self::memory::Decision;
 use self::metrics::{Counts, nan_mean};
 use self::step::Pass;
 use super::checkpoint::{Checkpoint, Logged, Origin, TrainingState};
@@ -31,8 +32,10 @@ use crate::tensor::Device;
 
 pub use data::Task;
 pub use files::Start;
+pub use memory::Recompute;
 pub use options::TrainOptions;
 pub use plan::{NetworkChoice, TrainingPlan};
+pub use report::{EpochReport, StepReport};
 
 /// Where batches come from: any number of epochs of them, each the same whenever it is asked for.
 pub trait Batches: Send {
@@ -70,86 +73,6 @@ pub struct Data {
     pub cases: Vec<String>,
 }
 
-/// What one step did.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct StepReport {
-    /// Before the step.
-    pub loss: f64,
-    /// Norm of all gradients together, before clipping; infinite of a step that was skipped.
-    pub gradient_norm: f64,
-    /// Whether they were scaled down.
-    pub clipped: bool,
-    /// Nothing moved: gradients were not finite as float16 that are of the loss times `loss_scale`, which is halved now.
-    pub skipped: bool,
-    /// What the loss was multiplied by before the way back, in float16 on a card.
-    pub loss_scale: Option<f64>,
-    /// Wall seconds until the batch was there.
-    pub seconds_waiting: f64,
-    /// Wall seconds of the step.
-    pub seconds: f64,
-}
-
-/// What one epoch did.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct EpochReport {
-    /// Its number, from 0.
-    pub epoch: u32,
-    /// Constant within an epoch.
-    pub learning_rate: f64,
-    /// Mean loss in training.
-    pub train_loss: f64,
-    /// Mean loss in validation.
-    pub val_loss: Option<f64>,
-    /// Mean of `dice`, classes that no patch has left out.
-    pub mean_fg_dice: Logged,
-    /// Its moving average.
-    pub ema_fg_dice: Logged,
-    /// Dice of every class or region over the validation's patches.
-    pub dice_per_class_or_region: Vec<Logged>,
-    /// The moving average is higher than ever.
-    pub is_best: bool,
-    /// Largest norm of gradients.
-    pub max_gradient_norm: f64,
-    /// Steps whose gradients were scaled down.
-    pub clipped: u32,
-    /// Steps that were skipped, see [`StepReport::skipped`].
-    pub skipped: u32,
-    /// What the next step's loss is multiplied by, in float16 on a card.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub loss_scale: Option<f64>,
-    /// Wall seconds.
-    pub seconds: f64,
-    /// Of those, waiting for batches.
-    pub seconds_waiting: f64,
-    /// Largest total of the device's tensors in bytes.
-    pub peak_tensor_bytes: usize,
-}
-
-impl EpochReport {
-    /// What nnU-Net writes to its log at the end of an epoch.
-    #[must_use]
-    pub fn lines(&self) -> Vec<String> {
-        let round = |v: f64| (v * 1e4).round_ties_even() / 1e4;
-        let number = |v: f64| if v.is_nan() { "nan".to_string() } else { round(v).to_string() };
-        let dice: Vec<String> = self.dice_per_class_or_region.iter().map(|d| number(d.0)).collect();
-        let mut lines = vec![format!("train_loss {}", number(self.train_loss))];
-        if let Some(loss) = self.val_loss {
-            lines.push(format!("val_loss {}", number(loss)));
-            lines.push(format!("Pseudo dice [{}]", dice.join(", ")));
-        }
-        if let Some(scale) = self.loss_scale.filter(|_| self.skipped > 0) {
-            lines.push(format!("steps skipped, whose gradients overflowed: {}; loss scale {scale}", self.skipped));
-        }
-        lines.push(format!("Epoch time: {:.2} s", self.seconds));
-        if self.is_best {
-            lines.push(format!("Yayy! New best EMA pseudo Dice: {}", number(self.ema_fg_dice.0)));
-        }
-        lines
-    }
-}
-
 /// Wall seconds after which a checkpoint is written at the end of an epoch, however few epochs there were: those of a large
 /// network on a processor take hours.
 const SAVE_SECONDS: u64 = 900;
@@ -162,6 +85,7 @@ pub struct Trainer {
     plan: TrainingPlan,
     options: TrainOptions,
     pass: Pass,
+    memory: Decision,
     device: Device,
     data: Data,
     files: Files,
@@ -187,7 +111,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::Usage`] for options out of range, for a new training in a folder that holds one, and when there is none to go
     /// on with; those of [`TrainingPlan::network`]; [`Error::Model`] when a checkpoint or pre-trained weights do not fit;
-    /// [`Error::Io`]; [`Error::OutOfMemory`].
+    /// [`Error::Io`]; [`Error::OutOfMemory`], before anything is written when a step would not fit the device.
     pub fn new(
         plan: TrainingPlan,
         options: TrainOptions,
@@ -221,9 +145,16 @@ impl Trainer {
             _ => Scheme::Torch,
         };
         let initial = config.initial(options.seed, scheme);
-        let (net, optimizer) = match (files.resumed(), &options.pretrained) {
-            (Some(path), _) => {
-                let checkpoint = Checkpoint::open(path)?;
+        let checkpoint = files.resumed().map(Checkpoint::open).transpose()?;
+        let memory = memory::decide(
+            options.recompute,
+            checkpoint.as_ref().and_then(|c| recomputed(c.state())),
+            device.room()?,
+            |on| memory::step_bytes(&config, &pass, plan.patch, plan.batch, on, device),
+        )?;
+        state.settings.insert(RECOMPUTE.into(), memory.recompute.into());
+        let (net, optimizer) = match (checkpoint, &options.pretrained) {
+            (Some(checkpoint), _) => {
                 if let Some(warning) = checkpoint.warning() {
                     tracing::warn!("{warning}");
                 }
@@ -251,7 +182,7 @@ impl Trainer {
             // Files of PyTorch do not tell how many epochs there were to be; a final one says that they are over.
             state.schedule.epochs = state.epoch;
         }
-        let net = net.recomputing(options.recompute)?;
+        let net = net.recomputing(memory.recompute);
         files.make(start)?;
         files.describe(&plan)?;
         let mut out = Self {
@@ -259,6 +190,7 @@ impl Trainer {
             optimizer,
             log: Log::begin(folder)?,
             pass,
+            memory,
             state,
             device: device.clone(),
             data,
@@ -287,6 +219,7 @@ impl Trainer {
             format!("{} {} {} fold {}", plan.dataset_name, plan.plans_name, plan.configuration, state.origin.fold),
             format!("{}: {} parameters on {}", self.net.name(), self.net.parameter_count(), self.device.name()),
             format!("patch {:?}, batch {}, seed {}", plan.patch, plan.batch, state.seed),
+            self.memory.line(),
         ];
         if state.epoch > 0 || !state.losses.is_empty() {
             out.push(format!("goes on with epoch {} after {} steps of it", state.epoch, state.losses.len()));
@@ -526,9 +459,19 @@ impl Trainer {
     }
 }
 
-/// A training goes on with the same numbers only by the same rules.
+/// The setting that says whether stages run again on the way back.
+const RECOMPUTE: &str = "recompute";
+
+/// Whether the training of a state did that; one from before that was asked did not. nnU-Net's files know nothing of it.
+fn recomputed(state: &TrainingState) -> Option<bool> {
+    let known = !state.settings.is_empty();
+    known.then(|| state.settings.get(RECOMPUTE).and_then(serde_json::Value::as_bool).unwrap_or(false))
+}
+
+/// A training goes on with the same numbers only by the same rules. Recomputation may be asked for where there is less memory
+/// than before: it adds some gradients in another order.
 fn check_settings(found: &TrainingState, now: &TrainingState) -> Result<()> {
-    for (name, value) in &found.settings {
+    for (name, value) in found.settings.iter().filter(|(name, _)| *name != RECOMPUTE) {
         let here = now.settings.get(name);
         if here != Some(value) {
             let here = here.map_or("none".into(), |v| v.to_string());
@@ -564,6 +507,17 @@ fn mirror_axes(plan: &TrainingPlan, options: &TrainOptions) -> Option<Vec<usize>
     let all: Vec<usize> = if plan.planar { vec![0, 1] } else { vec![0, 1, 2] };
     let axes = options.mirror_axes.clone().unwrap_or(all);
     (!axes.is_empty()).then_some(axes)
+}
+
+/// Bytes of tensors that steps of a training take at their peak on `device`, those of the network and its optimizer among them,
+/// with recomputation or without. The step is rehearsed, not run: that takes no memory to speak of.
+///
+/// # Errors
+/// [`Error::Usage`] for options out of range; those of [`TrainingPlan::network`]; [`Error::Unsupported`].
+pub fn step_bytes(plan: &TrainingPlan, options: &TrainOptions, recompute: bool, device: &Device) -> Result<usize> {
+    options.validate()?;
+    let (config, pass) = (plan.network(options.network)?, Pass::new(plan, options)?);
+    memory::step_bytes(&config, &pass, plan.patch, plan.batch, recompute, device)
 }
 
 /// The fold's folder of a training below `results`, the folder of a data set in nnU-Net's `nnUNet_results`.

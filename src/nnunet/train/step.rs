@@ -33,6 +33,13 @@ impl Pass {
         Ok(Self { loss, weights, precision: options.precision, strict: options.strict })
     }
 
+    /// Dice and cross-entropy of labels, of so many outputs.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(super) fn supervised(outputs: usize, precision: Precision) -> Self {
+        let weights = crate::nnunet::loss::deep_supervision_weights(outputs);
+        Self { loss: Loss::new(Outputs::Labels), weights, precision, strict: false }
+    }
+
     /// Whether a card can do it.
     pub(super) fn check_card(&self, device: &Device) -> Result<()> {
         let old = device.compute_capability().is_some_and(|[major, _]| major < 8);
