@@ -9,7 +9,7 @@ use serde_json::json;
 use stunet::autograd::{Ctx, Grads, Param, Var};
 use stunet::io::weights::Weights;
 use stunet::models::{NetworkConfig, StuNet, StuNetConfig, UnetConfig, UnetKind};
-use stunet::nn::{self, Module, Optimizer, ParamSource, RandomParams, Rule};
+use stunet::nn::{self, GradScaler, Module, Optimizer, ParamSource, RandomParams, Rule};
 use stunet::nnunet::checkpoint::{self, Checkpoint, Logged, Logs, Origin, TrainingState};
 use stunet::{Device, Error, Precision, Result};
 
@@ -111,6 +111,7 @@ fn all_of_the_state_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let (own, pth) = (dir.path().join("a"), dir.path().join("checkpoint_best.pth"));
     let mut all = state();
+    all.scaler = Some(GradScaler::new(2048.0, 100).unwrap());
     all.logs.dice_per_class_or_region[0][1] = Logged(f64::NAN);
     let (a, optimizer) = (net(1), Optimizer::nnunet());
     checkpoint::write(&own, &a, &optimizer, &all).unwrap();

@@ -67,6 +67,7 @@ mod storage;
 mod store;
 mod tidy;
 mod train;
+mod train_memory;
 mod training;
 mod upsample_nearest;
 mod v1;

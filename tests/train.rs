@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use stunet::nn::{self, Module};
 #[cfg(feature = "cuda")]
 use stunet::nnunet::augment::AugmentConfig;
+#[cfg(feature = "cuda")]
+use stunet::nnunet::checkpoint::{self, Checkpoint, TrainingState};
 use stunet::nnunet::loader::Batch;
 #[cfg(feature = "cuda")]
 use stunet::nnunet::loader::{Loader, LoaderConfig};
@@ -21,14 +23,14 @@ use stunet::{Device, Error, Event, Flow, Precision, Result};
 
 use crate::common::drive::values;
 
-const PATCH: [usize; 3] = [16, 16, 16];
+pub const PATCH: [usize; 3] = [16, 16, 16];
 
-fn write_json(path: &Path, value: &Value) {
+pub fn write_json(path: &Path, value: &Value) {
     fs::write(path, serde_json::to_string_pretty(value).unwrap()).unwrap();
 }
 
 /// A data set's folder with plans for a U-Net of three stages.
-fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
+pub fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
     let resampling =
         |order: usize, seg: bool| json!({"is_seg": seg, "order": order, "order_z": 0, "force_separate_z": null});
     let function = "resample_data_or_seg_to_shape";
@@ -83,12 +85,12 @@ fn plans(folder: &Path, labels: &Value, channels: usize) -> PathBuf {
     path
 }
 
-fn labels() -> Value {
+pub fn labels() -> Value {
     json!({"background": 0, "bright": 1, "brighter": 2})
 }
 
 /// Noise whose label is its brightness.
-struct Noise {
+pub struct Noise {
     next: (u32, u32),
     iterations: u32,
     channels: usize,
@@ -102,7 +104,7 @@ impl Noise {
         Self::of(channels, PATCH, broken)
     }
 
-    fn of(channels: usize, patch: [usize; 3], broken: Option<(u32, u32)>) -> Data {
+    pub fn of(channels: usize, patch: [usize; 3], broken: Option<(u32, u32)>) -> Data {
         let noise = |iterations| Box::new(Noise { next: (0, 0), iterations, channels, patch, broken });
         Data { train: noise(3), val: noise(2), cases: vec!["first".into(), "second".into()] }
     }
@@ -129,7 +131,7 @@ impl Batches for Noise {
     }
 }
 
-fn options(network: NetworkChoice) -> TrainOptions {
+pub fn options(network: NetworkChoice) -> TrainOptions {
     let mut o = TrainOptions::new();
     (o.network, o.epochs, o.iterations, o.val_iterations, o.seed) = (network, Some(3), 3, 2, 7);
     o
@@ -154,7 +156,7 @@ fn trainer_after(
     Trainer::new(plan, options.clone(), start, &fold, "0", data, &Device::cpu())
 }
 
-fn parameters(trainer: &Trainer) -> Vec<Vec<f32>> {
+pub fn parameters(trainer: &Trainer) -> Vec<Vec<f32>> {
     let mut out = Vec::new();
     trainer.network().params(&mut |p| out.push(nn::values(p).unwrap()));
     out
@@ -444,7 +446,69 @@ fn cuda_train_goes_on_with_the_same_bytes_and_leaves_what_the_processor_reads() 
     let before = parameters(&t);
     let e = t.step().unwrap_err().to_string();
     assert!(e.contains("epoch 0, step 1") && parameters(&t) == before, "{e}");
-    assert!(begin(broken.path(), Precision::F16, Start::Afresh, None, &sim()).is_err());
+}
+
+/// In float16 gradients that overflow are skipped, and a stop between a step that is skipped and the next changes no byte.
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_train_in_float16_skips_what_overflows_and_goes_on_with_the_same_bytes() {
+    let sim = || Device::on(std::sync::Arc::new(crate::kernels::Sim::of(0, [8, 6])), "sim".into());
+    let folder = tempfile::tempdir().unwrap();
+    plans(folder.path(), &labels(), 1);
+    let mut options = options(NetworkChoice::Planned);
+    (options.precision, options.iterations) = (Precision::F16, 9);
+    let fold = folder.path().join(options.trainer_name()).join("fold_0");
+    let begin = |start| {
+        let patch = [4, 4, 8];
+        let plan = TrainingPlan::read(&folder.path().join("nnUNetPlans.json"), "3d_fullres").unwrap();
+        let plan = plan.with_sizes(Some(patch), None).unwrap();
+        Trainer::new(plan, options.clone(), start, &fold, "0", Noise::of(1, patch, None), &sim())
+    };
+    // A checkpoint whose scale is far too high, after one good step.
+    let path = fold.join("checkpoint_latest.safetensors");
+    let spoil = |scaler: Value| {
+        let good = Checkpoint::open(&path).unwrap();
+        let plan = TrainingPlan::read(&folder.path().join("nnUNetPlans.json"), "3d_fullres").unwrap();
+        let mut net = plan.network(options.network).unwrap().build(&good, &Device::cpu()).unwrap();
+        let optimizer = good.restore(&mut net).unwrap();
+        let state = TrainingState { scaler: serde_json::from_value(scaler).unwrap(), ..good.state().clone() };
+        checkpoint::write(&path, &net, &optimizer, &state).unwrap();
+    };
+    let scaler = |scale: f64, backoff: f64| json!({"scale": scale, "growth_factor": 2.0, "backoff_factor": backoff, "growth_interval": 2000, "_growth_tracker": 5});
+    let mut t = begin(Start::New).unwrap();
+    let first = t.step().unwrap();
+    assert!(!first.skipped && first.loss_scale == Some(65536.0) && first.gradient_norm.is_finite(), "{first:?}");
+    t.save().unwrap();
+    let before = parameters(&t);
+    drop(t);
+    let high = 2f64.powi(23);
+    spoil(scaler(high, 0.5));
+
+    let go_on = |t: &mut Trainer| while t.step().unwrap().skipped {};
+    let mut t = begin(Start::Continue).unwrap();
+    let report = t.step().unwrap();
+    assert!(report.skipped && report.loss_scale == Some(high) && report.gradient_norm == f64::INFINITY, "{report:?}");
+    assert!(parameters(&t) == before && t.state().step == 1 && t.state().losses.len() == 2);
+    let now = t.state().scaler.unwrap();
+    assert_eq!((now.scale(), now.growth_tracker()), (high / 2.0, 0));
+    t.save().unwrap();
+    go_on(&mut t);
+    assert!(parameters(&t) != before && t.state().step == 2);
+
+    let mut resumed = begin(Start::Continue).unwrap();
+    go_on(&mut resumed);
+    assert!(parameters(&resumed) == parameters(&t) && resumed.state() == t.state(), "other bytes after a stop");
+    let logs =
+        fs::read_dir(&fold).unwrap().map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "txt"));
+    let text: String = logs.map(|p| fs::read_to_string(p).unwrap()).collect();
+    assert!(text.contains("step 1 is skipped: gradients overflow at loss scale 8388608, which is halved"), "{text}");
+
+    // Nothing is left to give: an error instead of steps that are skipped for ever.
+    spoil(scaler(high, 1e-9));
+    let mut t = begin(Start::Continue).unwrap();
+    let e = t.step().unwrap_err();
+    assert!(matches!(e, Error::NotFinite { .. }) && e.to_string().contains("though the loss is scaled no more"), "{e}");
+    assert!(parameters(&t) == before);
 }
 
 /// Patches go to the card as they were read: trained as if the processor had augmented them, and a stop changes no byte.

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Ctx, Param, ParamId, Var};
+use crate::backend::compute;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::pool;
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::tensor::cuda::Driver;
@@ -134,7 +134,7 @@ fn add_to<K: Ord>(all: &mut BTreeMap<K, Tensor>, id: K, g: Tensor) -> Result<()>
             // The sum's kernel knows whole channel blocks only; scalars are less.
             let (from, rest) = from.as_slice().split_at(from.as_slice().len() / BLOCK * BLOCK);
             let (sum, sum_rest) = memory(&mut to)?.split_at_mut(from.len());
-            dispatch!(&device, add::forward(None, None, from, sum))?;
+            compute!(&device, add::forward(None, None, from, sum), Ok(()))?;
             sum_rest.iter_mut().zip(rest).for_each(|(a, b)| *a += b);
             to
         }
@@ -247,11 +247,20 @@ impl<'m> Ctx<'m> {
     /// # Errors
     /// [`Error::Shape`] when `loss` is no scalar of this pass; [`Error::OutOfMemory`].
     pub fn backward(&mut self, loss: Var, grads: &mut Grads) -> Result<()> {
+        self.backward_scaled(loss, 1.0, grads)
+    }
+
+    /// As [`Ctx::backward`], of the loss times `scale`, which is rounded to an f32: what is stored in few bits stays within
+    /// their range, see [`crate::nn::GradScaler`].
+    ///
+    /// # Errors
+    /// As [`Ctx::backward`].
+    pub fn backward_scaled(&mut self, loss: Var, scale: f64, grads: &mut Grads) -> Result<()> {
         if loss.value.dims().as_slice() != [1] {
             return Err(Error::shape("backward", format!("a loss of {:?}, expected [1]", loss.value.dims())));
         }
-        let one = Tensor::from_host(&[1.0], Dims::from([1]), self.device.host())?;
-        self.backward_from(vec![(loss, one)], grads)
+        let scale = Tensor::from_host(&[scale as f32], Dims::from([1]), self.device.host())?;
+        self.backward_from(vec![(loss, scale)], grads)
     }
 
     /// As [`Ctx::backward`], from any values with the gradients of some scalar by each of them, of the values' sizes.

@@ -28,6 +28,20 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
+/// As [`dispatch!`], of what takes no memory and leaves none: a device that only rehearses computes nothing, and `$nothing`
+/// stands for the result.
+macro_rules! compute {
+    ($device:expr, $op:ident :: $function:ident ( $($argument:expr),* $(,)? ), $nothing:expr) => {{
+        let device: &$crate::tensor::Device = $device;
+        if device.is_rehearsal() {
+            $nothing
+        } else {
+            $crate::backend::dispatch!(device, $op::$function($($argument),*))
+        }
+    }};
+}
+pub(crate) use compute;
+
 /// One implementation of an operation: `P` is the problem it may or may not support, `F` the function that solves it.
 pub(crate) struct Impl<P, F> {
     /// Unique within the operation's list.

@@ -9,7 +9,7 @@ use stunet::nnunet::evaluate::Summary;
 use stunet::nnunet::lookup;
 use stunet::nnunet::plans::Rules;
 use stunet::nnunet::split::Fold;
-use stunet::nnunet::train::{NetworkChoice, Start, Task, TrainOptions};
+use stunet::nnunet::train::{NetworkChoice, Recompute, Start, Task, TrainOptions};
 use stunet::preview::curves::{self, Course};
 use stunet::{Device, Error, Precision, PredictOptions, Prediction, Result};
 
@@ -91,15 +91,25 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = HOW)]
     seed: u64,
     /// Activations in memory, on a GPU also filters as they are computed with and gradients of activations; weights and sums
-    /// are f32 [default: f32, on a GPU that has it bf16]
+    /// are f32; f16 on a GPU scales the loss [default: f32, on a GPU bf16, before Ampere f16]
     #[arg(long, value_enum, help_heading = HOW)]
     precision: Option<PrecisionChoice>,
     /// Left is not right: neither mirror patches nor, later, images
     #[arg(long, help_heading = HOW)]
     no_mirroring: bool,
-    /// Keep less for the way back and compute it twice (STU-Net)
-    #[arg(long, help_heading = HOW)]
-    recompute: bool,
+    /// Keep less for the way back and compute it twice: when a step does not fit otherwise (auto; with --continue as before),
+    /// always, or never [without a value: always]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "auto",
+        default_missing_value = "always",
+        help_heading = HOW
+    )]
+    recompute: RecomputeChoice,
     /// Augment patches on the GPU instead of the processor: for few cores beside a fast card
     #[arg(long, help_heading = HOW)]
     augment_on_device: bool,
@@ -144,6 +154,24 @@ pub(super) struct Args {
     results: ResultsArgs,
     #[command(flatten)]
     device: DeviceArgs,
+}
+
+/// When stages run again on the way back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RecomputeChoice {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<RecomputeChoice> for Recompute {
+    fn from(c: RecomputeChoice) -> Self {
+        match c {
+            RecomputeChoice::Auto => Recompute::Auto,
+            RecomputeChoice::Always => Recompute::Always,
+            RecomputeChoice::Never => Recompute::Never,
+        }
+    }
 }
 
 /// Networks by name.
@@ -202,8 +230,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let device = args.device.open()?;
     options.precision = match (args.precision, device.precision()) {
         (Some(wanted), _) => wanted.into(),
-        // Strict passes round nothing, and float16 does not train.
-        (None, Precision::Bf16) if !args.strict => Precision::Bf16,
+        // Strict passes round nothing.
+        (None, own) if !args.strict => own,
         (None, _) => Precision::F32,
     };
     progress::catch_interrupts();
@@ -274,7 +302,7 @@ impl Args {
         if self.no_mirroring {
             options.mirror_axes = Some(Vec::new());
         }
-        options.recompute = self.recompute;
+        options.recompute = self.recompute.into();
         options.augment_on_device = self.augment_on_device;
         options.strict = self.strict;
         options.workers = self.workers;

@@ -2,7 +2,7 @@
 
 use super::{Head, Scored, StuNet, StuNetConfig, Unet, UnetConfig, UnetKind};
 use crate::autograd::{Ctx, Param, Var};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nn::{Module, ParamSource, RandomParams, Scheme};
 use crate::tensor::{Device, Precision};
 
@@ -164,14 +164,11 @@ impl NetworkConfig {
 
 impl Network {
     /// The same, but with `on` recorded passes keep only the inputs of stages; see [`StuNet::recomputing`].
-    ///
-    /// # Errors
-    /// [`Unsupported`](crate::Error::Unsupported) for a U-Net with `on`.
-    pub fn recomputing(self, on: bool) -> Result<Self> {
+    #[must_use]
+    pub fn recomputing(self, on: bool) -> Self {
         match self {
-            Network::StuNet(n) => Ok(Network::StuNet(n.recomputing(on))),
-            Network::Unet(_) if on => Err(Error::unsupported("recomputation of a U-Net; that of STU-Net is")),
-            n @ Network::Unet(_) => Ok(n),
+            Network::StuNet(n) => Network::StuNet(n.recomputing(on)),
+            Network::Unet(n) => Network::Unet(n.recomputing(on)),
         }
     }
 

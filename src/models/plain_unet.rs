@@ -1,7 +1,7 @@
 //! The encoder of nnU-Net's `PlainConvUNet` and `Generic_UNet`: stages of convolutions, the first of each with the stage's stride.
 
 use super::UnetConfig;
-use super::unet::{ConvNorm, Loader, stack};
+use super::unet::{ConvNorm, Loader, part, stack};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
 
@@ -21,11 +21,11 @@ impl PlainEncoder {
     }
 
     /// The outputs of all stages, finest first.
-    pub(super) fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
+    pub(super) fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, recompute: bool) -> Result<Vec<Var>> {
         let mut outs = Vec::with_capacity(self.0.len());
         let mut x = x;
         for convs in &self.0 {
-            let y = stack(cx, convs, x.into())?;
+            let y = part(cx, recompute, x, |cx, x| stack(cx, convs, x.into()))?;
             x = y.clone();
             outs.push(y);
         }

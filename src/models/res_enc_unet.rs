@@ -3,7 +3,7 @@
 //! Classification with Convolutional Neural Networks", 2019).
 
 use super::UnetConfig;
-use super::unet::{ConvNorm, Loader, SLOPE, stack};
+use super::unet::{ConvNorm, Loader, SLOPE, part, stack};
 use super::unet_names::{STEM, encoder_block, projection};
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;
@@ -66,13 +66,19 @@ impl ResEncEncoder {
     }
 
     /// The outputs of all stages, finest first.
-    pub(super) fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
+    pub(super) fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, recompute: bool) -> Result<Vec<Var>> {
         let mut outs = Vec::with_capacity(self.stages.len());
-        let mut x = stack(cx, &self.stem, x.into())?;
-        for blocks in &self.stages {
-            for block in blocks {
-                x = block.run(cx, x)?;
-            }
+        let mut x = x;
+        for (s, blocks) in self.stages.iter().enumerate() {
+            // The stem belongs to the first stage.
+            let stem = (s == 0).then_some(&self.stem);
+            x = part(cx, recompute, x, move |cx, x| {
+                let x = match stem {
+                    Some(stem) => stack(cx, stem, x.into())?,
+                    None => x,
+                };
+                blocks.iter().try_fold(x, |x, block| block.run(cx, x))
+            })?;
             outs.push(x.clone());
         }
         Ok(outs)

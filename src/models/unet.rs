@@ -120,6 +120,19 @@ pub(super) fn stack<'m>(cx: &mut Ctx<'m>, convs: &'m [ConvNorm], x: Sources) -> 
     norm.apply(cx, y, None)
 }
 
+/// A stage of one input, which recorded passes keep no more of than that where they `recompute`.
+pub(super) fn part<'m>(
+    cx: &mut Ctx<'m>,
+    recompute: bool,
+    x: Var,
+    run: impl Fn(&mut Ctx<'m>, Var) -> Result<Var> + Send + 'm,
+) -> Result<Var> {
+    if !recompute {
+        return run(cx, x);
+    }
+    cx.checkpoint(vec![x], move |cx, x| run(cx, x.into_iter().next().ok_or_else(|| Error::shape(OP, "no input"))?))
+}
+
 /// The way down: what differs between the networks.
 #[derive(Debug)]
 enum Encoder {
@@ -129,10 +142,10 @@ enum Encoder {
 
 impl Encoder {
     /// The outputs of all stages, finest first.
-    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var) -> Result<Vec<Var>> {
+    fn run<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, recompute: bool) -> Result<Vec<Var>> {
         match self {
-            Encoder::Plain(e) => e.run(cx, x),
-            Encoder::ResEnc(e) => e.run(cx, x),
+            Encoder::Plain(e) => e.run(cx, x, recompute),
+            Encoder::ResEnc(e) => e.run(cx, x, recompute),
         }
     }
 
@@ -168,6 +181,7 @@ pub struct Unet {
     up: Vec<ConvTranspose3d>,
     decoder: Vec<Vec<ConvNorm>>,
     heads: Heads,
+    recompute: bool,
 }
 
 impl Unet {
@@ -193,6 +207,7 @@ impl Unet {
             up: Vec::new(),
             decoder: Vec::new(),
             heads: Heads::load(source, &heads, c.classes, precision, device)?,
+            recompute: false,
         };
         for u in 0..levels {
             let s = levels - 1 - u;
@@ -219,6 +234,13 @@ impl Unet {
     pub fn kept_bytes(&self) -> usize {
         let up = self.up.iter().map(ConvTranspose3d::kept_bytes).sum::<usize>();
         self.encoder.kept_bytes() + up + self.decoder.iter().flatten().map(ConvNorm::kept_bytes).sum::<usize>()
+    }
+
+    /// As [`super::StuNet::recomputing`].
+    #[must_use]
+    pub fn recomputing(mut self, on: bool) -> Self {
+        self.recompute = on;
+        self
     }
 
     /// How its filters are stored, and the activations of a pass unless they are f32 and the pass asks for less
@@ -292,12 +314,18 @@ impl Unet {
     }
 
     fn stages<'m>(&'m self, cx: &mut Ctx<'m>, x: Var, see: &mut See<'_, 'm>) -> Result<Var> {
-        let mut skips = self.encoder.run(cx, x)?;
+        let mut skips = self.encoder.run(cx, x, self.recompute)?;
         let mut skip = || skips.pop().ok_or_else(|| Error::shape(OP, "skip missing"));
         let mut x = skip()?;
         for (u, convs) in self.decoder.iter().enumerate() {
-            let up = self.up[u].forward(cx, x)?;
-            x = stack(cx, convs, Sources::Two(up.into(), skip()?.into()))?;
+            let up = &self.up[u];
+            let level = move |cx: &mut Ctx<'m>, x: Vec<Var>| {
+                let [low, skip] = x.try_into().map_err(|_| Error::shape(OP, "a level of two inputs"))?;
+                let up = up.forward(cx, low)?;
+                stack(cx, convs, Sources::Two(up.into(), skip.into()))
+            };
+            let both = vec![x, skip()?];
+            x = if self.recompute { cx.checkpoint(both, level)? } else { level(cx, both)? };
             if u + 1 < self.decoder.len() {
                 see(cx, u, &x)?;
             }

@@ -59,11 +59,13 @@ mod init;
 mod layers;
 mod optim;
 mod param;
+mod scaler;
 
 pub use init::{RandomParams, Scheme};
 pub use layers::{Conv3d, ConvTranspose3d, InstanceNorm};
 pub use optim::{Optimizer, PolyLr, Rule, StepNorms};
 pub use param::{ParamSource, filter, pack, set_values, transposed_filter, unpack, values, vector};
+pub use scaler::GradScaler;
 
 use crate::autograd::{Ctx, Param, Var};
 use crate::error::Result;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::param::{pack, unpack};
+use super::scaler::GradScaler;
 use crate::autograd::{Grads, Param};
 use crate::error::{Error, Result};
 use crate::ops::LossValue;
@@ -103,6 +104,22 @@ pub struct Optimizer {
     room: crate::ops::cuda::optim::Room,
 }
 
+/// A step that was asked for.
+pub(crate) enum Begun {
+    /// And done.
+    Done(StepNorms),
+    /// Of the parameters of these names, of gradients that are scaled.
+    #[cfg(feature = "cuda")]
+    OnCard {
+        /// What the card will find.
+        outcome: crate::ops::cuda::optim::Asked,
+        /// In the card's order.
+        names: Vec<String>,
+        /// What gradients are multiplied by.
+        scale: f64,
+    },
+}
+
 impl Optimizer {
     /// One that has seen no gradient. Gradients whose norm, all together, is above `max_norm` are scaled down to it, as
     /// `torch.nn.utils.clip_grad_norm_` does.
@@ -169,31 +186,71 @@ impl Optimizer {
         loss: &LossValue,
         scale: f64,
     ) -> Result<StepNorms> {
+        let begun = self.begin_step(params, grads, lr, loss, scale)?;
+        self.finish_step(begun)
+    }
+
+    /// As [`Optimizer::step_guarded`], but a card is not waited for: [`Optimizer::finish_step`] does that, before anything else is
+    /// done with the optimizer.
+    pub(crate) fn begin_step(
+        &mut self,
+        params: Vec<&mut Param>,
+        grads: &mut Grads,
+        lr: f64,
+        loss: &LossValue,
+        scale: f64,
+    ) -> Result<Begun> {
         #[cfg(feature = "cuda")]
         if let Some(guard) = loss.guard() {
             check_rate(lr)?;
-            return self.step_on_card(params, grads, lr, Some(guard), scale);
+            return self.begin_on_card(params, grads, lr, Some(guard), scale);
         }
         if loss.get().is_some() && scale != 1.0 {
             return Err(Error::unsupported("gradients of a scaled loss on the processor"));
         }
-        self.step_by(params, grads, lr, None)
+        self.step_by(params, grads, lr, None).map(Begun::Done)
+    }
+
+    /// What a step came to.
+    pub(crate) fn finish_step(&mut self, begun: Begun) -> Result<StepNorms> {
+        match begun {
+            Begun::Done(norms) => Ok(norms),
+            #[cfg(feature = "cuda")]
+            Begun::OnCard { outcome, names, scale } => self.finish_on_card(&outcome, &names, scale),
+        }
+    }
+
+    /// As [`Optimizer::step_guarded`], of gradients of the loss times [`GradScaler::scale`]. Where only these turn out not to be
+    /// finite, nothing is changed but the scaler, which goes back, and there are no norms: the step is skipped.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`]; [`Error::NotFinite`] of gradients only when the scaler cannot go back any further.
+    pub fn step_scaled(
+        &mut self,
+        params: Vec<&mut Param>,
+        grads: &mut Grads,
+        lr: f64,
+        loss: &LossValue,
+        scaler: &mut GradScaler,
+    ) -> Result<Option<StepNorms>> {
+        let found = self.step_guarded(params, grads, lr, loss, scaler.scale());
+        scaler.settle(found, loss)
     }
 
     /// The step of parameters that are on a card.
     #[cfg(feature = "cuda")]
-    fn step_on_card(
+    fn begin_on_card(
         &mut self,
         mut params: Vec<&mut Param>,
         grads: &mut Grads,
         lr: f64,
         guard: Option<&Tensor>,
         scale: f64,
-    ) -> Result<StepNorms> {
+    ) -> Result<Begun> {
         use crate::ops::cuda::{self, optim as card};
         params.retain(|p| grads.param(p).is_some());
         let Some(device) = params.first().map(|p| p.value().device().clone()) else {
-            return Ok(StepNorms { gradient: 0.0, scale: 1.0 });
+            return Ok(Begun::Done(StepNorms { gradient: 0.0, scale: 1.0 }));
         };
         for p in &params {
             let Some(g) = grads.param(p) else { continue };
@@ -237,8 +294,20 @@ impl Optimizer {
             groups.entry(key).or_insert_with(|| (rule, Vec::new())).1.push(moved);
         }
         let groups: Vec<_> = groups.into_values().collect();
-        let found = card::step(&device, &mut self.room, &groups, guard, self.max_norm, 1.0 / scale)?;
-        let names: Vec<String> = groups.iter().flat_map(|(_, g)| g).map(|m| m.param.name().into()).collect();
+        let outcome = card::step(&device, &mut self.room, &groups, guard, self.max_norm, 1.0 / scale)?;
+        let names = groups.iter().flat_map(|(_, g)| g).map(|m| m.param.name().into()).collect();
+        Ok(Begun::OnCard { outcome, names, scale })
+    }
+
+    /// Waits for a card.
+    #[cfg(feature = "cuda")]
+    fn finish_on_card(
+        &mut self,
+        outcome: &crate::ops::cuda::optim::Asked,
+        names: &[String],
+        scale: f64,
+    ) -> Result<StepNorms> {
+        let found = outcome.read()?;
         if !found.finite {
             return Err(Error::NotFinite {
                 what: match found.wrong.and_then(|i| names.get(i)) {
@@ -248,7 +317,7 @@ impl Optimizer {
             });
         }
         for name in names {
-            if let Some(slot) = self.slots.get_mut(&name) {
+            if let Some(slot) = self.slots.get_mut(name) {
                 slot.steps += 1;
             }
         }
@@ -267,7 +336,8 @@ impl Optimizer {
         check_rate(lr)?;
         #[cfg(feature = "cuda")]
         if params.first().is_some_and(|p| !p.value().device().is_cpu()) {
-            return self.step_on_card(params, grads, lr, None, 1.0);
+            let begun = self.begin_on_card(params, grads, lr, None, 1.0)?;
+            return self.finish_step(begun);
         }
         params.retain(|p| grads.param(p).is_some());
         let Some(device) = params.first().map(|p| p.value().device().clone()) else {
@@ -437,7 +507,9 @@ fn zeros(p: &Param) -> Result<Tensor> {
         return Ok(t);
     }
     let mut t = device.unplanned(|| Tensor::empty(*p.value().dims(), Layout::PLAIN, device))?;
-    t.as_mut_slice().ok_or_else(|| Error::shape("optim", "fresh memory is shared"))?.fill(0.0);
+    if !device.is_rehearsal() {
+        t.as_mut_slice().ok_or_else(|| Error::shape("optim", "fresh memory is shared"))?.fill(0.0);
+    }
     Ok(t)
 }
 

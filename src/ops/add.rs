@@ -2,7 +2,7 @@
 
 use super::{activation, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Var};
-use crate::backend::dispatch;
+use crate::backend::compute;
 use crate::error::{Error, Result};
 use crate::tensor::{Layout, Tensor};
 
@@ -30,11 +30,11 @@ pub(super) fn run(cx: &mut Ctx<'_>, a: Var, b: Var, name: Option<&str>) -> Resul
     // The sum of two floats does not depend on their order, so either may be the place of the result.
     let (mut a, b) = if a.is_unique() { (a, b) } else { (b, a) };
     if a.is_unique() {
-        dispatch!(cx.device(), add::forward(name, None, b.as_slice(), memory("add", &mut a)?))?;
+        compute!(cx.device(), add::forward(name, None, b.as_slice(), memory("add", &mut a)?), Ok(()))?;
         return Ok(cx.record(a, &nodes, || Box::new(AddBackward)));
     }
     let mut out = Tensor::empty(*a.dims(), Layout::BLOCKED, cx.device())?;
-    dispatch!(cx.device(), add::forward(name, Some(a.as_slice()), b.as_slice(), memory("add", &mut out)?))?;
+    compute!(cx.device(), add::forward(name, Some(a.as_slice()), b.as_slice(), memory("add", &mut out)?), Ok(()))?;
     Ok(cx.record(out, &nodes, || Box::new(AddBackward)))
 }
 

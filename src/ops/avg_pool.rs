@@ -2,8 +2,8 @@
 
 use super::{activation, computed_with, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Var};
+use crate::backend::compute;
 use crate::backend::cpu::avg_pool::Problem;
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{Dims, Layout, Tensor};
 
@@ -39,7 +39,7 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, kernel: [usize; 3], name: Option<&st
     let x = floats(OP, x.into_value())?;
     let [d, h, w] = p.output();
     let mut out = Tensor::empty(Dims::from([n, c, d, h, w]), Layout::BLOCKED, cx.device())?;
-    dispatch!(cx.device(), avg_pool::forward(name, &p, x.as_slice(), memory(OP, &mut out)?))?;
+    compute!(cx.device(), avg_pool::forward(name, &p, x.as_slice(), memory(OP, &mut out)?), Ok(()))?;
     Ok(cx.record(out, &[node], || Box::new(AvgPool { dims, kernel })))
 }
 
@@ -79,6 +79,6 @@ pub(super) fn input_gradient(
         super::cuda::spread(OP, dy.clone(), dims, kernel, 1.0 / kernel.iter().product::<usize>() as f32)
     );
     let mut dx = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
-    dispatch!(cx.device(), avg_pool::input_gradient(name, &p, dy.as_slice(), memory(OP, &mut dx)?))?;
+    compute!(cx.device(), avg_pool::input_gradient(name, &p, dy.as_slice(), memory(OP, &mut dx)?), Ok(()))?;
     Ok(dx)
 }

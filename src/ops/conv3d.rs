@@ -5,12 +5,13 @@ mod backward;
 use backward::{ConvBackward, ResidualBackward};
 
 use super::lazy::{Affine, Moments, Source, Sources};
-use super::{activation, blocked, computed_with, floats, memory, on_card, same_device, stored_memory};
+use super::{activation, blank_filter, blocked, computed_with, floats, memory, on_card, same_device, stored_memory};
 use crate::autograd::{Ctx, Param, Var};
 use crate::backend::cpu::conv3d::{self as backend, Choice, Geometry, Problem, Residual, Storage, Wish, packed_len};
-use crate::backend::{dispatch, no_implementation};
+use crate::backend::cpu::moments::Moments as BlockMoments;
+use crate::backend::{compute, dispatch, no_implementation};
 use crate::error::{Error, Result};
-use crate::tensor::{Device, Dims, Layout, Precision, Stored, StoredMut, Tensor};
+use crate::tensor::{BLOCK, Device, Dims, Layout, Precision, Stored, StoredMut, Tensor};
 
 const OP: &str = "conv3d";
 
@@ -175,7 +176,7 @@ fn residual(
     };
     let work = room(&mut work)?;
     let to = stored_memory(OP, &mut y)?;
-    dispatch!(cx.device(), conv3d::forward(&choice, &p, &[], work, to, false));
+    compute!(cx.device(), conv3d::forward(&choice, &p, &[], work, to, false), Vec::new());
     cx.note("conv3d_residual", clock, choice.name(), macs(&g), || describe(&g));
     Ok(cx.leaf(y))
 }
@@ -368,7 +369,7 @@ fn compute(
         Some((len, key)) => Some(w.derived(key, || {
             let mut out = cx.device().unplanned(|| Tensor::empty(Dims::from([len]), Layout::PLAIN, cx.device()))?;
             let to = memory(OP, &mut out)?;
-            dispatch!(cx.device(), conv3d::prepare_filter(&choice, &g, filter, to));
+            compute!(cx.device(), conv3d::prepare_filter(&choice, &g, filter, to), ());
             Ok(out)
         })?),
     };
@@ -397,7 +398,8 @@ fn compute(
     let work = room(&mut work)?;
     let kept = kept.as_ref().map_or(&[][..], |t| t.as_slice());
     let to = stored_memory(OP, &mut out)?;
-    let moments = dispatch!(cx.device(), conv3d::forward(&choice, &p, kept, work, to, measure));
+    let unknown = || vec![BlockMoments::default(); g.batch * g.out_channels.div_ceil(BLOCK)];
+    let moments = compute!(cx.device(), conv3d::forward(&choice, &p, kept, work, to, measure), unknown());
     cx.note(OP, clock, choice.name(), macs(&g), || describe(&g));
     Ok((cx.leaf(out), Moments::new(g.out_channels, moments)))
 }
@@ -528,6 +530,9 @@ pub(super) fn sizes(x: &Dims, w: &Dims, out: &Dims, how: Conv3d) -> Geometry {
 /// # Errors
 /// [`Error::Shape`] when the number of values is not the product of `dims`; [`Error::OutOfMemory`].
 pub fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
+    if device.is_rehearsal() {
+        return blank_filter(packed_len(dims), dims, precision, device);
+    }
     if values.len() != dims.iter().product::<usize>() {
         return Err(Error::shape("pack_filter", format!("{} values for a filter {dims:?}", values.len())));
     }

@@ -8,7 +8,7 @@ use super::{activation, memory, same_device};
 use crate::autograd::Param;
 use crate::backend::cpu::conv3d::Geometry;
 use crate::backend::cpu::conv3d_grad::{self as backend, Dgrad, Reading, Wgrad, Wish};
-use crate::backend::{dispatch, no_implementation};
+use crate::backend::{compute, dispatch, no_implementation};
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
@@ -101,7 +101,7 @@ pub fn dgrad(
     let mut work = work(choice.workspace(device.threads()), device)?;
     let p = Dgrad { geometry: g, factor, filter: w.stored(), dy: dy.as_slice(), add };
     let (work, to) = (memory(OP, &mut work)?, memory(OP, &mut dx)?);
-    dispatch!(device, conv3d_grad::dgrad(&choice, &p, work, to));
+    compute!(device, conv3d_grad::dgrad(&choice, &p, work, to), ());
     Ok((dx, choice.name()))
 }
 
@@ -134,7 +134,7 @@ pub fn wgrad(
     let mut work = work(choice.workspace(device.threads()), device)?;
     let p = Wgrad { geometry: g, sources: &sources, dy: dy.as_slice(), add };
     let (work, to) = (memory(OP, &mut work)?, memory(OP, &mut dw)?);
-    dispatch!(device, conv3d_grad::wgrad(&choice, &p, work, to));
+    compute!(device, conv3d_grad::wgrad(&choice, &p, work, to), ());
     Ok((dw, choice.name()))
 }
 
@@ -148,7 +148,7 @@ pub fn bias_grad(dy: &Tensor, into: Option<Tensor>) -> Result<Tensor> {
     let dims = Dims::from([Layout::BLOCKED.padded(channels)]);
     let (add, mut db) = target(into, dims, Layout::PLAIN, device)?;
     let to = memory(OP, &mut db)?;
-    dispatch!(device, conv3d_grad::bias_grad(channels, d * h * w, dy.as_slice(), add, to));
+    compute!(device, conv3d_grad::bias_grad(channels, d * h * w, dy.as_slice(), add, to), ());
     Ok(db)
 }
 

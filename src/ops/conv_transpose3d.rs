@@ -3,7 +3,7 @@
 use super::{activation, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Param, Var};
 use crate::backend::cpu::conv_transpose3d::{Geometry, Gradient, Problem, gradient_room, packed_len};
-use crate::backend::dispatch;
+use crate::backend::{compute, dispatch};
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Dims, Layout, Precision, Tensor};
 
@@ -105,7 +105,7 @@ pub(super) fn run<'m>(
     let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     let (filter, bias) = (w.value().as_slice(), b.map(|b| b.value().as_slice()));
     let p = Problem { geometry, input: x.as_slice(), filter, bias };
-    dispatch!(cx.device(), conv_transpose3d::forward(name, &p, memory(OP, &mut out)?))?;
+    compute!(cx.device(), conv_transpose3d::forward(name, &p, memory(OP, &mut out)?), Ok(()))?;
     Ok(cx.record(out, &[node], || Box::new(Recorded { input, w, b, how })))
 }
 
@@ -168,13 +168,13 @@ pub(super) fn gradients(
     let mut room = Tensor::empty(Dims::from([turned.max(slices)]), Layout::PLAIN, device)?;
     let room = memory(OP, &mut room)?;
     let (mut dx, mut dw) = (like(&x)?, like(w.value())?);
-    dispatch!(device, conv_transpose3d::input_gradient(name, &p, room, memory(OP, &mut dx)?))?;
-    dispatch!(device, conv_transpose3d::filter_gradient(name, &p, room, memory(OP, &mut dw)?))?;
+    compute!(device, conv_transpose3d::input_gradient(name, &p, room, memory(OP, &mut dx)?), Ok(()))?;
+    compute!(device, conv_transpose3d::filter_gradient(name, &p, room, memory(OP, &mut dw)?), Ok(()))?;
     let mut db = b.map(|b| like(b.value())).transpose()?;
     if let Some(db) = &mut db {
         let space = geometry.output.iter().product();
         let to = memory(OP, db)?;
-        dispatch!(device, channel_sums::channel_sums(space, dy.as_slice(), to));
+        compute!(device, channel_sums::channel_sums(space, dy.as_slice(), to), ());
     }
     Ok([Some(dx), Some(dw), db])
 }
@@ -201,6 +201,12 @@ pub(super) fn geometry(x: &Dims, w: &Param, b: Option<&Param>, how: ConvTranspos
 /// # Errors
 /// [`Error::Shape`] when the number of values is not the product of `dims`; [`Error::OutOfMemory`].
 pub fn pack_transposed_filter(values: &[f32], dims: [usize; 5], device: &Device) -> Result<Tensor> {
+    if device.is_rehearsal() {
+        let [i, o, kernel @ ..] = dims;
+        let whole = kernel.iter().fold(Layout::BLOCKED.padded(i) * Layout::BLOCKED.padded(o), |n, k| n * k);
+        let len = if device.is_cpu() { packed_len(dims) } else { whole };
+        return Tensor::empty(Dims::from([len]), Layout::PLAIN, device);
+    }
     if values.len() != dims.iter().product::<usize>() {
         let what = format!("{} values for a filter {dims:?}", values.len());
         return Err(Error::shape("pack_transposed_filter", what));

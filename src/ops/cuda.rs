@@ -106,6 +106,12 @@ pub(super) fn pack_filter(values: &[f32], dims: [usize; 5], precision: Precision
     upload("pack_filter", &bytes, precision, device)
 }
 
+/// Values of a filter that [`pack_filter`] makes.
+pub(super) fn packed_len(dims: [usize; 5], precision: Precision) -> usize {
+    let forms = [Form::Whole, Form::Halves, Form::First].into_iter().filter(|f| f.exists(dims, precision));
+    forms.map(|f| f.terms(dims)).sum::<usize>() * padded(dims[0])
+}
+
 /// See [`super::pack_vector`].
 pub(super) fn pack_vector(values: &[f32], device: &Device) -> Result<Tensor> {
     let mut all = values.to_vec();

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::{activation, blocked, memory, on_card, stored_memory, unshared};
 use crate::autograd::{Backward, Ctx, Grads, Param, ParamId, Var};
+use crate::backend::compute;
 use crate::backend::cpu::conv3d::Norm;
 use crate::backend::cpu::instance_norm::{Operand, Problem};
 use crate::backend::cpu::instance_norm_grad::{self as grad, Mask};
 use crate::backend::cpu::moments::Moments as BlockMoments;
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{BLOCK, Dims, Layout, Tensor};
 
@@ -248,7 +248,7 @@ impl Affine {
             Problem { space: dims.space().iter().product(), norm: self.norm(), x: Operand::Out, residual: None };
         let out = if x.is_unique() {
             p.residual = residual.as_ref().map(|r| Operand::At(r.stored()));
-            dispatch!(cx.device(), instance_norm::forward(name, &p, stored_memory(OP, &mut x)?))?;
+            compute!(cx.device(), instance_norm::forward(name, &p, stored_memory(OP, &mut x)?), Ok(()))?;
             x
         } else {
             p.x = Operand::At(x.stored());
@@ -263,7 +263,7 @@ impl Affine {
                     Tensor::empty_in(dims, Layout::BLOCKED, x.precision(), cx.device())?
                 }
             };
-            dispatch!(cx.device(), instance_norm::forward(name, &p, stored_memory(OP, &mut out)?))?;
+            compute!(cx.device(), instance_norm::forward(name, &p, stored_memory(OP, &mut out)?), Ok(()))?;
             out
         };
         cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{dims:?}"));
@@ -282,9 +282,9 @@ impl Affine {
         let p = self.problem(x, Mask::Normalised);
         let mut dy = unshared(OP, dy)?;
         let to = memory(OP, &mut dy)?;
-        let sums = dispatch!(cx.device(), instance_norm_grad::sums(&p, to));
+        let sums = compute!(cx.device(), instance_norm_grad::sums(&p, to), Vec::new());
         self.learn(cx, grads, &sums)?;
-        dispatch!(cx.device(), instance_norm_grad::input(&p, &sums, None, to));
+        compute!(cx.device(), instance_norm_grad::input(&p, &sums, None, to), ());
         cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{:?}", x.dims()));
         Ok(dy)
     }
@@ -306,12 +306,12 @@ impl Affine {
         let p = self.problem(x, Mask::Result(result.stored()));
         let mut g = unshared(OP, dy)?;
         let to = memory(OP, &mut g)?;
-        let sums = dispatch!(cx.device(), instance_norm_grad::sums(&p, to));
+        let sums = compute!(cx.device(), instance_norm_grad::sums(&p, to), Vec::new());
         let summed = self.learn(cx, grads, &sums)?;
         let summed = Tensor::from_host(&summed, Dims::from([summed.len()]), cx.device())?;
         let mut dx = Tensor::empty(*x.dims(), Layout::BLOCKED, cx.device())?;
         let to = memory(OP, &mut dx)?;
-        dispatch!(cx.device(), instance_norm_grad::input(&p, &sums, Some(g.as_slice()), to));
+        compute!(cx.device(), instance_norm_grad::input(&p, &sums, Some(g.as_slice()), to), ());
         cx.note(OP, clock, cx.device().isa().name(), 0, || format!("{:?} added", x.dims()));
         Ok((dx, g, summed))
     }

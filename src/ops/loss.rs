@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::{activation, floats, memory, processor};
 use crate::autograd::{Backward, Ctx, Grads, Var};
+use crate::backend::compute;
 use crate::backend::cpu::loss::{Members, Problem, Slopes, Sums};
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{BLOCK, Dims, Layout, Tensor};
 
@@ -159,13 +159,19 @@ pub(super) fn run(
     let logits = floats(OP, logits.into_value())?;
     let clock = cx.clock();
     let p = problem(logits.dims(), target, how.ignore, members.as_ref());
-    let (sums, name) = dispatch!(cx.device(), loss::forward(name, &p, top, logits.as_slice()))?;
+    let (sums, name) = compute!(cx.device(), loss::forward(name, &p, top, logits.as_slice()), Ok(unknown()))?;
     cx.note(OP, clock, name, 0, || format!("{channels} at {d}x{h}x{w}"));
     let terms = terms(how, channels, n, d * h * w, top, sums);
     let value = terms.value;
     let scalar = Tensor::from_host(&[value as f32], [1].into(), cx.device())?;
     let back = || Kept { logits, target: target.clone(), members, ignore: how.ignore, name, terms };
     Ok((cx.record(scalar, &[node], || Box::new(back())), value))
+}
+
+/// What stands for the sums of a loss that is not computed.
+fn unknown() -> (Sums, &'static str) {
+    let [intersection, predicted, truth] = [(); 3].map(|()| Vec::new());
+    (Sums { intersection, predicted, truth, cross_entropy: 0.0, valid: 1, chosen: None }, "none")
 }
 
 /// The loss, and how it grows with the sums that it is made of.
@@ -261,12 +267,12 @@ impl<'m> Backward<'m> for Kept {
         };
         if logits.is_unique() {
             let to = memory(OP, &mut logits)?;
-            dispatch!(cx.device(), loss::backward(name, &p, &slopes, None, to))?;
+            compute!(cx.device(), loss::backward(name, &p, &slopes, None, to), Ok(()))?;
             return Ok(vec![Some(logits)]);
         }
         let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
         let to = memory(OP, &mut out)?;
-        dispatch!(cx.device(), loss::backward(name, &p, &slopes, Some(logits.as_slice()), to))?;
+        compute!(cx.device(), loss::backward(name, &p, &slopes, Some(logits.as_slice()), to), Ok(()))?;
         Ok(vec![Some(out)])
     }
 }

@@ -45,9 +45,9 @@ pub use leaky_relu::leaky_relu;
 pub use loss::{LabelMap, Loss, Outputs, loss, weighted_sum};
 pub use upsample_nearest::upsample_nearest;
 
-use crate::backend::dispatch;
+use crate::backend::compute;
 use crate::error::{Error, Result};
-use crate::tensor::{Dims, Layout, Precision, StoredMut, Tensor};
+use crate::tensor::{Device, Dims, Layout, Precision, StoredMut, Tensor};
 
 /// An error if the device is a card: for what has no kernel there.
 fn processor(op: &'static str, device: &crate::tensor::Device) -> Result<()> {
@@ -92,7 +92,7 @@ fn floats(op: &'static str, x: Tensor) -> Result<Tensor> {
     }
     let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, x.device())?;
     let to = memory(op, &mut out)?;
-    dispatch!(x.device(), stored::widen_all(x.stored(), to));
+    compute!(x.device(), stored::widen_all(x.stored(), to), ());
     Ok(out)
 }
 
@@ -114,7 +114,7 @@ fn blocked(op: &'static str, x: Tensor) -> Result<Tensor> {
     let [_, c, d, h, w] = activation(op, x.dims())?;
     let mut out = Tensor::empty(*x.dims(), Layout::BLOCKED, x.device())?;
     let to = memory(op, &mut out)?;
-    dispatch!(x.device(), relayout::to_blocked(c, d * h * w, x.as_slice(), to));
+    compute!(x.device(), relayout::to_blocked(c, d * h * w, x.as_slice(), to), ());
     Ok(out)
 }
 
@@ -126,6 +126,15 @@ fn unshared(op: &'static str, g: Tensor) -> Result<Tensor> {
     let mut copy = Tensor::empty(*g.dims(), g.layout(), g.device())?;
     memory(op, &mut copy)?.copy_from_slice(g.as_slice());
     Ok(copy)
+}
+
+/// A filter whose values do not matter, of so many values where it is the processor's.
+fn blank_filter(packed_len: usize, dims: [usize; 5], precision: Precision, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    let packed_len = if device.is_cpu() { packed_len } else { cuda::packed_len(dims, precision) };
+    #[cfg(not(feature = "cuda"))]
+    let _ = dims;
+    Tensor::empty_in(Dims::from([packed_len]), Layout::PLAIN, precision, device)
 }
 
 /// The memory of a tensor that has just been made or found unshared, as it is stored.

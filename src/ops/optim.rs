@@ -1,8 +1,8 @@
 //! Steps of optimizers on parameters where they lie: what the rules of `nn::optim` are made of.
 
 use super::{memory, processor, same_device};
+use crate::backend::compute;
 use crate::backend::cpu::optim as backend;
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{Device, Precision, Tensor};
 
@@ -24,7 +24,7 @@ pub(crate) struct Update<'u, const N: usize, H> {
 /// [`Error::Shape`] when sizes differ; [`Error::Unsupported`] on a card or for values that are not stored as f32.
 pub(crate) fn sgd(device: &Device, updates: Vec<Update<'_, 1, Sgd>>, name: Option<&str>) -> Result<()> {
     let updates = updates.into_iter().map(|u| slices(device, u)).collect::<Result<_>>()?;
-    dispatch!(device, optim::sgd(name, updates))
+    compute!(device, optim::sgd(name, updates), Ok(()))
 }
 
 /// One step of Adam on all of `updates`.
@@ -33,7 +33,7 @@ pub(crate) fn sgd(device: &Device, updates: Vec<Update<'_, 1, Sgd>>, name: Optio
 /// As [`sgd`].
 pub(crate) fn adam(device: &Device, updates: Vec<Update<'_, 2, Adam>>, name: Option<&str>) -> Result<()> {
     let updates = updates.into_iter().map(|u| slices(device, u)).collect::<Result<_>>()?;
-    dispatch!(device, optim::adam(name, updates))
+    compute!(device, optim::adam(name, updates), Ok(()))
 }
 
 /// The sum of squares of all values, pad lanes included; not finite exactly if a value is not.
@@ -42,7 +42,7 @@ pub(crate) fn adam(device: &Device, updates: Vec<Update<'_, 2, Adam>>, name: Opt
 /// [`Error::Unsupported`] on a card or for values that are not stored as f32.
 pub(crate) fn squares(x: &Tensor, name: Option<&str>) -> Result<f64> {
     floats(x)?;
-    dispatch!(x.device(), optim::squares(name, x.as_slice()))
+    compute!(x.device(), optim::squares(name, x.as_slice()), Ok(0.0))
 }
 
 /// An error unless the values are floats of the processor.

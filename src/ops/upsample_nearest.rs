@@ -2,8 +2,8 @@
 
 use super::{activation, floats, memory, on_card};
 use crate::autograd::{Backward, Ctx, Grads, Var};
+use crate::backend::compute;
 use crate::backend::cpu::upsample_nearest::Problem;
-use crate::backend::dispatch;
 use crate::error::{Error, Result};
 use crate::tensor::{Dims, Layout, Tensor};
 
@@ -37,7 +37,7 @@ pub(super) fn run(cx: &mut Ctx<'_>, x: Var, factor: [usize; 3], name: Option<&st
     let mut out = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     let p = Problem { space: [d, h, w], factor };
     let to = memory("upsample_nearest", &mut out)?;
-    dispatch!(cx.device(), upsample_nearest::forward(name, &p, x.as_slice(), to))?;
+    compute!(cx.device(), upsample_nearest::forward(name, &p, x.as_slice(), to), Ok(()))?;
     Ok(cx.record(out, &nodes, || Box::new(UpsampleBackward { dims: *x.dims(), factor })))
 }
 
@@ -66,6 +66,6 @@ pub(super) fn summed(cx: &Ctx<'_>, dy: Tensor, dims: Dims, factor: [usize; 3]) -
     let mut dx = Tensor::empty(dims, Layout::BLOCKED, cx.device())?;
     let p = Problem { space: dims.space(), factor };
     let to = memory("upsample_nearest", &mut dx)?;
-    dispatch!(cx.device(), upsample_nearest::backward(&p, dy.as_slice(), to));
+    compute!(cx.device(), upsample_nearest::backward(&p, dy.as_slice(), to), ());
     Ok(dx)
 }

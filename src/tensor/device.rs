@@ -46,13 +46,15 @@ pub struct CudaDevice {
     pool: Arc<Pool>,
     name: String,
     host: Device,
+    rehearsal: bool,
 }
 
 /// The processor: its instruction set, its threads and its memory pool.
 pub struct CpuDevice {
     isa: Isa,
-    threads: Option<rayon::ThreadPool>,
+    threads: Option<Arc<rayon::ThreadPool>>,
     pool: Arc<Pool>,
+    rehearsal: bool,
 }
 
 /// Instruction sets that kernels are written for.
@@ -112,7 +114,7 @@ impl Device {
     /// The processor, running in the caller's current rayon pool.
     #[must_use]
     pub fn cpu() -> Self {
-        Device::Cpu(Arc::new(CpuDevice { isa: Isa::detect(), threads: None, pool: Arc::default() }))
+        Self::cpu_of(Isa::detect(), None, false)
     }
 
     /// The processor with `threads` threads of its own.
@@ -132,8 +134,48 @@ impl Device {
         if !Isa::available().contains(&isa) {
             return Err(Error::Device { what: format!("this processor has no {}", isa.name()) });
         }
-        let threads = threads.map(start_threads).transpose()?;
-        Ok(Device::Cpu(Arc::new(CpuDevice { isa, threads, pool: Arc::default() })))
+        let threads = threads.map(start_threads).transpose()?.map(Arc::new);
+        Ok(Self::cpu_of(isa, threads, false))
+    }
+
+    fn cpu_of(isa: Isa, threads: Option<Arc<rayon::ThreadPool>>, rehearsal: bool) -> Self {
+        Device::Cpu(Arc::new(CpuDevice { isa, threads, pool: Arc::default(), rehearsal }))
+    }
+
+    /// A device as this one, with memory of its own, on which nothing is computed: operations ask for memory as they would
+    /// here, and [`Device::memory`] tells what that comes to. What is in tensors is nothing in particular. The processor's
+    /// memory is never touched, so that the system has not to have it; a card's is numbers only.
+    #[must_use]
+    pub(crate) fn rehearsal(&self) -> Self {
+        match self {
+            Device::Cpu(d) => Self::cpu_of(d.isa, d.threads.clone(), true),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => {
+                let driver = Arc::new(cuda::Queue::new(Arc::new(cuda::Rehearsal::of(&*d.driver))));
+                let pool = Arc::new(Pool::of(driver.clone()));
+                let (name, host) = (d.name.clone(), d.host.clone());
+                Device::Cuda(Arc::new(CudaDevice { driver, pool, name, host, rehearsal: true }))
+            }
+        }
+    }
+
+    /// Whether it is a [`Device::rehearsal`].
+    pub(crate) fn is_rehearsal(&self) -> bool {
+        match self {
+            Device::Cpu(d) => d.rehearsal,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(d) => d.rehearsal,
+        }
+    }
+
+    /// Bytes that new tensors can have: up to the limit, and on a card what is free, less what its driver takes for itself
+    /// as kernels are first run. `None` where only the system knows.
+    pub(crate) fn room(&self) -> Result<Option<usize>> {
+        let memory = self.memory();
+        let limit = memory.limit.map(|limit| limit.saturating_sub(memory.in_use));
+        let (Some(total), Some(free)) = (self.total_memory(), self.available_memory()?) else { return Ok(limit) };
+        let free = free.saturating_sub(total / 32);
+        Ok(Some(limit.map_or(free, |limit| limit.min(free))))
     }
 
     /// CUDA device `ordinal`: its kernels' code is assembled by the driver when they are first used on a machine. What the
@@ -184,7 +226,7 @@ impl Device {
     pub fn on_beside(driver: Arc<dyn cuda::Driver>, name: String, host: Device) -> Self {
         let driver = Arc::new(cuda::Queue::new(driver));
         let pool = Arc::new(Pool::of(driver.clone()));
-        Device::Cuda(Arc::new(CudaDevice { driver, pool, name, host }))
+        Device::Cuda(Arc::new(CudaDevice { driver, pool, name, host, rehearsal: false }))
     }
 
     /// The processor: itself, or the one that does beside a card what is not the card's.
@@ -343,11 +385,23 @@ impl Device {
     /// byte, go to the driver as one graph. A run inside another one, or beside one of another thread, is just
     /// run.
     pub fn planned<R>(&self, key: &[usize], f: impl FnOnce() -> R) -> R {
+        self.pass(key, false, f)
+    }
+
+    /// As [`Device::planned`], of a computation whose launches are all known before the first has to run: they are one graph
+    /// also where a card has nothing else to do.
+    pub(crate) fn repeated<R>(&self, key: &[usize], f: impl FnOnce() -> R) -> R {
+        self.pass(key, true, f)
+    }
+
+    fn pass<R>(&self, key: &[usize], patient: bool, f: impl FnOnce() -> R) -> R {
+        #[cfg(not(feature = "cuda"))]
+        let _ = patient;
         let _scope = self.pool().enter(key);
         #[cfg(feature = "cuda")]
         let _pass = match self {
             Device::Cpu(_) => None,
-            Device::Cuda(d) => Some(d.driver.enter(key)),
+            Device::Cuda(d) => Some(d.driver.enter(key, patient)),
         };
         f()
     }
@@ -377,9 +431,7 @@ impl Device {
     #[must_use]
     pub fn threads(&self) -> usize {
         match self {
-            Device::Cpu(d) => {
-                d.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
-            }
+            Device::Cpu(d) => d.threads.as_ref().map_or_else(rayon::current_num_threads, |t| t.current_num_threads()),
             #[cfg(feature = "cuda")]
             Device::Cuda(d) => d.host.threads(),
         }

@@ -103,6 +103,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     device::ptx_devices_are_honest,
     device::ptx_prediction_through_the_library,
     device::ptx_prediction_on_another_grid_through_the_library,
+    device::ptx_prediction_of_unets_through_the_library,
     device::ptx_variants_through_the_library,
     device::ptx_head_labels_that_stay,
     device::ptx_first_layers_through_the_library,
@@ -136,6 +137,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     train::cuda_train_step_of_unets_is_the_cpus,
     train::cuda_train_step_in_16_bit_is_near_the_cpus,
     train::cuda_train_steps_have_the_same_bytes_in_any_order,
+    train::cuda_train_in_float16_scales_the_loss,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
     conv3d_tma::ptx_conv3d_tma_of_ragged_sizes_and_channels,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use stunet::PredictOptions;
 use stunet::autograd::Ctx;
 use stunet::io::Geometry;
-use stunet::models::StuNetConfig;
+use stunet::models::{StuNetConfig, UnetKind};
 use stunet::nn::Module;
 use stunet::ops::{self, Affine, Conv3d, ConvTranspose3d, InstanceNorm, Source, Sources, testing};
 use stunet::tensor::{Dims, Precision, Tensor};
@@ -13,6 +13,7 @@ use stunet::{Device, Image, Predictor, Result};
 
 use super::random;
 use super::sim::Sim;
+use super::train::unet;
 
 /// Widths that fill blocks of channels, and the demo's kind that does not: 8 in the first stage, 24 and 28 in two halves.
 pub(super) const WIDTHS: [[usize; 6]; 2] = [[16, 16, 32, 32, 32, 32], [8, 16, 24, 28, 28, 28]];
@@ -171,6 +172,46 @@ pub(super) fn ptx_prediction_through_the_library() {
         let total = (needs + 64) / 9 * 10 + 10;
         let tight = Device::on(Arc::new(Sim::of(1, [8, 6]).with_total(total)), "tight".into());
         assert!(labels(&tight, Precision::Bf16, mirroring) == halves, "sums elsewhere, other labels");
+    }
+}
+
+/// Whole predictions by nnU-Net's own networks: transposed convolutions, pooled shortcuts and heads as they are trained, of which
+/// the last is asked.
+#[test]
+pub(super) fn ptx_prediction_of_unets_through_the_library() {
+    let (patch, shape) = ([4, 8, 8], [4, 7, 12]);
+    let voxels: usize = shape.iter().product();
+    let channels = vec![random(voxels, 11), random(voxels, 12)];
+    let image = Image::new(channels, Geometry::new(shape, [1.0; 3])).unwrap();
+    let agreement = |a: &[u16], b: &[u16]| a.iter().zip(b).filter(|(a, b)| a == b).count() as f64 / a.len() as f64;
+    for kind in [UnetKind::Plain, UnetKind::ResEnc] {
+        let predictor = |device: &Device, precision: Precision| {
+            let net = unet(kind).build_random_with(device, 2, precision).unwrap();
+            let options = PredictOptions::default().mirroring(false);
+            Predictor::stand_in(net, patch, [1.0; 3], device).unwrap().options(options)
+        };
+        let labels = |device: &Device, precision: Precision| {
+            let labels = predictor(device, precision).predict(&image).unwrap().labels;
+            labels.iter().collect::<Vec<u16>>()
+        };
+        let cpu = Device::cpu();
+        let exact = labels(&cpu, Precision::F32);
+        assert!((0..3).filter(|l| exact.contains(l)).count() > 1, "{exact:?}");
+        let sim = Arc::new(Sim::of(1, [8, 6]));
+        let card = Device::on(sim.clone(), "sim".into());
+        let got = labels(&card, Precision::F32);
+        let transposed = sim.entries().iter().any(|e| e.starts_with("conv_transpose3d"));
+        assert!(transposed && sim.ran("aggregate_scores_f32") && sim.ran("resample_labels_f32"), "not on the card");
+        let scores = predictor(&cpu, Precision::F32).predict_with_scores(&image).unwrap().1.values;
+        let size = scores.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for (v, (got, exact)) in got.iter().zip(&exact).enumerate() {
+            let of = |label: u16| scores[usize::from(label) * voxels + v];
+            // Where labels differ, scores are as good as equal.
+            assert!(of(*exact) - of(*got) <= 1e-4 * size, "{kind:?}, voxel {v}: {got}, expected {exact}");
+        }
+        let own = agreement(&labels(&cpu, Precision::Bf16), &exact);
+        let got = agreement(&labels(&card, Precision::Bf16), &exact);
+        assert!(got >= own - 0.05, "{kind:?} in bf16: {got}, the processor's {own}");
     }
 }
 

@@ -44,10 +44,10 @@ pub(super) fn ptx_runtime_uploads_arrive() {
 /// A buffer that is filled before its copy is done shows.
 #[test]
 pub(super) fn ptx_runtime_a_missing_wait_is_found() {
-    for lengths in [&LENGTHS[..2], &[10, 10]] {
-        assert!(sent(lengths, Lacks::Patience).unwrap(), "two buffers hold two vectors");
+    for lengths in [&LENGTHS[..4], &[10; 4]] {
+        assert!(sent(lengths, Lacks::Patience).unwrap(), "four buffers hold four vectors");
     }
-    for lengths in [&[10, 10, 10][..], &LENGTHS] {
+    for lengths in [&[10; 5][..], &LENGTHS] {
         assert!(!sent(lengths, Lacks::Patience).unwrap_or(false), "{lengths:?}: nothing was noticed");
     }
 }

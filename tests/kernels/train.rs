@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use stunet::autograd::{Ctx, Grads};
 use stunet::models::{Network, NetworkConfig, StuNetConfig, UnetConfig, UnetKind};
-use stunet::nn::{self, Module, Optimizer, Rule};
+use stunet::nn::{self, GradScaler, Module, Optimizer, Rule};
 use stunet::nnunet::loss::{deep_supervision_weights, supervised_heads};
 use stunet::ops::{LabelMap, Loss, Outputs, Target};
 use stunet::tensor::{Dims, Tensor};
@@ -24,24 +24,28 @@ struct Trained {
     gradients: BTreeMap<String, Vec<f32>>,
     values: BTreeMap<String, Vec<f32>>,
     momenta: BTreeMap<String, Vec<f32>>,
+    scaler: Option<GradScaler>,
+    skipped: usize,
 }
 
 /// A task: one batch, which comes again and again.
+#[derive(Clone, Copy)]
 struct Task<'t> {
     config: &'t NetworkConfig,
     patch: [usize; 3],
     batch: usize,
     loss: &'t Loss,
     rule: Rule,
+    scaler: Option<GradScaler>,
 }
 
 fn sim(seed: u64) -> Device {
     Device::on(Arc::new(Sim::of(seed, [8, 6])), "sim".into())
 }
 
-/// So many steps.
+/// So many steps that move something.
 fn train(task: &Task<'_>, device: &Device, precision: Precision, steps: usize) -> Trained {
-    let Task { config, patch: [d, h, w], batch, loss, rule } = *task;
+    let Task { config, patch: [d, h, w], batch, loss, rule, scaler } = *task;
     let mut net: Network = config.build_random_with(device, 5, Precision::F32).unwrap();
     let image = random(batch * config.in_channels() * d * h * w, 7);
     // Blobs of labels, so that every size of them has some of each.
@@ -54,8 +58,11 @@ fn train(task: &Task<'_>, device: &Device, precision: Precision, steps: usize) -
         gradients: BTreeMap::new(),
         values: BTreeMap::new(),
         momenta: BTreeMap::new(),
+        scaler,
+        skipped: 0,
     };
-    for step in 0..steps {
+    while out.losses.len() < steps {
+        let step = out.losses.len();
         device.planned(&[1], || {
             let mut grads = Grads::new();
             let value = {
@@ -67,19 +74,26 @@ fn train(task: &Task<'_>, device: &Device, precision: Precision, steps: usize) -
                 let heads = net.forward_heads(&mut cx, x).unwrap();
                 let weights = deep_supervision_weights(heads.len());
                 let (scalar, value) = supervised_heads(&mut cx, heads, &weights, &target, loss).unwrap();
-                cx.backward(scalar, &mut grads).unwrap();
+                cx.backward_scaled(scalar, out.scaler.map_or(1.0, |s| s.scale()), &mut grads).unwrap();
                 value
             };
             if step == 0 {
                 net.params(&mut |p| {
                     if let Some(g) = grads.param(p) {
-                        out.gradients.insert(p.name().into(), nn::unpack(p, g).unwrap());
+                        let scale = out.scaler.map_or(1.0, |s| s.scale()) as f32;
+                        let values = nn::unpack(p, g).unwrap().into_iter().map(|v| v / scale);
+                        out.gradients.insert(p.name().into(), values.collect());
                     }
                 });
             }
             let mut params = Vec::new();
             net.params_mut(&mut |p| params.push(p));
-            let norms = optimizer.step_guarded(params, &mut grads, 0.1, &value, 1.0).unwrap();
+            let norms = match &mut out.scaler {
+                Some(scaler) => optimizer.step_scaled(params, &mut grads, 0.1, &value, scaler).unwrap(),
+                None => Some(optimizer.step_guarded(params, &mut grads, 0.1, &value, 1.0).unwrap()),
+            };
+            out.skipped += usize::from(norms.is_none());
+            let Some(norms) = norms else { return };
             if step == 0 {
                 out.norm = norms.gradient;
             }
@@ -124,7 +138,7 @@ const NEAR: f64 = 2e-4;
 
 /// One of the networks in f32, value by value the processor's.
 fn check(config: &NetworkConfig, patch: [usize; 3], batch: usize, loss: &Loss, rule: Rule) {
-    let task = Task { config, patch, batch, loss, rule };
+    let task = Task { config, patch, batch, loss, rule, scaler: None };
     let exact = train(&task, &Device::cpu(), Precision::F32, 2);
     let got = train(&task, &sim(0), Precision::F32, 2);
     for (a, b) in got.losses.iter().zip(&exact.losses) {
@@ -147,7 +161,7 @@ fn stunet() -> NetworkConfig {
     config.with_strides([[1, 2, 2], [2, 1, 1], [1, 1, 2], [1; 3], [1; 3]]).into()
 }
 
-fn unet(kind: UnetKind) -> NetworkConfig {
+pub(super) fn unet(kind: UnetKind) -> NetworkConfig {
     UnetConfig {
         kind,
         planar: false,
@@ -188,7 +202,7 @@ pub(super) fn cuda_train_step_of_unets_is_the_cpus() {
 #[test]
 pub(super) fn cuda_train_step_in_16_bit_is_near_the_cpus() {
     let (config, loss) = (stunet(), losses().remove(0));
-    let task = Task { config: &config, patch: [4, 8, 8], batch: 2, loss: &loss, rule: SGD };
+    let task = Task { config: &config, patch: [4, 8, 8], batch: 2, loss: &loss, rule: SGD, scaler: None };
     let exact = train(&task, &Device::cpu(), Precision::F32, 2);
     let all = |v: &BTreeMap<String, Vec<f32>>| v.values().flatten().copied().collect::<Vec<f32>>();
     // How far gradients go when the processor stores activations, though not filters and gradients, in as few digits.
@@ -210,7 +224,7 @@ pub(super) fn cuda_train_step_in_16_bit_is_near_the_cpus() {
 #[test]
 pub(super) fn cuda_train_steps_have_the_same_bytes_in_any_order() {
     let (config, loss) = (stunet(), losses().remove(0));
-    let task = Task { config: &config, patch: [2, 4, 8], batch: 1, loss: &loss, rule: SGD };
+    let task = Task { config: &config, patch: [2, 4, 8], batch: 1, loss: &loss, rule: SGD, scaler: None };
     let card = Arc::new(Sim::of(0, [8, 6]));
     let first = train(&task, &Device::on(card.clone(), "sim".into()), Precision::Bf16, 7);
     assert!(first.losses[6] < first.losses[0], "{:?}", first.losses);
@@ -218,4 +232,36 @@ pub(super) fn cuda_train_steps_have_the_same_bytes_in_any_order() {
     assert!(count.replays > 0, "no step was a graph: {count:?}");
     let plain = Device::on(Arc::new(Sim::of(1, [8, 6]).lacking(Lacks::Graphs)), "sim".into());
     assert!(train(&task, &plain, Precision::Bf16, 7) == first, "bytes depend on the schedule, or on graphs");
+}
+
+/// Float16 from a loss scale at which gradients overflow: what is skipped leaves nothing, to the byte, and what is not has lost
+/// no more than activations in 11 bits lose.
+#[test]
+pub(super) fn cuda_train_in_float16_scales_the_loss() {
+    let (config, loss) = (unet(UnetKind::Plain), losses().remove(0));
+    let task = Task { config: &config, patch: [2, 8, 8], batch: 1, loss: &loss, rule: SGD, scaler: None };
+    let of = |scale: f64| {
+        let scaler = Some(GradScaler::new(scale, 2).unwrap());
+        train(&Task { scaler, ..task }, &sim(0), Precision::F16, 2)
+    };
+    let start = 2f64.powi(22);
+    let got = of(start);
+    let lower = start / 2f64.powi(i32::try_from(got.skipped).unwrap());
+    assert!(got.skipped > 0 && lower > 65536.0, "{:?} after {} skipped", got.scaler, got.skipped);
+    // Two steps that were not skipped double it.
+    assert_eq!(got.scaler.map(|s| (s.scale(), s.growth_tracker())), Some((2.0 * lower, 0)));
+    let direct = of(lower);
+    assert!(direct.skipped == 0 && direct == Trained { skipped: 0, ..got }, "a skipped step left something");
+
+    // The processor in f32, and as far as it goes from there with activations in bf16, which have 3 bits less: by 1/8, and three
+    // times that since here filters and gradients are rounded, too.
+    let all = |v: &BTreeMap<String, Vec<f32>>| v.values().flatten().copied().collect::<Vec<f32>>();
+    let exact = train(&task, &Device::cpu(), Precision::F32, 2);
+    let own = train(&task, &Device::cpu(), Precision::Bf16, 2);
+    let [error, yardstick] = [&direct, &own].map(|t| apart(&all(&t.gradients), &all(&exact.gradients)));
+    assert!(error < 3.0 / 8.0 * yardstick, "gradients {error}, the processor's in bf16 {yardstick}");
+    // And the step that follows from them.
+    let change = |t: &Trained| t.losses[1] - t.losses[0];
+    let (a, b) = (change(&direct), change(&exact));
+    assert!((a - b).abs() < 0.2 * b.abs(), "{:?}, expected {:?}", direct.losses, exact.losses);
 }

@@ -7,11 +7,11 @@ use clap::value_parser;
 use serde::Serialize;
 use stunet::autograd::{Ctx, Grads};
 use stunet::models::StuNet;
-use stunet::nn::{Module, Optimizer};
+use stunet::nn::{GradScaler, Module, Optimizer};
 use stunet::nnunet::loss::{Criterion, deep_supervised, deep_supervision_weights, supervised_heads};
 use stunet::ops::{LabelMap, Outputs, Target};
 use stunet::tensor::{Dims, Tensor};
-use stunet::{Device, Result};
+use stunet::{Device, Precision, Result};
 
 use super::record::Layer;
 use super::{Options, Seconds, values};
@@ -48,6 +48,11 @@ pub(super) struct Training {
     seconds_loss: f64,
     seconds_backward: f64,
     seconds_optimizer: f64,
+    /// Of a loss that is scaled: in float16 on a card.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<f64>,
+    /// Steps that were skipped because gradients overflowed.
+    skipped: u32,
     /// Bytes of tensors that operations keep for their way back, by operation.
     saved_bytes: BTreeMap<&'static str, usize>,
 }
@@ -56,10 +61,12 @@ impl Training {
     /// Two lines for people.
     pub(super) fn lines(&self, human: impl Fn(u64) -> String) -> [String; 2] {
         let ms = |s: f64| s * 1e3;
+        let scaled = |s: f64| format!(", loss scale {s} after {} steps skipped", self.skipped);
+        let scaled = self.loss_scale.map_or_else(String::new, scaled);
         let saved: Vec<String> = self.saved_bytes.iter().map(|(n, b)| format!("{n} {}", human(*b as u64))).collect();
         [
             format!(
-                "batch {}{}: forward {:.1} ms, loss {:.1} ms, backward {:.1} ms, optimizer {:.1} ms",
+                "batch {}{}{scaled}: forward {:.1} ms, loss {:.1} ms, backward {:.1} ms, optimizer {:.1} ms",
                 self.batch,
                 if self.recompute { ", recomputing" } else { "" },
                 ms(self.seconds_forward),
@@ -77,6 +84,8 @@ struct Batch {
     image: Tensor,
     target: Target,
     optimizer: Optimizer,
+    scaler: Option<GradScaler>,
+    skipped: u32,
 }
 
 /// What is wanted to be known of a step beside its time.
@@ -115,6 +124,8 @@ impl Args {
             image: Tensor::from_host(&image, Dims::from([n, config.in_channels, d, h, w]), &device)?,
             target: Target::new(LabelMap::new(labels, [n, d, h, w])?, &Outputs::Labels, &device)?,
             optimizer: Optimizer::nnunet(),
+            scaler: (!device.is_cpu() && options.precision(&device) == Precision::F16).then(GradScaler::default),
+            skipped: 0,
         };
         let (mut all, mut totals) = (Vec::with_capacity(usize::from(runs)), Vec::with_capacity(usize::from(runs)));
         let mut saved = BTreeMap::new();
@@ -148,6 +159,8 @@ impl Args {
             seconds_loss: median(1),
             seconds_backward: median(2),
             seconds_optimizer: median(3),
+            loss_scale: batch.scaler.map(|s| s.scale()),
+            skipped: batch.skipped,
             saved_bytes: saved,
         });
         record.print(options.json)
@@ -190,17 +203,25 @@ impl Args {
             if look == Look::Layers {
                 cx.saved().iter().for_each(|s| *saved.entry(s.operation).or_default() += s.bytes);
             }
-            cx.backward(loss, &mut grads)?;
+            cx.backward_scaled(loss, batch.scaler.map_or(1.0, |s| s.scale()), &mut grads)?;
             over(2)?;
             (cx.steps().iter().map(Layer::from).collect(), saved, value)
         };
         let mut params = Vec::new();
         net.params_mut(&mut |p| params.push(p));
-        match value {
-            // It waits for the card.
-            Some(value) => batch.optimizer.step_guarded(params, &mut grads, 1e-2, &value, 1.0)?,
-            None => batch.optimizer.step(params, &mut grads, 1e-2)?,
-        };
+        // Both of a card wait for it.
+        match (value, &mut batch.scaler) {
+            (Some(value), Some(scaler)) => {
+                let moved = batch.optimizer.step_scaled(params, &mut grads, 1e-2, &value, scaler)?;
+                batch.skipped += u32::from(moved.is_none());
+            }
+            (Some(value), None) => {
+                batch.optimizer.step_guarded(params, &mut grads, 1e-2, &value, 1.0)?;
+            }
+            (None, _) => {
+                batch.optimizer.step(params, &mut grads, 1e-2)?;
+            }
+        }
         over(3)?;
         Ok(Parts { total: begin.elapsed().as_secs_f64(), seconds, layers, saved })
     }

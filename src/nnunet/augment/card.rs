@@ -1,11 +1,11 @@
 //! Patches augmented on a card, by the parameters and in the order of the processor.
 
 use super::intensity::{Values, masked, transform};
-use super::{Augmenter, RawPatch};
+use super::{AugmentConfig, Augmenter, RawPatch};
 use crate::base::rng::Key;
 use crate::error::{Error, Result};
 use crate::ops::blur::Kernel;
-use crate::ops::patch::{Batch, Channel, Patch, Room};
+use crate::ops::patch::{self, Batch, Channel, Patch, Room};
 use crate::tensor::{Device, Tensor};
 
 /// Memory for a batch on a card; it is the same from one batch to the next.
@@ -16,6 +16,14 @@ pub(crate) struct CardBatch {
 }
 
 impl CardBatch {
+    /// Bytes that patches take on their way, besides what [`CardBatch::make`] gives: no warp reads more than the initial patch
+    /// with a voxel around it.
+    pub(crate) fn bytes(config: &AugmentConfig, channels: usize) -> usize {
+        let voxels = |shape: [usize; 3]| shape.iter().fold(1usize, |n, d| n.saturating_mul(*d));
+        let source = voxels(config.initial_patch.map(|n| n + 2)).saturating_mul(4 * channels + 2);
+        source.saturating_add(Patch::bytes(voxels(config.patch), channels))
+    }
+
     /// The patches as `[N, C, D, H, W]`, and their labels, u16 `[N][D][H][W]`, two to a float. Waits for nothing.
     pub(crate) fn make(&mut self, how: &Augmenter, raw: &[RawPatch], device: &Device) -> Result<(Tensor, Tensor)> {
         let config = how.config().ok_or_else(|| Error::usage("a patch to augment without augmentation"))?;
@@ -39,6 +47,22 @@ impl CardBatch {
             patch.put_labels(one.parameters.mirror, labels, n)?;
         }
         made.ok_or_else(|| Error::shape("augmentation", "a batch without patches"))
+    }
+}
+
+impl CardBatch {
+    /// Patches that are made, and their labels, as [`CardBatch::make`] gives them.
+    pub(crate) fn send(
+        &mut self,
+        image: &[f32],
+        labels: &[u16],
+        dims: [usize; 5],
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let (to, to_labels) = self.batch.tensors(dims, device)?;
+        patch::send(device, &to, bytemuck::cast_slice(image))?;
+        patch::send(device, &to_labels, bytemuck::cast_slice(labels))?;
+        Ok((to, to_labels))
     }
 }
 

@@ -152,6 +152,9 @@ impl Checkpoint {
         let manifest: Manifest = serde_json::from_str(field("training")?)
             .map_err(|e| Error::model(path, "training", printable(&e.to_string())))?;
         let Manifest { state, rule, max_norm, steps } = manifest;
+        if let Some(scaler) = state.scaler.filter(|s| !s.is_valid()) {
+            return Err(Error::model(path, "training.state.scaler", format!("{scaler:?}: out of range")));
+        }
         Ok(Self { weights, state, rule, max_norm, kept: Kept::ByName(steps), warning: None })
     }
 

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::io::pth::View;
 use crate::io::pth::write::{self, Py, Storage, dict};
 use crate::io::weights::{Weights, printable};
-use crate::nn::{self, Module, Optimizer, PolyLr, Rule};
+use crate::nn::{self, GradScaler, Module, Optimizer, PolyLr, Rule};
 
 /// More values than any plan, data set description or log has.
 const MAX_VALUES: usize = 4 << 20;
@@ -61,7 +61,7 @@ pub fn write_nnunet(
     let object = dict([
         ("network_weights", Py::OrderedDict(weights)),
         ("optimizer_state", dict([("state", Py::Dict(kept)), ("param_groups", Py::List(vec![group]))])),
-        ("grad_scaler_state", Py::None),
+        ("grad_scaler_state", state.scaler.map_or(Py::None, scaler_state)),
         ("logging", logging(&state.logs)),
         ("_best_ema", state.best_ema.map_or(Py::None, Py::Float)),
         ("current_epoch", Py::Int(i64::from(state.epoch))),
@@ -117,6 +117,18 @@ fn group(rule: Rule, schedule: &PolyLr, epoch: u32, params: usize) -> Py {
     items.push(("initial_lr", f(schedule.initial)));
     items.push(("params", Py::List((0..params).map(|i| Py::Int(i as i64)).collect())));
     Py::Dict(items.into_iter().map(|(k, v)| (Py::Str(k.into()), v)).collect())
+}
+
+/// `torch.amp.GradScaler.state_dict()`.
+fn scaler_state(scaler: GradScaler) -> Py {
+    let (growth, backoff, interval) = scaler.rule();
+    dict([
+        ("scale", Py::Float(scaler.scale())),
+        ("growth_factor", Py::Float(growth)),
+        ("backoff_factor", Py::Float(backoff)),
+        ("growth_interval", Py::Int(interval.into())),
+        ("_growth_tracker", Py::Int(scaler.growth_tracker().into())),
+    ])
 }
 
 fn logging(logs: &Logs) -> Py {
@@ -176,6 +188,11 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         Value::Null => None,
         v => Some(serde_json::from_value(v).map_err(|_| bad("inference_allowed_mirroring_axes", "expected axes"))?),
     };
+    // One that is switched off leaves an empty dictionary. Whatever else it may be, a scaler finds its factor by itself again.
+    let scaler: Option<GradScaler> = json(root.get("grad_scaler_state"), "grad_scaler_state")
+        .and_then(|v| serde_json::from_value(v).map_err(|_| bad("grad_scaler_state", "not that of a scaler")))
+        .ok()
+        .filter(GradScaler::is_valid);
     let epoch = epoch.ok_or_else(|| bad("current_epoch", "missing, or no number of an epoch"))?;
     let trainer = text(root.get("trainer_name"));
     let epochs = named_epochs(&trainer).unwrap_or(PolyLr::NNUNET.epochs);
@@ -187,6 +204,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         epoch,
         step,
         schedule: PolyLr { initial: initial.unwrap_or(PolyLr::NNUNET.initial), epochs, ..PolyLr::NNUNET },
+        scaler,
         best_ema: json(root.get("_best_ema"), "_best_ema")?.as_f64(),
         logs,
         ..TrainingState::new(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::nn::PolyLr;
+use crate::nn::{GradScaler, PolyLr};
 
 /// A number of a log; JSON has no NaN, which stands for a class that no case has.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -70,9 +70,10 @@ pub struct Origin {
 pub struct TrainingState {
     /// Epochs that are over: the number of the next one.
     pub epoch: u32,
-    /// Optimizer steps that are over; of nnU-Net's file, whose SGD does not count them, 250 per epoch.
+    /// Optimizer steps that are over, without those skipped; of nnU-Net's file, whose SGD does not count them, 250 per epoch.
     pub step: u64,
-    /// What batches and loss follow from, by name: a training goes on with the same only.
+    /// What batches, loss and the order of sums follow from, by name: a training goes on with the same only, unless it is asked
+    /// for recomputation anew.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub settings: Map<String, Value>,
     /// Losses of the steps of an epoch that is not over.
@@ -84,6 +85,9 @@ pub struct TrainingState {
     pub counters: BTreeMap<String, u64>,
     /// Learning rates.
     pub schedule: PolyLr,
+    /// What the loss is multiplied by, of a training in float16 on a card; a file of nnU-Net has one of every training on a card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scaler: Option<GradScaler>,
     /// The best moving average of the Dice so far.
     pub best_ema: Option<f64>,
     /// What was logged.
@@ -104,6 +108,7 @@ impl TrainingState {
             seed,
             counters: BTreeMap::new(),
             schedule: PolyLr::NNUNET,
+            scaler: None,
             best_ema: None,
             logs: Logs::default(),
             origin,

@@ -11,7 +11,6 @@ use super::{Data, Trainer, fold_folder, mirror_axes, stage_folder};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::weights::{map_file, sha256};
-use crate::nnunet::augment::AugmentConfig;
 use crate::nnunet::cases::endings;
 use crate::nnunet::evaluate::{Class, Summary, compare};
 use crate::nnunet::loader::{Loader, LoaderConfig, Oversampling};
@@ -104,10 +103,9 @@ impl Task {
             true => Oversampling::Probability(options.oversample),
             false => Oversampling::LastOfBatch(options.oversample),
         };
-        let sizes = &plan.patch[usize::from(plan.planar)..];
         let augment = match options.augmentation {
             true => {
-                let mut config = AugmentConfig::new(sizes, &plan.use_mask)?;
+                let mut config = plan.augmentation()?;
                 let axes = mirror_axes(&plan, options).unwrap_or_default();
                 let first = usize::from(plan.planar);
                 config.mirror = [0, 1, 2].map(|a| a >= first && axes.contains(&(a - first)));

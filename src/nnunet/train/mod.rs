@@ -5,20 +5,23 @@
 
 mod data;
 mod files;
+mod input;
 mod log;
+mod memory;
 mod metrics;
 mod options;
 mod plan;
 mod pretrained;
+mod report;
 mod step;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use serde::Serialize;
-
 use self::files::Files;
+use self::input::{Input, Room};
 use self::log::{Log, seconds_since_1970};
+use self::memory::Decision;
 use self::metrics::{Counts, nan_mean};
 use self::step::Pass;
 use super::checkpoint::{Checkpoint, Logged, Origin, TrainingState};
@@ -26,13 +29,15 @@ use super::loader::{Batch, Loader};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::models::{Network, NetworkConfig};
-use crate::nn::{Optimizer, ParamSource, PolyLr, Scheme};
+use crate::nn::{GradScaler, Optimizer, ParamSource, PolyLr, Scheme};
 use crate::tensor::Device;
 
 pub use data::Task;
 pub use files::Start;
+pub use memory::Recompute;
 pub use options::TrainOptions;
 pub use plan::{NetworkChoice, TrainingPlan};
+pub use report::{EpochReport, StepReport};
 
 /// Where batches come from: any number of epochs of them, each the same whenever it is asked for.
 pub trait Batches: Send {
@@ -70,74 +75,6 @@ pub struct Data {
     pub cases: Vec<String>,
 }
 
-/// What one step did.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct StepReport {
-    /// Before the step.
-    pub loss: f64,
-    /// Norm of all gradients together, before clipping.
-    pub gradient_norm: f64,
-    /// Whether they were scaled down.
-    pub clipped: bool,
-    /// Wall seconds until the batch was there.
-    pub seconds_waiting: f64,
-    /// Wall seconds of the step.
-    pub seconds: f64,
-}
-
-/// What one epoch did.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct EpochReport {
-    /// Its number, from 0.
-    pub epoch: u32,
-    /// Constant within an epoch.
-    pub learning_rate: f64,
-    /// Mean loss in training.
-    pub train_loss: f64,
-    /// Mean loss in validation.
-    pub val_loss: Option<f64>,
-    /// Mean of `dice`, classes that no patch has left out.
-    pub mean_fg_dice: Logged,
-    /// Its moving average.
-    pub ema_fg_dice: Logged,
-    /// Dice of every class or region over the validation's patches.
-    pub dice_per_class_or_region: Vec<Logged>,
-    /// The moving average is higher than ever.
-    pub is_best: bool,
-    /// Largest norm of gradients.
-    pub max_gradient_norm: f64,
-    /// Steps whose gradients were scaled down.
-    pub clipped: u32,
-    /// Wall seconds.
-    pub seconds: f64,
-    /// Of those, waiting for batches.
-    pub seconds_waiting: f64,
-    /// Largest total of the device's tensors in bytes.
-    pub peak_tensor_bytes: usize,
-}
-
-impl EpochReport {
-    /// What nnU-Net writes to its log at the end of an epoch.
-    #[must_use]
-    pub fn lines(&self) -> Vec<String> {
-        let round = |v: f64| (v * 1e4).round_ties_even() / 1e4;
-        let number = |v: f64| if v.is_nan() { "nan".to_string() } else { round(v).to_string() };
-        let dice: Vec<String> = self.dice_per_class_or_region.iter().map(|d| number(d.0)).collect();
-        let mut lines = vec![format!("train_loss {}", number(self.train_loss))];
-        if let Some(loss) = self.val_loss {
-            lines.push(format!("val_loss {}", number(loss)));
-            lines.push(format!("Pseudo dice [{}]", dice.join(", ")));
-        }
-        lines.push(format!("Epoch time: {:.2} s", self.seconds));
-        if self.is_best {
-            lines.push(format!("Yayy! New best EMA pseudo Dice: {}", number(self.ema_fg_dice.0)));
-        }
-        lines
-    }
-}
-
 /// Wall seconds after which a checkpoint is written at the end of an epoch, however few epochs there were: those of a large
 /// network on a processor take hours.
 const SAVE_SECONDS: u64 = 900;
@@ -150,8 +87,12 @@ pub struct Trainer {
     plan: TrainingPlan,
     options: TrainOptions,
     pass: Pass,
+    memory: Decision,
     device: Device,
     data: Data,
+    room: Room,
+    /// The batch of the next step, sent to a card.
+    ahead: Option<Result<Input>>,
     files: Files,
     log: Log,
     saved: Instant,
@@ -166,6 +107,7 @@ struct Seen {
     waiting: f64,
     norm: f64,
     clipped: u32,
+    skipped: u32,
 }
 
 impl Trainer {
@@ -174,7 +116,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::Usage`] for options out of range, for a new training in a folder that holds one, and when there is none to go
     /// on with; those of [`TrainingPlan::network`]; [`Error::Model`] when a checkpoint or pre-trained weights do not fit;
-    /// [`Error::Io`]; [`Error::OutOfMemory`].
+    /// [`Error::Io`]; [`Error::OutOfMemory`], before anything is written when a step would not fit the device.
     pub fn new(
         plan: TrainingPlan,
         options: TrainOptions,
@@ -202,14 +144,23 @@ impl Trainer {
         let mut state = TrainingState::new(options.seed, origin);
         state.schedule.initial = options.initial_rate();
         state.settings = options.settings(&plan);
+        state.scaler = pass.scaler(device);
         let scheme = match options.network {
             NetworkChoice::Planned => Scheme::He,
             _ => Scheme::Torch,
         };
         let initial = config.initial(options.seed, scheme);
-        let (net, optimizer) = match (files.resumed(), &options.pretrained) {
-            (Some(path), _) => {
-                let checkpoint = Checkpoint::open(path)?;
+        let checkpoint = files.resumed().map(Checkpoint::open).transpose()?;
+        let beside = input::augmentation_bytes(&plan, &options)?;
+        let memory = memory::decide(
+            options.recompute,
+            checkpoint.as_ref().and_then(|c| recomputed(c.state())),
+            device.room()?,
+            |on| memory::step_bytes(&config, &pass, plan.patch, plan.batch, on, device).map(|n| n + beside),
+        )?;
+        state.settings.insert(RECOMPUTE.into(), memory.recompute.into());
+        let (net, optimizer) = match (checkpoint, &options.pretrained) {
+            (Some(checkpoint), _) => {
                 if let Some(warning) = checkpoint.warning() {
                     tracing::warn!("{warning}");
                 }
@@ -217,7 +168,8 @@ impl Trainer {
                 let (net, optimizer, found) = resumed(&config, &checkpoint, device)?;
                 // A file of nnU-Net knows no seed.
                 let seed = if found.settings.is_empty() { state.seed } else { found.seed };
-                state = TrainingState { origin: state.origin, settings: state.settings, seed, ..found };
+                let scaler = state.scaler.map(|new: GradScaler| found.scaler.unwrap_or(new));
+                state = TrainingState { origin: state.origin, settings: state.settings, seed, scaler, ..found };
                 if let Some(lr) = options.learning_rate {
                     state.schedule.initial = lr;
                 }
@@ -236,7 +188,7 @@ impl Trainer {
             // Files of PyTorch do not tell how many epochs there were to be; a final one says that they are over.
             state.schedule.epochs = state.epoch;
         }
-        let net = net.recomputing(options.recompute)?;
+        let net = net.recomputing(memory.recompute);
         files.make(start)?;
         files.describe(&plan)?;
         let mut out = Self {
@@ -244,9 +196,12 @@ impl Trainer {
             optimizer,
             log: Log::begin(folder)?,
             pass,
+            memory,
             state,
             device: device.clone(),
             data,
+            room: Room::default(),
+            ahead: None,
             files,
             plan,
             options,
@@ -272,6 +227,7 @@ impl Trainer {
             format!("{} {} {} fold {}", plan.dataset_name, plan.plans_name, plan.configuration, state.origin.fold),
             format!("{}: {} parameters on {}", self.net.name(), self.net.parameter_count(), self.device.name()),
             format!("patch {:?}, batch {}, seed {}", plan.patch, plan.batch, state.seed),
+            self.memory.line(),
         ];
         if state.epoch > 0 || !state.losses.is_empty() {
             out.push(format!("goes on with epoch {} after {} steps of it", state.epoch, state.losses.len()));
@@ -315,8 +271,11 @@ impl Trainer {
     /// those before the step then. Errors of the batches; [`Error::OutOfMemory`].
     pub fn step(&mut self) -> Result<StepReport> {
         let clock = Instant::now();
-        let batch = self.data.train.batch()?;
-        let seconds_waiting = clock.elapsed().as_secs_f64();
+        let input = match self.ahead.take() {
+            Some(ahead) => ahead?,
+            None => self.room.next(&mut *self.data.train, &self.device)?,
+        };
+        let (batch, seconds_waiting) = (&input.batch, input.seconds_waiting);
         let rate = self.state.schedule.at(self.state.epoch);
         let at = (self.state.epoch, self.iteration());
         let place = || {
@@ -330,15 +289,43 @@ impl Trainer {
             Error::Shape { op, what } => Error::Shape { op, what: format!("{}: {what}", place()) },
             e => e,
         };
-        let done = self.pass.train(&mut self.net, &mut self.optimizer, &batch, rate, &self.device);
+        let loss_scale = self.state.scaler.map(|s| s.scale());
+        // The next batch is fetched and sent while a card works on this one; the processor has its hands full.
+        let is_last = self.iteration() + 1 >= self.options.iterations && at.0 + 1 >= self.state.schedule.epochs;
+        let (device, from, room, ahead) = (&self.device, &mut self.data.train, &mut self.room, &mut self.ahead);
+        let mut meanwhile = || {
+            if !device.is_cpu() && !is_last {
+                *ahead = Some(room.next(&mut **from, device));
+            }
+        };
+        let scaler = self.state.scaler.as_mut();
+        let (net, optimizer) = (&mut self.net, &mut self.optimizer);
+        let done = self.pass.train(net, optimizer, &input, rate, scaler, device, &mut meanwhile);
         let (loss, norms) = done.map_err(named)?;
-        self.state.step += 1;
         self.state.losses.push(loss);
         self.seen.waiting += seconds_waiting;
-        self.seen.norm = self.seen.norm.max(norms.gradient);
-        self.seen.clipped += u32::from(norms.scale < 1.0);
-        let (gradient_norm, clipped) = (norms.gradient, norms.scale < 1.0);
-        Ok(StepReport { loss, gradient_norm, clipped, seconds_waiting, seconds: clock.elapsed().as_secs_f64() })
+        let clipped = norms.is_some_and(|n| n.scale < 1.0);
+        match (norms, loss_scale) {
+            (None, Some(scale)) => {
+                self.seen.skipped += 1;
+                let what = "is skipped: gradients overflow at loss scale";
+                self.log.line(&format!("step {} {what} {scale}, which is halved", at.1))?;
+            }
+            (norms, _) => {
+                self.state.step += 1;
+                self.seen.norm = norms.map_or(self.seen.norm, |n| self.seen.norm.max(n.gradient));
+                self.seen.clipped += u32::from(clipped);
+            }
+        }
+        Ok(StepReport {
+            loss,
+            gradient_norm: norms.map_or(f64::INFINITY, |n| n.gradient),
+            clipped,
+            skipped: norms.is_none(),
+            loss_scale,
+            seconds_waiting,
+            seconds: clock.elapsed().as_secs_f64(),
+        })
     }
 
     /// What is left of the present epoch: steps, validation, log, checkpoints.
@@ -392,6 +379,8 @@ impl Trainer {
             is_best: false,
             max_gradient_norm: seen.norm,
             clipped: seen.clipped,
+            skipped: seen.skipped,
+            loss_scale: self.state.scaler.map(|s| s.scale()),
             seconds: self.seconds_of_steps + clock.elapsed().as_secs_f64(),
             seconds_waiting: seen.waiting,
             peak_tensor_bytes: self.device.memory().peak,
@@ -490,9 +479,19 @@ impl Trainer {
     }
 }
 
-/// A training goes on with the same numbers only by the same rules.
+/// The setting that says whether stages run again on the way back.
+const RECOMPUTE: &str = "recompute";
+
+/// Whether the training of a state did that; one from before that was asked did not. nnU-Net's files know nothing of it.
+fn recomputed(state: &TrainingState) -> Option<bool> {
+    let known = !state.settings.is_empty();
+    known.then(|| state.settings.get(RECOMPUTE).and_then(serde_json::Value::as_bool).unwrap_or(false))
+}
+
+/// A training goes on with the same numbers only by the same rules. Recomputation may be asked for where there is less memory
+/// than before: it adds some gradients in another order.
 fn check_settings(found: &TrainingState, now: &TrainingState) -> Result<()> {
-    for (name, value) in &found.settings {
+    for (name, value) in found.settings.iter().filter(|(name, _)| *name != RECOMPUTE) {
         let here = now.settings.get(name);
         if here != Some(value) {
             let here = here.map_or("none".into(), |v| v.to_string());
@@ -528,6 +527,18 @@ fn mirror_axes(plan: &TrainingPlan, options: &TrainOptions) -> Option<Vec<usize>
     let all: Vec<usize> = if plan.planar { vec![0, 1] } else { vec![0, 1, 2] };
     let axes = options.mirror_axes.clone().unwrap_or(all);
     (!axes.is_empty()).then_some(axes)
+}
+
+/// Bytes of tensors that steps of a training take at their peak on `device`, those of the network and its optimizer among them,
+/// with recomputation or without. The step is rehearsed, not run: that takes no memory to speak of.
+///
+/// # Errors
+/// [`Error::Usage`] for options out of range; those of [`TrainingPlan::network`]; [`Error::Unsupported`].
+pub fn step_bytes(plan: &TrainingPlan, options: &TrainOptions, recompute: bool, device: &Device) -> Result<usize> {
+    options.validate()?;
+    let (config, pass) = (plan.network(options.network)?, Pass::new(plan, options)?);
+    let step = memory::step_bytes(&config, &pass, plan.patch, plan.batch, recompute, device)?;
+    Ok(step + input::augmentation_bytes(plan, options)?)
 }
 
 /// The fold's folder of a training below `results`, the folder of a data set in nnU-Net's `nnUNet_results`.

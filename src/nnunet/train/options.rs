@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::nnunet::loss::Criterion;
-use crate::nnunet::train::{NetworkChoice, TrainingPlan};
+use crate::nnunet::train::{NetworkChoice, Recompute, TrainingPlan};
 use crate::tensor::Precision;
 
 /// Options of a training; what is `None` is as nnU-Net's trainer has it, or as the plans say.
@@ -57,8 +57,8 @@ pub struct TrainOptions {
     pub precision: Precision,
     /// Only kernels as accurate as plain summation.
     pub strict: bool,
-    /// Keep only the inputs of stages and run each once more on the way back (STU-Net).
-    pub recompute: bool,
+    /// Whether to keep only the inputs of stages and run each once more on the way back.
+    pub recompute: Recompute,
     /// Threads that prepare batches.
     pub workers: usize,
     /// Epochs between two checkpoints.
@@ -88,7 +88,7 @@ impl Default for TrainOptions {
             seed: 0,
             precision: Precision::F32,
             strict: false,
-            recompute: false,
+            recompute: Recompute::Auto,
             workers: 2,
             save_every: 50,
         }

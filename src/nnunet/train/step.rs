@@ -1,18 +1,17 @@
 //! One pass over a batch.
 
+use super::input::{Input, tensors};
 use super::metrics::{Counts, count, count_labels};
 use super::options::TrainOptions;
 use super::plan::TrainingPlan;
 use crate::autograd::{Ctx, Grads, Var};
 use crate::error::{Error, Result};
 use crate::models::Network;
-use crate::nn::{Module, Optimizer, StepNorms};
-#[cfg(feature = "cuda")]
-use crate::nnunet::augment::CardBatch;
+use crate::nn::{GradScaler, Module, Optimizer, StepNorms};
 use crate::nnunet::loader::Batch;
 use crate::nnunet::loss::{supervised, supervised_heads};
-use crate::ops::{LabelMap, Loss, LossValue, Outputs, Target};
-use crate::tensor::{Device, Dims, Precision, Tensor};
+use crate::ops::{Loss, LossValue, Outputs, Target};
+use crate::tensor::{Device, Precision, Tensor};
 
 /// Keys of repeated computations; see [`Device::planned`].
 const TRAIN: usize = 1;
@@ -26,30 +25,27 @@ pub(super) struct Pass {
     weights: Vec<f64>,
     precision: Precision,
     strict: bool,
-    /// Where patches are made that come as they were read.
-    #[cfg(feature = "cuda")]
-    card: CardBatch,
 }
 
 impl Pass {
     pub(super) fn new(plan: &TrainingPlan, options: &TrainOptions) -> Result<Self> {
         let loss = options.criterion.loss(plan.labels.outputs(), plan.labels.ignore(), plan.batch_dice)?;
         let weights = if options.deep_supervision { plan.supervision() } else { vec![1.0] };
-        Ok(Self {
-            loss,
-            weights,
-            precision: options.precision,
-            strict: options.strict,
-            #[cfg(feature = "cuda")]
-            card: CardBatch::default(),
-        })
+        Ok(Self { loss, weights, precision: options.precision, strict: options.strict })
+    }
+
+    /// Dice and cross-entropy of labels, of so many outputs.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(super) fn supervised(outputs: usize, precision: Precision) -> Self {
+        let weights = crate::nnunet::loss::deep_supervision_weights(outputs);
+        Self { loss: Loss::new(Outputs::Labels), weights, precision, strict: false }
     }
 
     /// Whether a card can do it.
     pub(super) fn check_card(&self, device: &Device) -> Result<()> {
         let old = device.compute_capability().is_some_and(|[major, _]| major < 8);
         let what = match self.precision {
-            Precision::F16 => "in float16; expected bfloat16 or float32",
+            Precision::F16 if self.strict => "strictly in float16; expected float32",
             Precision::Bf16 if self.strict => "strictly in bfloat16; expected float32",
             Precision::Bf16 if old => "in bfloat16 on a card before Ampere; expected float32",
             _ if self.loss.top.is_some() => "by the largest cross-entropies on a card; on the processor it is",
@@ -58,25 +54,30 @@ impl Pass {
         Err(Error::unsupported(format!("training {what}")))
     }
 
-    /// A step; returns the loss before it. Nothing is changed when the loss or a gradient is not finite.
+    /// What scales the loss on `device`, where gradients are stored as they are computed; on the processor they are f32.
+    pub(super) fn scaler(&self, device: &Device) -> Option<GradScaler> {
+        (self.precision == Precision::F16 && !device.is_cpu()).then(GradScaler::default)
+    }
+
+    /// A step; returns the loss before it, and no norms when `scaler` skips it. Nothing is changed when the loss or a gradient is
+    /// not finite. A card works on it while `meanwhile` runs.
     pub(super) fn train(
-        &mut self,
+        &self,
         net: &mut Network,
         optimizer: &mut Optimizer,
-        batch: &Batch,
+        input: &Input,
         rate: f64,
+        scaler: Option<&mut GradScaler>,
         device: &Device,
-    ) -> Result<(f64, StepNorms)> {
-        let made = self.made(batch, device)?;
+        meanwhile: &mut (dyn FnMut() + Send),
+    ) -> Result<(f64, Option<StepNorms>)> {
+        let scale = scaler.as_ref().map_or(1.0, |s| s.scale());
         device.install(|| {
-            device.planned(&[TRAIN, batch.cases.len()], || {
+            let (value, begun) = device.repeated(&[TRAIN, input.batch.cases.len()], || {
                 let mut grads = Grads::new();
                 let value = {
                     let mut cx = Ctx::train(device).strict(self.strict).storing(self.precision);
-                    let (image, target) = match made {
-                        Some(made) => made,
-                        None => self.tensors(batch, device)?,
-                    };
+                    let (image, target) = input.tensors(&self.loss.outputs, device)?;
                     let x = cx.leaf(image);
                     let (loss, value) = if device.is_cpu() {
                         let outputs = net.forward_all(&mut cx, x)?;
@@ -90,14 +91,21 @@ impl Pass {
                     if let Some(value) = value.get().filter(|v| !v.is_finite()) {
                         return Err(Error::NotFinite { what: format!("the loss is {value}") });
                     }
-                    cx.backward(loss, &mut grads)?;
+                    cx.backward_scaled(loss, scale, &mut grads)?;
                     value
                 };
                 let mut params = Vec::new();
                 net.params_mut(&mut |p| params.push(p));
-                let norms = optimizer.step_guarded(params, &mut grads, rate, &value, 1.0)?;
-                Ok((value.read()?, norms))
-            })
+                let begun = optimizer.begin_step(params, &mut grads, rate, &value, scale)?;
+                Ok((value, begun))
+            })?;
+            meanwhile();
+            let found = optimizer.finish_step(begun);
+            let norms = match scaler {
+                Some(scaler) => scaler.settle(found, &value)?,
+                None => Some(found?),
+            };
+            Ok((value.read()?, norms))
         })
     }
 
@@ -106,7 +114,7 @@ impl Pass {
         device.install(|| {
             device.planned(&[VALIDATE, batch.cases.len()], || {
                 let mut cx = Ctx::infer(device).strict(self.strict).storing(self.precision);
-                let (image, target) = self.tensors(batch, device)?;
+                let (image, target) = tensors(batch, &self.loss.outputs, device)?;
                 let x = cx.leaf(image);
                 if !device.is_cpu() {
                     return self.validate_on_card(net, cx, x, &target);
@@ -119,25 +127,6 @@ impl Pass {
                 Ok((value, count(&logits, target.map()?, &self.loss.outputs, self.loss.ignore)?))
             })
         })
-    }
-
-    /// A batch that comes as it was read, made on the card: before a pass, whose launches are the same for all batches.
-    #[cfg(feature = "cuda")]
-    fn made(&mut self, batch: &Batch, device: &Device) -> Result<Option<(Tensor, Target)>> {
-        let Some((how, raw)) = batch.raw() else { return Ok(None) };
-        let (image, labels) = self.card.make(how, raw, device)?;
-        Ok(Some((image, Target::on_card(labels, batch.target_dims(), &self.loss.outputs)?)))
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    fn made(&mut self, _: &Batch, _: &Device) -> Result<Option<(Tensor, Target)>> {
-        Ok(None)
-    }
-
-    fn tensors(&self, batch: &Batch, device: &Device) -> Result<(Tensor, Target)> {
-        let image = Tensor::from_host(&batch.image, Dims::from(batch.image_dims()), device)?;
-        let target = LabelMap::new(batch.target.as_slice(), batch.target_dims())?;
-        Ok((image, Target::new(target, &self.loss.outputs, device)?))
     }
 
     /// Scores stay on the card; of labels the largest is found there, regions are for the processor to find.

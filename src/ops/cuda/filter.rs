@@ -43,7 +43,7 @@ impl Form {
     }
 
     /// Input channels with their padding, all taps together.
-    fn terms(self, [_, i, kernel @ ..]: [usize; 5]) -> usize {
+    pub(super) fn terms(self, [_, i, kernel @ ..]: [usize; 5]) -> usize {
         let taps: usize = kernel.iter().product();
         match self {
             Form::Whole => padded(i) * taps,

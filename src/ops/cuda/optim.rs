@@ -55,7 +55,7 @@ impl Room {
 
 /// Moves the parameters of every group by its rule, unless a gradient or `guard`, an f32 on the card, is not finite: then
 /// nothing is changed. Gradients are multiplied by `unscale` and, where their norm is then above `max_norm`, scaled down to it.
-/// Waits for the card.
+/// Does not wait for the card.
 ///
 /// # Errors
 /// [`Error::Shape`] when sizes do not fit; [`Error::OutOfMemory`]; [`Error::Device`].
@@ -66,7 +66,7 @@ pub(crate) fn step(
     guard: Option<&Tensor>,
     max_norm: Option<f64>,
     unscale: f64,
-) -> Result<Outcome> {
+) -> Result<Asked> {
     let driver = card(OP, device)?;
     let all: Vec<&Moved<'_>> = groups.iter().flat_map(|(_, g)| g).collect();
     let forms: Vec<Vec<(Precision, Vec<kernels::Form>)>> =
@@ -135,9 +135,22 @@ pub(crate) fn step(
             None => kernels::repack(driver, table, *at)?,
         }
     }
-    let mut bytes = vec![0; Outcome::BYTES];
-    driver.download(squares.outcome, &mut bytes)?;
-    Outcome::read(&bytes)
+    Ok(Asked(outcome))
+}
+
+/// What a step will have found.
+#[derive(Debug)]
+pub(crate) struct Asked(Tensor);
+
+impl Asked {
+    /// Waits for the card.
+    pub(crate) fn read(&self) -> Result<Outcome> {
+        let device = self.0.device();
+        let at = memory(OP, device, &self.0)?;
+        let mut bytes = vec![0; Outcome::BYTES];
+        card(OP, device)?.download(crate::tensor::cuda::Memory { bytes: bytes.len(), ..at }, &mut bytes)?;
+        Outcome::read(&bytes)
+    }
 }
 
 /// A parameter for a table.

@@ -67,6 +67,11 @@ impl Batch {
     }
 }
 
+/// Copies `bytes` to the start of `to`.
+pub(crate) fn send(device: &Device, to: &Tensor, bytes: &[u8]) -> Result<()> {
+    card(OP, device)?.upload(memory(OP, device, to)?, bytes)
+}
+
 /// A patch under way.
 pub(crate) struct Patch<'r> {
     device: &'r Device,
@@ -126,6 +131,12 @@ impl<'r> Patch<'r> {
             }
         }
         Ok(Self { device, driver, room, channels, shape, image: to_image, labels: to_labels })
+    }
+
+    /// Bytes of its room, without the box of a warp.
+    pub(crate) fn bytes(voxels: usize, channels: usize) -> usize {
+        let each = voxels.saturating_mul(4 * channels + 2 + 4);
+        each.saturating_add(kernel::STATE + kernel::parts_bytes(voxels))
     }
 
     fn voxels(&self) -> usize {

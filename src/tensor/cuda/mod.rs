@@ -8,6 +8,7 @@ mod findings;
 mod graphs;
 mod passes;
 mod queue;
+mod rehearsal;
 mod staging;
 mod tensor_map;
 
@@ -20,6 +21,7 @@ use driver::Ask;
 pub use driver::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 pub use findings::Findings;
 pub(super) use queue::Queue;
+pub(crate) use rehearsal::Rehearsal;
 pub use tensor_map::{MAP, Parameter, TensorMap};
 
 use self::calls::{NO_DEVICE, Questions, check};

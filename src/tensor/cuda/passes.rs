@@ -42,6 +42,8 @@ struct Run {
     /// Work of other threads is no part of it.
     thread: ThreadId,
     mode: Mode,
+    /// Its graph is waited for also where the card has nothing else to do.
+    patient: bool,
 }
 
 /// The passes of a card.
@@ -58,7 +60,7 @@ pub(super) struct Passes {
 
 impl Passes {
     /// Begins a pass, unless one is under way: then false.
-    pub(super) fn enter(&mut self, key: &[usize]) -> bool {
+    pub(super) fn enter(&mut self, key: &[usize], patient: bool) -> bool {
         if self.run.is_some() {
             return false;
         }
@@ -72,7 +74,7 @@ impl Passes {
             true => Mode::Hold(0),
             false => Mode::Note(Vec::new()),
         };
-        self.run = Some(Run { key: key.to_vec(), thread: std::thread::current().id(), mode });
+        self.run = Some(Run { key: key.to_vec(), thread: std::thread::current().id(), mode, patient });
         true
     }
 
@@ -84,7 +86,7 @@ impl Passes {
             return ask.issue(driver);
         }
         self.check()?;
-        let Some(Run { mode, .. }) = &mut self.run else { return ask.issue(driver) };
+        let Some(Run { mode, patient, .. }) = &mut self.run else { return ask.issue(driver) };
         match mode {
             Mode::Plain => ask.issue(driver),
             Mode::Note(work) => {
@@ -95,18 +97,21 @@ impl Passes {
                 Ok(())
             }
             // A card with nothing to do begins with the first launch, before the last is known.
-            Mode::Hold(0) if !driver.busy().unwrap_or(false) => {
+            Mode::Hold(0) if !*patient && !driver.busy().unwrap_or(false) => {
                 *mode = Mode::Plain;
                 ask.issue(driver)
             }
             Mode::Hold(held) => {
-                let Some(known) = self.known.last() else { return ask.issue(driver) };
+                let Some(known) = self.known.last_mut() else { return ask.issue(driver) };
                 if known.work.get(*held).is_some_and(|w| ask.is(w)) {
                     *held += 1;
                     return if *held == known.work.len() { self.replay(driver) } else { Ok(()) };
                 }
-                // Another computation than before: noted from its beginning, as far as that was the same.
-                let same = known.work[..*held].to_vec();
+                // Another computation than before: noted from its beginning, as far as that was the same. What it was
+                // before is forgotten, so that what changed once, a learning rate or a loss scale, is not taken for what
+                // changes every time: then the graph would end before it for good.
+                let mut same = std::mem::take(&mut known.work);
+                same.truncate(*held);
                 *mode = Mode::Note(same);
                 self.forget(driver);
                 let Some(Run { mode: Mode::Note(work), .. }) = &mut self.run else { return Ok(()) };
@@ -150,7 +155,7 @@ impl Passes {
     /// Issues what is held back: something comes that is no launch, or another thread's.
     pub(super) fn flush(&mut self, driver: &dyn Driver) -> Result<()> {
         self.check()?;
-        let Some(Run { mode, key, thread }) = &mut self.run else { return Ok(()) };
+        let Some(Run { mode, key, thread, .. }) = &mut self.run else { return Ok(()) };
         match mode {
             Mode::Plain | Mode::Hold(0) => Ok(()),
             // Another thread does not end what this one repeats.

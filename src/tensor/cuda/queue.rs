@@ -20,9 +20,10 @@ impl Queue {
         Queue { driver, staging: Mutex::default(), passes: Mutex::default() }
     }
 
-    /// Begins a pass of the computation `key` on this thread, which lasts until the result is dropped; none inside another.
-    pub(in crate::tensor) fn enter(&self, key: &[usize]) -> Pass<'_> {
-        Pass { queue: self.passes().enter(key).then_some(self) }
+    /// Begins a pass of the computation `key` on this thread, which lasts until the result is dropped; none inside another. A
+    /// patient one is held back for its graph also where the card has nothing else to do.
+    pub(in crate::tensor) fn enter(&self, key: &[usize], patient: bool) -> Pass<'_> {
+        Pass { queue: self.passes().enter(key, patient).then_some(self) }
     }
 
     fn passes(&self) -> MutexGuard<'_, Passes> {

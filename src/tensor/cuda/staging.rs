@@ -1,17 +1,19 @@
-//! Uploads that do not wait: through two page-locked buffers in turn.
+//! Uploads that do not wait: through a few page-locked buffers in turn.
 
 use super::{Driver, Memory, Pinned};
 use crate::error::{Error, Result};
 
+/// How many: images and labels of a batch of two, sent while the card is at the batch before.
+const BUFFERS: usize = 4;
 /// Bytes of a buffer at least and at most. Two of the largest hold the window of eight channels of 128^3 voxels; what is
 /// longer goes piece by piece.
 const LEAST: usize = 64 << 10;
 pub(super) const MOST: usize = 32 << 20;
 
-/// The buffers: one is filled while the card copies from the other.
+/// The buffers: one is filled while the card copies from the others.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
-    buffers: [Option<Pinned>; 2],
+    buffers: [Option<Pinned>; BUFFERS],
     next: usize,
     /// The system gives no page-locked memory, or no more of it.
     refused: bool,
@@ -45,7 +47,7 @@ impl Staging {
             return Ok(None);
         }
         let buffer = &mut self.buffers[self.next];
-        self.next = 1 - self.next;
+        self.next = (self.next + 1) % BUFFERS;
         if let Some(b) = *buffer {
             driver.wait(b)?;
             if b.bytes >= bytes {
