@@ -84,11 +84,9 @@ fn a_rehearsal_knows_what_a_step_takes() {
 #[test]
 fn cuda_train_rehearsal_knows_what_a_step_takes() {
     let sim = || Device::on(std::sync::Arc::new(crate::kernels::Sim::of(0, [8, 6])), "sim".into());
-    for (residual, precision) in [(false, Precision::F16), (true, Precision::Bf16)] {
-        let mut how = options(NetworkChoice::Planned);
-        how.precision = precision;
-        held(&how, residual, [4, 4, 8], &sim);
-    }
+    let mut how = options(NetworkChoice::Planned);
+    how.precision = Precision::F16;
+    held(&how, true, [4, 4, 8], &sim);
 }
 
 #[test]

@@ -138,6 +138,7 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     train::cuda_train_step_in_16_bit_is_near_the_cpus,
     train::cuda_train_steps_have_the_same_bytes_in_any_order,
     train::cuda_train_in_float16_scales_the_loss,
+    train::cuda_train_graph_is_whole_after_a_change,
     // Last: a kernel that waits for what never comes would keep the others from running.
     conv3d::ptx_conv3d_on_hopper,
     conv3d_tma::ptx_conv3d_tma_of_ragged_sizes_and_channels,

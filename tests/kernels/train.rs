@@ -234,6 +234,31 @@ pub(super) fn cuda_train_steps_have_the_same_bytes_in_any_order() {
     assert!(train(&task, &plain, Precision::Bf16, 7) == first, "bytes depend on the schedule, or on graphs");
 }
 
+/// A loss scale that changes, as a learning rate does, is launched and learnt anew: afterwards a step is a graph again, and all
+/// of it.
+#[test]
+pub(super) fn cuda_train_graph_is_whole_after_a_change() {
+    const STEPS: usize = 10;
+    let NetworkConfig::Unet(config) = unet(UnetKind::Plain) else { unreachable!("a U-Net") };
+    let (features, strides, depth) = (vec![8, 8], vec![[1; 3], [1, 2, 2]], vec![1; 2]);
+    let (kernels, decoder_depth) = (vec![[1, 3, 3]; 2], vec![1]);
+    let config = UnetConfig { features, strides, kernels, depth, decoder_depth, ..config }.into();
+    let (loss, scaler) = (losses().remove(0), Some(GradScaler::new(1024.0, 6).unwrap()));
+    let task = Task { config: &config, patch: [1, 4, 8], batch: 1, loss: &loss, rule: SGD, scaler };
+    let run = |lacks| {
+        let card = Arc::new(Sim::of(0, [8, 6]).lacking(lacks));
+        (train(&task, &Device::on(card.clone(), "sim".into()), Precision::F16, STEPS), card.count())
+    };
+    let (with, without) = (run(Lacks::Nothing), run(Lacks::Graphs));
+    assert!(with.0 == without.0, "bytes depend on graphs");
+    assert_eq!(with.0.scaler.map(|s| (s.scale(), s.growth_tracker())), Some((2048.0, 4)));
+    let (count, step) = (with.1, without.1.launches / STEPS);
+    assert!(count.graphs == 2 && count.replays > 2, "{count:?}");
+    // A step that is a graph launches next to nothing by itself.
+    let launched = step * (STEPS - count.replays) + step / 4 * count.replays;
+    assert!(count.launches < launched, "{count:?}, {step} launches of a step");
+}
+
 /// Float16 from a loss scale at which gradients overflow: what is skipped leaves nothing, to the byte, and what is not has lost
 /// no more than activations in 11 bits lose.
 #[test]
