@@ -16,6 +16,8 @@ use stunet::nnunet::loader::Batch;
 #[cfg(feature = "cuda")]
 use stunet::nnunet::loader::{Loader, LoaderConfig};
 use stunet::nnunet::model::{ModelFolder, ModelOptions};
+#[cfg(feature = "cuda")]
+use stunet::nnunet::train::step_bytes;
 use stunet::nnunet::train::{Batches, Data, NetworkChoice, Start, TrainOptions, Trainer, TrainingPlan};
 #[cfg(feature = "cuda")]
 use stunet::nnunet::training_case::TrainingCase;
@@ -516,7 +518,7 @@ fn cuda_train_in_float16_skips_what_overflows_and_goes_on_with_the_same_bytes() 
 #[test]
 fn cuda_train_augments_on_the_card() {
     let patch = [4, 8, 8];
-    let sim = || Device::on(std::sync::Arc::new(crate::kernels::Sim::of(0, [8, 6])), "sim".into());
+    let sim = || Arc::new(crate::kernels::Sim::of(0, [8, 6]));
     let data = |raw| {
         let augment = AugmentConfig::new(&patch, &[false]).unwrap();
         let case = |seed| -> Arc<dyn TrainingCase> {
@@ -525,30 +527,39 @@ fn cuda_train_augments_on_the_card() {
             Arc::new(case)
         };
         let config =
-            LoaderConfig { iterations: 2, seed: 7, raw, workers: 1, ahead: 2, ..LoaderConfig::training(augment, 2) };
+            LoaderConfig { iterations: 5, seed: 7, raw, workers: 1, ahead: 2, ..LoaderConfig::training(augment, 2) };
         let train = Box::new(Loader::new(vec![case(1), case(2)], config).unwrap());
         Data { train, ..Noise::of(1, patch, None) }
     };
-    let begin = |folder: &Path, start, raw| {
+    let begin_on = |sim, folder: &Path, start, raw| {
         plans(folder, &labels(), 1);
         let plan = TrainingPlan::read(&folder.join("nnUNetPlans.json"), "3d_fullres").unwrap();
         let plan = plan.with_sizes(Some(patch), None).unwrap();
         let mut options = options(NetworkChoice::Planned);
-        (options.epochs, options.iterations, options.val_iterations) = (Some(2), 2, 1);
+        (options.epochs, options.iterations, options.val_iterations) = (Some(1), 5, 1);
         (options.augment_on_device, options.precision) = (raw, Precision::Bf16);
         let fold = folder.join(options.trainer_name()).join("fold_0");
-        Trainer::new(plan, options, start, &fold, "0", data(raw), &sim())
+        let device = Device::on(sim, "sim".into());
+        let bytes = step_bytes(&plan, &options, false, &device).unwrap();
+        Trainer::new(plan, options, start, &fold, "0", data(raw), &device).map(|t| (t, device, bytes))
     };
+    let begin = |folder: &Path, start, raw| begin_on(sim(), folder, start, raw).map(|(t, ..)| t);
     let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let here = begin(folders[0].path(), Start::New, false).unwrap().step().unwrap().loss;
-    let mut there = begin(folders[1].path(), Start::New, true).unwrap();
+    let card = sim();
+    let (mut there, device, bytes) = begin_on(card.clone(), folders[1].path(), Start::New, true).unwrap();
     there.run(&mut (), &mut |_, _| Ok(())).unwrap();
+    let peak = device.memory().peak;
+    assert!(peak <= bytes, "{peak} bytes taken, {bytes} expected");
+    // The first batch waits; images and labels of two patches of each other are sent beside the step before.
+    let count = card.count();
+    assert!(count.filled_beside >= 4 * 4 && count.replays > 0, "{count:?}");
     // Values of patches differ by the order of sums, before the network rounds them to eight bits.
     let again = begin(folders[2].path(), Start::New, true).unwrap().step().unwrap().loss;
     assert!((again - here).abs() < 2f64.powi(-8) * here.abs(), "losses {again} and {here}");
-    // Stopped in the second epoch, and gone on with only by the same rules.
+    // Stopped after two steps, and gone on with only by the same rules.
     let mut t = begin(folders[0].path(), Start::Afresh, true).unwrap();
-    t.epoch(&mut ()).unwrap();
+    t.step().unwrap();
     t.step().unwrap();
     t.save().unwrap();
     drop(t);
