@@ -75,7 +75,7 @@ fn on_processor<'m>(
     let weighted = outputs.into_iter().zip(&case.settings.ds_weights).enumerate();
     for (i, (y, weight)) in weighted.filter(|(_, (_, w))| **w != 0.0) {
         let target = Target::new(labels(&case.targets[step][i]), &loss.outputs, &Device::cpu()).unwrap();
-        let (l, v) = ops::loss(cx, y, target.map(), loss).unwrap();
+        let (l, v) = ops::loss(cx, y, target.map().unwrap(), loss).unwrap();
         terms.push((l, *weight));
         values.push((v, *weight));
     }
