@@ -7,6 +7,7 @@
 #   bash .gpu/gpu_run.sh bench      ours, PyTorch, ours again; a table; our layers by every variant; whole predictions
 #   bash .gpu/gpu_run.sh visit      check without sanitizers, while PyTorch compiles; then bench
 #   bash .gpu/gpu_run.sh train      training steps: ours, PyTorch, ours again; every training kernel on the card before
+#   bash .gpu/gpu_run.sh real       trainings from disk: how busy they keep the card, and the Dice of the processor's and the card's
 #   bash .gpu/gpu_run.sh prof       what ncu says of the kernels of one forward pass
 #
 # Logs and tables go to $OUT [gpu-results]. MODELS="small base" names the networks [small base large huge], LAYERS those
@@ -261,6 +262,42 @@ train() {
     end
 }
 
+# What a file of summary.json's says of the foreground.
+dice() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["foreground_mean"]["Dice"])' "$1"; }
+
+real() {
+    begin
+    local stunet=$here/bin/stunet cores=() name busy model=${models%% *} work=$results/cache/work
+    [ "$models" != "small base large huge" ] || model=base
+    mkdir -p "$work"/{raw,preprocessed,results}
+    export nnUNet_raw=$work/raw nnUNet_preprocessed=$work/preprocessed nnUNet_results=$work/results
+    # Two processor cores, as a card of a full machine has.
+    if command -v taskset > /dev/null; then cores=(taskset -c 0,1); fi
+    step 60 phantoms "$stunet" phantoms -o "$nnUNet_raw/Dataset900_Phantom" -n 12 --shape 160 144 168 --no-progress
+    step 90 planned "$stunet" plan-and-preprocess -d 900 -c 3d_fullres
+    for name in processor card; do
+        local options=(-d 900 -c 3d_fullres -f all --device cuda --network "stunet-$model" --patch "$patch" "$patch" "$patch"
+            --batch 2 --epochs 1 --iterations 100 --val-iterations 1 --no-val --overwrite)
+        [ "$name" = processor ] || options+=(--augment-on-device)
+        nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 100 > "$results/busy_$name.csv" 2> /dev/null &
+        busy=$!
+        step 90 "augmented_by_$name" "${cores[@]}" "$stunet" train "${options[@]}"
+        kill "$busy" 2> /dev/null || true
+        # The middle half: neither the start nor what comes after the steps.
+        note "augmented by the $name: the card is busy $(awk '{ v[NR] = $1 } END { for (i = int(NR / 4) + 1; i <= int(NR * 3 / 4); i++) { s += v[i]; n++ } if (n) printf "%.1f %%", s / n }' "$results/busy_$name.csv")"
+        tail -n 1 "$nnUNet_results"/Dataset900_Phantom/*/fold_all/metrics.jsonl > "$results/epoch_$name.json" || true
+    done
+    step 30 small_phantoms "$stunet" phantoms -o "$nnUNet_raw/Dataset901_Phantom" -n 12 --shape 56 44 60 --spacing 5 5 5 --no-progress
+    step 30 small_planned "$stunet" plan-and-preprocess -d 901 -c 3d_fullres
+    for name in cuda cpu; do
+        nnUNet_results=$work/$name
+        step 180 "trained_on_$name" "$stunet" train -d 901 -c 3d_fullres -f 0 --device "$name" --precision f32 --network stunet-tiny \
+            --patch 32 32 32 --batch 2 --epochs 20 --iterations 50 --val-iterations 4 --seed 1
+        note "trained on $name: Dice $(dice "$work/$name"/Dataset901_Phantom/*/fold_0/validation/summary.json)"
+    done
+    end
+}
+
 prof() {
     begin
     # A page of text for each kernel. What the card is measured with comes first and is not of interest; of the rest, skips and
@@ -280,6 +317,7 @@ check) check ;;
 bench) bench ;;
 visit) visit ;;
 train) train ;;
+real) real ;;
 prof) prof ;;
-*) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 2 ;;
+*) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

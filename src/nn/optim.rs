@@ -321,7 +321,10 @@ impl Optimizer {
                 slot.steps += 1;
             }
         }
-        Ok(StepNorms { gradient: found.norm, scale: f64::from(found.scale) * scale })
+        // What frees gradients of the factor does not clip them.
+        let freed = (1.0 / scale) as f32;
+        let scale = if found.scale == freed { 1.0 } else { f64::from(found.scale) / f64::from(freed) };
+        Ok(StepNorms { gradient: found.norm, scale })
     }
 
     /// As [`Optimizer::step`], by one implementation: for tests.

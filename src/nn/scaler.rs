@@ -82,7 +82,11 @@ impl GradScaler {
             Err(Error::NotFinite { what }) => match loss.read()? {
                 value if !value.is_finite() => Err(Error::NotFinite { what: format!("the loss is {value}") }),
                 _ if self.back_off() => Ok(None),
-                _ => Err(Error::NotFinite { what: format!("{what}, though the loss is scaled no more") }),
+                _ => {
+                    let scale = self.scale;
+                    let what = format!("{what}, and the factor {scale} of the loss cannot go back any further");
+                    Err(Error::NotFinite { what })
+                }
             },
             Err(e) => Err(e),
         }

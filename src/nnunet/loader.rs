@@ -35,7 +35,7 @@ pub struct LoaderConfig {
     pub augment: Option<AugmentConfig>,
     /// In a cascade the foreground labels of the stage before, each of which becomes a channel; else empty.
     pub previous: Vec<u16>,
-    /// Patches go out as they were read, for a card to augment; not in a cascade.
+    /// Patches go out as they were read: a [`Trainer`](super::train::Trainer) on a card augments them there. Not in a cascade.
     pub raw: bool,
     /// Threads, at least one.
     pub workers: usize,
@@ -104,6 +104,11 @@ impl Batch {
             return Err(Error::shape("batch", what));
         }
         Ok(Self { image, target, raw: Vec::new(), channels, patch, cases, home: None })
+    }
+
+    /// Whether a card is to make the patches.
+    pub(crate) fn is_raw(&self) -> bool {
+        !self.raw.is_empty()
     }
 
     /// What a card makes the patches of and how, if they are not made yet.

@@ -143,8 +143,8 @@ impl Device {
     }
 
     /// A device as this one, with memory of its own, on which nothing is computed: operations ask for memory as they would
-    /// here, and [`Device::memory`] tells what that comes to. What is in tensors is nothing in particular. The processor's
-    /// memory is never touched, so that the system has not to have it; a card's is numbers only.
+    /// here, and [`Device::memory`] tells what that comes to. What is in tensors is nothing in particular. Of the
+    /// processor's memory little is touched, so that the system has not to have it; a card's is numbers only.
     #[must_use]
     pub(crate) fn rehearsal(&self) -> Self {
         match self {
@@ -390,8 +390,16 @@ impl Device {
 
     /// As [`Device::planned`], of a computation whose launches are all known before the first has to run: they are one graph
     /// also where a card has nothing else to do.
-    pub(crate) fn repeated<R>(&self, key: &[usize], f: impl FnOnce() -> R) -> R {
-        self.pass(key, true, f)
+    ///
+    /// # Errors
+    /// Those of `f`, and what went wrong with launches that were held back when it ended.
+    pub(crate) fn repeated<R>(&self, key: &[usize], f: impl FnOnce() -> Result<R>) -> Result<R> {
+        let result = self.pass(key, true, f)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(d) = self {
+            d.driver.flush()?;
+        }
+        Ok(result)
     }
 
     fn pass<R>(&self, key: &[usize], patient: bool, f: impl FnOnce() -> R) -> R {

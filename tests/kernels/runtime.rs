@@ -31,7 +31,7 @@ fn sent(lengths: &[usize], lacks: Lacks) -> Result<bool> {
 }
 
 /// Short, longer than the buffers as they are, and longer than they may become.
-const LENGTHS: [usize; 7] = [3, 100, 70_000, 5, 20_000, 40_000, (32 << 18) + 7];
+const LENGTHS: [usize; 7] = [3, 100, 70_000, 5, 20_000, 40_000, (64 << 18) + 7];
 
 /// Uploads of all sizes, one after the other without a wait, and on a machine that gives no page-locked memory.
 #[test]

@@ -16,17 +16,16 @@ pub(crate) struct CardBatch {
 }
 
 impl CardBatch {
-    /// Bytes that patches take on their way, besides what [`CardBatch::make`] gives: no warp reads more than the initial patch
-    /// with a voxel around it.
-    pub(crate) fn bytes(config: &AugmentConfig, channels: usize) -> usize {
+    /// Takes the memory that patches need on their way: no warp reads more than the initial patch with a voxel around it.
+    pub(crate) fn reserve(&mut self, config: &AugmentConfig, channels: usize, device: &Device) -> Result<()> {
         let voxels = |shape: [usize; 3]| shape.iter().fold(1usize, |n, d| n.saturating_mul(*d));
-        let source = voxels(config.initial_patch.map(|n| n + 2)).saturating_mul(4 * channels + 2);
-        source.saturating_add(Patch::bytes(voxels(config.patch), channels))
+        let source = voxels(config.initial_patch.map(|n| n + 2));
+        self.room.reserve(source, voxels(config.patch), channels, device)
     }
 
     /// The patches as `[N, C, D, H, W]`, and their labels, u16 `[N][D][H][W]`, two to a float. Waits for nothing.
     pub(crate) fn make(&mut self, how: &Augmenter, raw: &[RawPatch], device: &Device) -> Result<(Tensor, Tensor)> {
-        let config = how.config().ok_or_else(|| Error::usage("a patch to augment without augmentation"))?;
+        let config = how.config().ok_or_else(|| Error::usage("patches to augment: expected a loader that augments"))?;
         let [d, h, w] = config.patch;
         let Self { room, batch } = self;
         let mut made = None;
@@ -48,9 +47,7 @@ impl CardBatch {
         }
         made.ok_or_else(|| Error::shape("augmentation", "a batch without patches"))
     }
-}
 
-impl CardBatch {
     /// Patches that are made, and their labels, as [`CardBatch::make`] gives them.
     pub(crate) fn send(
         &mut self,

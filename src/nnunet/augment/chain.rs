@@ -167,7 +167,10 @@ impl Augmenter {
         parameters: Parameters,
         to: &mut RawPatch,
     ) -> Result<()> {
-        let config = self.config.as_ref().ok_or_else(|| Error::usage("a patch to augment without augmentation"))?;
+        let config = self
+            .config
+            .as_ref()
+            .ok_or_else(|| Error::usage("a patch to augment: expected an augmenter for training"))?;
         parameters.check(case.channels(), self.previous.len())?;
         to.parameters = parameters;
         to.warp = match to.parameters.spatial {

@@ -94,6 +94,7 @@ impl Task {
         options.validate()?;
         // Before cases are opened: a network that cannot be is told from the plans alone.
         plan.network(options.network)?;
+        options.augmentation_on(&plan, device)?;
         let (stored, split) = self.open(&plan, options, |split| split.train.iter().chain(&split.val).collect())?;
         plan.previous_digest = self.previous_digest(&plan, options, &split)?;
         let open = |names: &[String]| -> Result<Vec<Arc<dyn TrainingCase>>> {
@@ -113,16 +114,6 @@ impl Task {
             }
             false => None,
         };
-        if options.augment_on_device && device.is_cpu() {
-            return Err(Error::usage(
-                "augmentation on a card: the training is on the processor, expected --device cuda",
-            ));
-        }
-        if options.augment_on_device && !plan.previous_labels().is_empty() {
-            return Err(Error::unsupported(
-                "augmentation on a card of a cascade's second stage; on the processor it is",
-            ));
-        }
         let base = LoaderConfig {
             previous: plan.previous_labels().to_vec(),
             ..LoaderConfig::validation(plan.patch, plan.batch)
@@ -131,7 +122,7 @@ impl Task {
             iterations: options.iterations,
             oversampling,
             seed: options.seed,
-            raw: options.augment_on_device && augment.is_some(),
+            raw: options.augment_on_device,
             augment,
             workers: options.workers,
             ahead: options.workers + 2,

@@ -3,9 +3,8 @@
 use std::time::Instant;
 
 use super::Batches;
-use super::options::TrainOptions;
-use super::plan::TrainingPlan;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::nnunet::augment::AugmentConfig;
 #[cfg(feature = "cuda")]
 use crate::nnunet::augment::CardBatch;
 use crate::nnunet::loader::Batch;
@@ -30,6 +29,16 @@ pub(super) struct Input {
 }
 
 impl Room {
+    /// Takes all the memory that batches need on their way, for those that a card augments.
+    pub(super) fn reserve(&mut self, augment: Option<&AugmentConfig>, channels: usize, device: &Device) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(augment) = augment {
+            return self.card.reserve(augment, channels, device);
+        }
+        let _ = (augment, channels, device);
+        Ok(())
+    }
+
     /// The next batch; where a card is to take it, its copy and what is done to it there are asked for, not waited for.
     pub(super) fn next(&mut self, from: &mut dyn Batches, device: &Device) -> Result<Input> {
         let clock = Instant::now();
@@ -48,7 +57,9 @@ impl Room {
             };
             return Ok(Input { batch, sent: Some(sent), seconds_waiting: 0.0 });
         }
-        let _ = device;
+        if batch.is_raw() {
+            return Err(Error::usage(format!("batches for a card to augment: expected a card, not {}", device.name())));
+        }
         Ok(Input {
             batch,
             #[cfg(feature = "cuda")]
@@ -56,20 +67,6 @@ impl Room {
             seconds_waiting: 0.0,
         })
     }
-}
-
-/// Bytes that a card takes to augment patches, at the most.
-///
-/// # Errors
-/// Those of [`AugmentConfig::new`](crate::nnunet::augment::AugmentConfig::new).
-pub(super) fn augmentation_bytes(plan: &TrainingPlan, options: &TrainOptions) -> Result<usize> {
-    #[cfg(feature = "cuda")]
-    if options.augment_on_device && options.augmentation {
-        let config = plan.augmentation()?;
-        return Ok(CardBatch::bytes(&config, plan.use_mask.len()));
-    }
-    let _ = (plan, options);
-    Ok(0)
 }
 
 impl Input {

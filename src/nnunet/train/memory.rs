@@ -9,6 +9,7 @@ use super::step::Pass;
 use crate::error::{Error, Result};
 use crate::models::NetworkConfig;
 use crate::nn::{Optimizer, ParamSource};
+use crate::nnunet::augment::AugmentConfig;
 use crate::nnunet::loader::Batch;
 use crate::tensor::Device;
 
@@ -63,15 +64,19 @@ pub(super) fn decide(
     let Some(room) = room else { return Ok(Decision { recompute: fixed.unwrap_or(false), looked: None }) };
     let mut least = usize::MAX;
     for recompute in [false, true].into_iter().filter(|r| fixed.is_none_or(|f| f == *r)) {
-        let needs = bytes(recompute)?;
+        let needs = match bytes(recompute) {
+            // What not even the rehearsal can have does not fit.
+            Err(Error::OutOfMemory { asked, .. }) => asked.max(room.saturating_add(1)),
+            needs => needs?,
+        };
         if needs <= room {
             return Ok(Decision { recompute, looked: Some([needs, room]) });
         }
         least = least.min(needs);
     }
     let what = match fixed {
-        Some(false) => "a step of this training, which went without recomputation: go on with --recompute=always",
-        _ => "a step of this training, also with recomputation: expected a smaller patch, batch or network",
+        Some(false) => "a step of this training, which went without recomputation (go on with --recompute=always),",
+        _ => "a step of this training, also with recomputation,",
     };
     Err(Error::OutOfMemory { what: what.into(), asked: least, in_use: 0, limit: room })
 }
@@ -97,8 +102,8 @@ impl ParamSource for Blank {
     }
 }
 
-/// Bytes of tensors, those of the network and its optimizer among them, that steps with patches of these sizes take at their
-/// peak on `device`.
+/// Bytes of tensors that are alive at once, those of the network and its optimizer among them, in steps with patches of these
+/// sizes on `device`. Memory that lies idle between them is no part of it: it is given up where there is no more.
 ///
 /// # Errors
 /// Those of a step.
@@ -107,18 +112,27 @@ pub(super) fn step_bytes(
     pass: &Pass,
     patch: [usize; 3],
     batch: usize,
+    augment: Option<&AugmentConfig>,
     recompute: bool,
     device: &Device,
 ) -> Result<usize> {
     let stage = device.rehearsal();
+    let mut room = Room::default();
+    room.reserve(augment, config.in_channels(), &stage)?;
     let source = Blank(config.parameters());
     let mut net = stage.install(|| config.build(&source, &stage))?.recomputing(recompute);
     let mut optimizer = Optimizer::nnunet();
     let voxels = patch.iter().fold(batch, |n, d| n.saturating_mul(*d));
     let channels = config.in_channels();
-    let image = vec![0.0; voxels.saturating_mul(channels)];
+    let values = voxels.saturating_mul(channels);
+    // Asked for once more: a vector of zeros takes no memory before it is read, and ends the process where it can't have it.
+    if Vec::<f32>::new().try_reserve_exact(values).is_err() || Vec::<u16>::new().try_reserve_exact(voxels).is_err() {
+        let asked = values.saturating_mul(4);
+        return Err(Error::OutOfMemory { what: "a batch".into(), asked, in_use: 0, limit: usize::MAX });
+    }
+    let image = vec![0.0; values];
     let batch = Batch::new(image, vec![0; voxels], channels, patch, (0..batch).collect())?;
-    let input = Room::default().place(batch, &stage)?;
+    let input = room.place(batch, &stage)?;
     let mut scaler = pass.scaler(&stage);
     // The second finds what the first has left: momenta, and filters in other forms.
     for _ in 0..2 {
@@ -142,7 +156,7 @@ mod tests {
 
     /// What the largest networks take of cards as they are sold, at the patch and batch of STU-Net's pre-training.
     #[test]
-    fn large_networks_on_cards_of_three_sizes() {
+    fn cuda_train_large_networks_on_cards_of_several_sizes() {
         let card = |gib: usize| {
             let driver = Rehearsal::new([9, 0], 132, format!("{gib} GiB"), gib << 30);
             Device::on(Arc::new(driver), "card".into())
@@ -157,7 +171,7 @@ mod tests {
             let least = 16 * usize::try_from(config.parameter_count()).unwrap();
             for (gib, expected) in cards {
                 let device = card(gib);
-                let bytes = |on| step_bytes(&config, &pass, [128; 3], 2, on, &device);
+                let bytes = |on| step_bytes(&config, &pass, [128; 3], 2, None, on, &device);
                 let found = decide(Recompute::Auto, None, device.room().unwrap(), bytes);
                 match (found, expected) {
                     (Ok(Decision { recompute, looked: Some([needs, room]) }), Some(expected)) => {

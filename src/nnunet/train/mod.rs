@@ -130,9 +130,8 @@ impl Trainer {
         let config = plan.network(options.network)?;
         let files = Files::find(folder, start)?;
         let pass = Pass::new(&plan, &options)?;
-        if !device.is_cpu() {
-            pass.check_card(device)?;
-        }
+        pass.check(device)?;
+        let augment = options.augmentation_on(&plan, device)?;
         let origin = Origin {
             trainer: options.trainer_name(),
             configuration: plan.configuration.clone(),
@@ -151,12 +150,14 @@ impl Trainer {
         };
         let initial = config.initial(options.seed, scheme);
         let checkpoint = files.resumed().map(Checkpoint::open).transpose()?;
-        let beside = input::augmentation_bytes(&plan, &options)?;
+        if let Some(checkpoint) = &checkpoint {
+            check_settings(checkpoint.state(), &state)?;
+        }
         let memory = memory::decide(
             options.recompute,
             checkpoint.as_ref().and_then(|c| recomputed(c.state())),
             device.room()?,
-            |on| memory::step_bytes(&config, &pass, plan.patch, plan.batch, on, device).map(|n| n + beside),
+            |on| memory::step_bytes(&config, &pass, plan.patch, plan.batch, augment.as_ref(), on, device),
         )?;
         state.settings.insert(RECOMPUTE.into(), memory.recompute.into());
         let (net, optimizer) = match (checkpoint, &options.pretrained) {
@@ -164,7 +165,6 @@ impl Trainer {
                 if let Some(warning) = checkpoint.warning() {
                     tracing::warn!("{warning}");
                 }
-                check_settings(checkpoint.state(), &state)?;
                 let (net, optimizer, found) = resumed(&config, &checkpoint, device)?;
                 // A file of nnU-Net knows no seed.
                 let seed = if found.settings.is_empty() { state.seed } else { found.seed };
@@ -189,6 +189,8 @@ impl Trainer {
             state.schedule.epochs = state.epoch;
         }
         let net = net.recomputing(memory.recompute);
+        let mut room = Room::default();
+        room.reserve(augment.as_ref(), config.in_channels(), device)?;
         files.make(start)?;
         files.describe(&plan)?;
         let mut out = Self {
@@ -200,7 +202,7 @@ impl Trainer {
             state,
             device: device.clone(),
             data,
-            room: Room::default(),
+            room,
             ahead: None,
             files,
             plan,
@@ -268,7 +270,8 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::NotFinite`] naming epoch, step and cases when the loss or a gradient is NaN or infinite: the parameters are
-    /// those before the step then. Errors of the batches; [`Error::OutOfMemory`].
+    /// those before the step then. In float16 on a card gradients that overflow are no error but a step that is skipped, as
+    /// long as the loss is scaled. Errors of the batches; [`Error::OutOfMemory`].
     pub fn step(&mut self) -> Result<StepReport> {
         let clock = Instant::now();
         let input = match self.ahead.take() {
@@ -309,7 +312,7 @@ impl Trainer {
             (None, Some(scale)) => {
                 self.seen.skipped += 1;
                 let what = "is skipped: gradients overflow at loss scale";
-                self.log.line(&format!("step {} {what} {scale}, which is halved", at.1))?;
+                self.log.line(&format!("step {} {what} {scale}, which goes back", at.1))?;
             }
             (norms, _) => {
                 self.state.step += 1;
@@ -530,15 +533,17 @@ fn mirror_axes(plan: &TrainingPlan, options: &TrainOptions) -> Option<Vec<usize>
 }
 
 /// Bytes of tensors that steps of a training take at their peak on `device`, those of the network and its optimizer among them,
-/// with recomputation or without. The step is rehearsed, not run: that takes no memory to speak of.
+/// with recomputation or without. The step is rehearsed, not run: on the processor that takes memory for gradients that are
+/// added up and little else.
 ///
 /// # Errors
 /// [`Error::Usage`] for options out of range; those of [`TrainingPlan::network`]; [`Error::Unsupported`].
 pub fn step_bytes(plan: &TrainingPlan, options: &TrainOptions, recompute: bool, device: &Device) -> Result<usize> {
     options.validate()?;
     let (config, pass) = (plan.network(options.network)?, Pass::new(plan, options)?);
-    let step = memory::step_bytes(&config, &pass, plan.patch, plan.batch, recompute, device)?;
-    Ok(step + input::augmentation_bytes(plan, options)?)
+    pass.check(device)?;
+    let augment = options.augmentation_on(plan, device)?;
+    memory::step_bytes(&config, &pass, plan.patch, plan.batch, augment.as_ref(), recompute, device)
 }
 
 /// The fold's folder of a training below `results`, the folder of a data set in nnU-Net's `nnUNet_results`.

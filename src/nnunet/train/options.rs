@@ -6,9 +6,10 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::nnunet::augment::AugmentConfig;
 use crate::nnunet::loss::Criterion;
 use crate::nnunet::train::{NetworkChoice, Recompute, TrainingPlan};
-use crate::tensor::Precision;
+use crate::tensor::{Device, Precision};
 
 /// Options of a training; what is `None` is as nnU-Net's trainer has it, or as the plans say.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -176,6 +177,27 @@ impl TrainOptions {
             return bad(format!("{} workers: expected 1 to 256", self.workers));
         }
         Ok(())
+    }
+
+    /// What may be done to patches on `device`, where that is asked for and possible.
+    pub(super) fn augmentation_on(&self, plan: &TrainingPlan, device: &Device) -> Result<Option<AugmentConfig>> {
+        if !self.augment_on_device {
+            return Ok(None);
+        }
+        if device.is_cpu() {
+            let what = "augmentation on a card: the training is on the processor, expected --device cuda";
+            return Err(Error::usage(what));
+        }
+        if !self.augmentation {
+            return Err(Error::usage(
+                "augmentation on a card: the trainer has none, expected one that augments patches",
+            ));
+        }
+        if !plan.previous_labels().is_empty() {
+            let what = "augmentation on a card of a cascade's second stage; on the processor it is";
+            return Err(Error::unsupported(what));
+        }
+        plan.augmentation().map(Some)
     }
 
     /// Learning rate of the first epoch.

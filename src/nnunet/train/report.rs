@@ -14,7 +14,7 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// Whether they were scaled down.
     pub clipped: bool,
-    /// Nothing moved: gradients were not finite as float16 that are of the loss times `loss_scale`, which is halved now.
+    /// Nothing moved: gradients were not finite as float16 that are of the loss times `loss_scale`, which goes back now.
     pub skipped: bool,
     /// What the loss was multiplied by before the way back, in float16 on a card.
     pub loss_scale: Option<f64>,
@@ -55,7 +55,7 @@ pub struct EpochReport {
     pub loss_scale: Option<f64>,
     /// Wall seconds.
     pub seconds: f64,
-    /// Of those, waiting for batches.
+    /// Wall seconds until batches were there; on a card most of them beside its steps.
     pub seconds_waiting: f64,
     /// Largest total of the device's tensors in bytes.
     pub peak_tensor_bytes: usize,

@@ -41,8 +41,16 @@ impl Pass {
         Self { loss: Loss::new(Outputs::Labels), weights, precision, strict: false }
     }
 
-    /// Whether a card can do it.
-    pub(super) fn check_card(&self, device: &Device) -> Result<()> {
+    /// Whether the device can do it.
+    pub(super) fn check(&self, device: &Device) -> Result<()> {
+        if device.is_cpu() {
+            return match self.precision {
+                Precision::F16 => {
+                    Err(Error::unsupported("training in float16 on the processor; expected float32 or bfloat16"))
+                }
+                _ => Ok(()),
+            };
+        }
         let old = device.compute_capability().is_some_and(|[major, _]| major < 8);
         let what = match self.precision {
             Precision::F16 if self.strict => "strictly in float16; expected float32",

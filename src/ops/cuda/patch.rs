@@ -31,6 +31,23 @@ pub(crate) struct Room {
 }
 
 impl Room {
+    /// Takes memory for patches of so many voxels, and for boxes that they are warped from.
+    pub(crate) fn reserve(&mut self, source: usize, voxels: usize, channels: usize, device: &Device) -> Result<()> {
+        let floats = |n: usize| n.saturating_mul(4);
+        for (place, bytes) in [
+            (Place::Source, floats(source.saturating_mul(channels))),
+            (Place::SourceLabels, source.saturating_mul(2)),
+            (Place::Image, floats(voxels.saturating_mul(channels))),
+            (Place::Labels, voxels.saturating_mul(2)),
+            (Place::Moved, floats(voxels)),
+            (Place::State, kernel::STATE),
+            (Place::Parts, kernel::parts_bytes(voxels)),
+        ] {
+            self.bytes(place, bytes, device)?;
+        }
+        Ok(())
+    }
+
     fn bytes(&mut self, place: Place, bytes: usize, device: &Device) -> Result<Memory> {
         let held = &mut self.held[place as usize];
         let fits = |t: &&mut Tensor| t.device().shares_memory(device) && t.cuda().is_some_and(|m| m.bytes >= bytes);
@@ -131,12 +148,6 @@ impl<'r> Patch<'r> {
             }
         }
         Ok(Self { device, driver, room, channels, shape, image: to_image, labels: to_labels })
-    }
-
-    /// Bytes of its room, without the box of a warp.
-    pub(crate) fn bytes(voxels: usize, channels: usize) -> usize {
-        let each = voxels.saturating_mul(4 * channels + 2 + 4);
-        each.saturating_add(kernel::STATE + kernel::parts_bytes(voxels))
     }
 
     fn voxels(&self) -> usize {

@@ -32,7 +32,7 @@ impl Queue {
     }
 
     /// Issues what is held back, before something that relies on it.
-    fn flush(&self) -> Result<()> {
+    pub(in crate::tensor) fn flush(&self) -> Result<()> {
         self.passes().flush(&*self.driver)
     }
 }

@@ -3,12 +3,12 @@
 use super::{Driver, Memory, Pinned};
 use crate::error::{Error, Result};
 
-/// How many: images and labels of a batch of two, sent while the card is at the batch before.
+/// How many: images and labels of a batch of two, sent while the card is at the batch before. What is more waits for it.
 const BUFFERS: usize = 4;
-/// Bytes of a buffer at least and at most. Two of the largest hold the window of eight channels of 128^3 voxels; what is
-/// longer goes piece by piece.
+/// Bytes of a buffer at least and at most. The largest holds the window of eight channels of 128^3 voxels, and the box that such
+/// a patch is warped from; what is longer goes piece by piece.
 const LEAST: usize = 64 << 10;
-pub(super) const MOST: usize = 32 << 20;
+pub(super) const MOST: usize = 64 << 20;
 
 /// The buffers: one is filled while the card copies from the others.
 #[derive(Debug, Default)]
