@@ -60,6 +60,7 @@ const EXEMPT: &[(&str, &str)] = &[
     ("testing", "no operation: the door through which tests reach every implementation"),
     ("filter", "how filters lie on a card, which every convolution there goes through"),
     ("grad", "the ways back on a card, each with a kernel of its own that has tests"),
+    ("patch", "warp, blur, intensity and low_resolution on a card: tests/kernels/augment.rs"),
     ("head_loss", "conv3d and loss on the processor; on a card tests/kernels/head_loss.rs"),
 ];
 
