@@ -68,6 +68,8 @@ mod store;
 mod tidy;
 mod train;
 mod train_memory;
+#[cfg(feature = "cuda")]
+mod train_on_card;
 mod training;
 mod upsample_nearest;
 mod v1;

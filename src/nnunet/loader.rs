@@ -115,7 +115,7 @@ impl Batch {
     #[cfg(feature = "cuda")]
     pub(crate) fn raw(&self) -> Option<(&Augmenter, &[RawPatch])> {
         let home = self.home.as_ref()?;
-        (!self.raw.is_empty()).then(|| (&home.maker().augmenter, &self.raw[..]))
+        self.is_raw().then(|| (&home.maker().augmenter, &self.raw[..]))
     }
 
     /// N, C, D, H, W of the images.
@@ -142,13 +142,11 @@ impl fmt::Debug for Batch {
 impl Drop for Batch {
     fn drop(&mut self) {
         if let Some(home) = self.home.take() {
-            let (image, target, raw) = (&mut self.image, &mut self.target, &mut self.raw);
-            let cases = Vec::new();
             home.take_back(Made {
-                image: std::mem::take(image),
-                target: std::mem::take(target),
-                raw: std::mem::take(raw),
-                cases,
+                image: std::mem::take(&mut self.image),
+                target: std::mem::take(&mut self.target),
+                raw: std::mem::take(&mut self.raw),
+                cases: std::mem::take(&mut self.cases),
             });
         }
     }

@@ -1,4 +1,4 @@
-//! The door for benchmarks: steps of the pipeline that have no public function of their own. No promise of stability.
+//! The door for tests and benchmarks: steps of the pipeline that have no public function of their own. No promise of stability.
 
 #[cfg(feature = "cuda")]
 use super::augment::{Augmenter, CardBatch, RawPatch};

@@ -106,23 +106,6 @@ impl<'c> Channel<'c> {
         let (isa, x, map) = (self.isa, &*self.x, self.map);
         *self.known.get_or_insert_with(|| stats(isa, x, map))
     }
-
-    fn moved(&mut self, scale: f64, shift: f64) {
-        let of = |v: f32| (f64::from(v) * scale + shift) as f32;
-        let turned = |low: f32, high: f32| if scale < 0.0 { (of(high), of(low)) } else { (of(low), of(high)) };
-        let (low, high) = turned(self.map.low, self.map.high);
-        self.map = Map {
-            scale: (f64::from(self.map.scale) * scale) as f32,
-            shift: of(self.map.shift),
-            // No bound times 0 is none.
-            low: if low.is_nan() { f32::NEG_INFINITY } else { low },
-            high: if high.is_nan() { f32::INFINITY } else { high },
-        };
-        self.known = self.known.map(|s| {
-            let (min, max) = turned(s.min, s.max);
-            Stats { mean: s.mean * scale + shift, std: s.std * scale.abs(), min, max }
-        });
-    }
 }
 
 impl Values for Channel<'_> {
@@ -140,13 +123,26 @@ impl Values for Channel<'_> {
     }
 
     fn affine(&mut self, scale: f64, shift: f64) -> Result<()> {
-        self.moved(scale, shift);
+        let of = |v: f32| (f64::from(v) * scale + shift) as f32;
+        let turned = |low: f32, high: f32| if scale < 0.0 { (of(high), of(low)) } else { (of(low), of(high)) };
+        let (low, high) = turned(self.map.low, self.map.high);
+        self.map = Map {
+            scale: (f64::from(self.map.scale) * scale) as f32,
+            shift: of(self.map.shift),
+            // No bound times 0 is none.
+            low: if low.is_nan() { f32::NEG_INFINITY } else { low },
+            high: if high.is_nan() { f32::INFINITY } else { high },
+        };
+        self.known = self.known.map(|s| {
+            let (min, max) = turned(s.min, s.max);
+            Stats { mean: s.mean * scale + shift, std: s.std * scale.abs(), min, max }
+        });
         Ok(())
     }
 
     fn contrast(&mut self, factor: f64) -> Result<()> {
         let s = self.stats();
-        self.moved(factor, s.mean * (1.0 - factor));
+        self.affine(factor, s.mean * (1.0 - factor))?;
         (self.map.low, self.map.high) = (s.min, s.max);
         self.known = None;
         Ok(())
@@ -164,8 +160,7 @@ impl Values for Channel<'_> {
         let after = power(self.isa, self.x, self.map, how);
         (self.map, self.known) = (Map::IDENTITY, Some(after));
         let scale = before.std / after.std.max(1e-7);
-        self.moved(scale, before.mean - after.mean * scale);
-        Ok(())
+        self.affine(scale, before.mean - after.mean * scale)
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::files::Start;
 use super::options::TrainOptions;
 use super::plan::TrainingPlan;
-use super::{Data, Trainer, fold_folder, mirror_axes, stage_folder};
+use super::{Data, Trainer, fold_folder, stage_folder};
 use crate::base::progress::{Event, Progress, tell};
 use crate::error::{Error, Result};
 use crate::io::weights::{map_file, sha256};
@@ -104,16 +104,6 @@ impl Task {
             true => Oversampling::Probability(options.oversample),
             false => Oversampling::LastOfBatch(options.oversample),
         };
-        let augment = match options.augmentation {
-            true => {
-                let mut config = plan.augmentation()?;
-                let axes = mirror_axes(&plan, options).unwrap_or_default();
-                let first = usize::from(plan.planar);
-                config.mirror = [0, 1, 2].map(|a| a >= first && axes.contains(&(a - first)));
-                Some(config)
-            }
-            false => None,
-        };
         let base = LoaderConfig {
             previous: plan.previous_labels().to_vec(),
             ..LoaderConfig::validation(plan.patch, plan.batch)
@@ -123,7 +113,7 @@ impl Task {
             oversampling,
             seed: options.seed,
             raw: options.augment_on_device,
-            augment,
+            augment: options.augmentation(&plan)?,
             workers: options.workers,
             ahead: options.workers + 2,
             ..base.clone()

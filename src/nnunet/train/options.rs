@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::nnunet::augment::AugmentConfig;
 use crate::nnunet::loss::Criterion;
-use crate::nnunet::train::{NetworkChoice, Recompute, TrainingPlan};
+use crate::nnunet::train::{NetworkChoice, Recompute, TrainingPlan, mirror_axes};
 use crate::tensor::{Device, Precision};
 
 /// Options of a training; what is `None` is as nnU-Net's trainer has it, or as the plans say.
@@ -179,7 +179,19 @@ impl TrainOptions {
         Ok(())
     }
 
-    /// What may be done to patches on `device`, where that is asked for and possible.
+    /// What may be done to patches, if anything.
+    pub(super) fn augmentation(&self, plan: &TrainingPlan) -> Result<Option<AugmentConfig>> {
+        if !self.augmentation {
+            return Ok(None);
+        }
+        let first = usize::from(plan.planar);
+        let mut config = AugmentConfig::new(&plan.patch[first..], &plan.use_mask)?;
+        let axes = mirror_axes(plan, self).unwrap_or_default();
+        config.mirror = [0, 1, 2].map(|a| a >= first && axes.contains(&(a - first)));
+        Ok(Some(config))
+    }
+
+    /// [`TrainOptions::augmentation`] on `device`, where that is asked for and possible.
     pub(super) fn augmentation_on(&self, plan: &TrainingPlan, device: &Device) -> Result<Option<AugmentConfig>> {
         if !self.augment_on_device {
             return Ok(None);
@@ -197,7 +209,7 @@ impl TrainOptions {
             let what = "augmentation on a card of a cascade's second stage; on the processor it is";
             return Err(Error::unsupported(what));
         }
-        plan.augmentation().map(Some)
+        self.augmentation(plan)
     }
 
     /// Learning rate of the first epoch.

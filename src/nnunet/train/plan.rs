@@ -6,7 +6,6 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::models::{NetworkConfig, StuNetConfig};
-use crate::nnunet::augment::AugmentConfig;
 use crate::nnunet::json::{self, Field};
 use crate::nnunet::labels::LabelSet;
 use crate::nnunet::loss::deep_supervision_weights;
@@ -204,14 +203,6 @@ impl TrainingPlan {
             return Err(Error::usage(what));
         }
         Ok(config)
-    }
-
-    /// What may be done to patches of the plan's size.
-    ///
-    /// # Errors
-    /// Those of [`AugmentConfig::new`].
-    pub fn augmentation(&self) -> Result<AugmentConfig> {
-        AugmentConfig::new(&self.patch[usize::from(self.planar)..], &self.use_mask)
     }
 
     /// Labels of the stage before that are input channels; none but in a cascade's second stage.
