@@ -30,6 +30,7 @@ impl Dims {
 
     /// Five sizes; a shorter tensor is padded with ones at the end.
     #[must_use]
+    #[inline]
     pub fn five(&self) -> [usize; 5] {
         self.size
     }

@@ -35,6 +35,7 @@ impl Layout {
 
     /// Position in memory of element `[n, c, z, y, x]`.
     #[must_use]
+    #[inline]
     pub fn offset(self, dims: &Dims, [n, c, z, y, x]: [usize; 5]) -> usize {
         let [_, cc, d, h, w] = dims.five();
         let b = self.block;

@@ -47,6 +47,7 @@ impl<'t> Stored<'t> {
     }
 
     /// One value.
+    #[inline]
     pub(crate) fn get(self, at: usize) -> f32 {
         match self {
             Stored::F32(v) => v[at],

@@ -378,10 +378,13 @@ fn dot(p: &Problem<'_>, n: usize, at: [usize; 3], weights: &[f32], width: usize)
         let mut c = 0;
         for s in p.sources {
             let dims = Dims::from([g.batch, s.channels, g.input[0], g.input[1], g.input[2]]);
-            for channel in 0..s.channels {
-                let x = s.data.get(s.layout.offset(&dims, [n, channel, x[0], x[1], x[2]]));
-                sum += x * weights[(tap * g.filter_inputs + c) * width];
-                c += 1;
+            // Channels of a block lie side by side.
+            for first in (0..s.channels).step_by(s.layout.block) {
+                let from = s.layout.offset(&dims, [n, first, x[0], x[1], x[2]]);
+                for k in 0..s.layout.block.min(s.channels - first) {
+                    sum += s.data.get(from + k) * weights[(tap * g.filter_inputs + c) * width];
+                    c += 1;
+                }
             }
         }
     }
