@@ -34,6 +34,8 @@ impl Args {
         let options = &self.options;
         let (config, device) = (options.config(), options.device.open()?);
         let (patch, runs) = (options.patch(&config)?, options.runs(1));
+        let wanted = PredictOptions::default().step_size(self.step_size).mirroring(self.tta).strict(options.strict);
+        wanted.check_step_size(&patch)?;
         let shape = [0, 1, 2].map(|a| usize::from(self.shape[a]));
         let mut record = options.record("predict", patch, runs, &device)?;
         let precision = options.precision(&device);
@@ -48,7 +50,6 @@ impl Args {
         device.install(|| net.features(&mut cx, x).map(drop))?;
         record.layers = cx.steps().iter().map(Layer::from).collect();
         drop(cx);
-        let wanted = PredictOptions::default().step_size(self.step_size).mirroring(self.tta).strict(options.strict);
         let mut predictor = Predictor::stand_in(net, patch, SPACING, &device)?.options(wanted);
         let voxels = shape.iter().product::<usize>();
         let image = Image::new(vec![values(voxels); config.in_channels], Geometry::new(shape, SPACING))?;

@@ -228,14 +228,7 @@ impl Predictor {
     /// [`Error::Usage`] when an option is out of range, or made for another kind of model.
     pub fn validate(&self) -> Result<()> {
         let o = &self.options;
-        // Windows less than a voxel apart would be the same window many times over.
-        let axes = &self.plan.patch[usize::from(self.plan.is_planar())..];
-        let least = axes.iter().map(|&p| 1.0 / p as f64).fold(0.0, f64::max);
-        if !(o.step_size >= least && o.step_size <= 1.0) {
-            let (step, patch) = (o.step_size, self.plan.patch);
-            let what = format!("step size {step} is out of range, expected {least} to 1 for the patch {patch:?}");
-            return Err(Error::usage(what));
-        }
+        o.check_step_size(&self.plan.patch[usize::from(self.plan.is_planar())..])?;
         if o.mode != Mode::Normal && self.plan.rules != Rules::NnunetV1 {
             return Err(Error::usage("mode fast and fastest exist for nnU-Net v1 models only, this is a v2 model"));
         }

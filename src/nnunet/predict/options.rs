@@ -1,5 +1,7 @@
 //! What may be asked of a prediction.
 
+use crate::error::{Error, Result};
+
 /// How a v1 model's result is brought back to the image's grid (`--mode` of nnU-Net v1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -50,6 +52,20 @@ impl PredictOptions {
     pub fn step_size(mut self, step: f64) -> Self {
         self.step_size = step;
         self
+    }
+
+    /// Checks [`PredictOptions::step_size`] against the sizes of a patch, two or three: windows less than a voxel apart would
+    /// be the same window many times over.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when it is below the least that is not, or above 1.
+    pub fn check_step_size(&self, patch: &[usize]) -> Result<()> {
+        let step = self.step_size;
+        let least = patch.iter().map(|&p| 1.0 / p as f64).fold(0.0, f64::max);
+        if step >= least && step <= 1.0 {
+            return Ok(());
+        }
+        Err(Error::usage(format!("step size {step} is out of range, expected {least} to 1 for the patch {patch:?}")))
     }
 
     /// Sets [`PredictOptions::mirroring`].
