@@ -94,3 +94,37 @@ fn a_cascade_is_trained_and_predicts() {
     let some = run(&format!("{predict} -c 3d_cascade_fullres -o again -prev_stage_predictions low"));
     assert!(some.code == 2 && some.err.contains("low/phantom_00002.nii.gz"), "{}", some.err);
 }
+
+#[test]
+fn what_a_training_keeps_and_where_it_augments_is_said_before_anything_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |args: &str| stunet_in(dir.path(), &args.split_whitespace().collect::<Vec<_>>());
+    run("phantoms -o raw/Dataset900_Phantom -n 2 --shape 20 16 20 --spacing 14 14 14 --no-progress").ok();
+    run("plan-and-preprocess -d 900 -c 3d_fullres --raw raw --preprocessed pre").ok();
+    let train = |more: &str| {
+        run(&format!(
+            "train 900 3d_fullres all --network stunet-tiny --patch 32 16 32 --batch 2 --epochs 1 --iterations 1 \
+             --val-iterations 1 --no-val --device cpu --no-progress --preprocessed pre --results res {more}"
+        ))
+    };
+    let (twice, once) = ("stages run again on the way back", "no stage runs twice");
+    // Without a value: always.
+    for (more, expected) in [("--recompute", twice), ("--continue --recompute=never", once), ("--overwrite", once)] {
+        let ran = train(more);
+        ran.ok();
+        assert!(ran.err.contains(expected), "{more}: {}", ran.err);
+    }
+
+    let fold = dir.path().join("res/Dataset900_Phantom/STUNetTrainer_tiny__nnUNetPlans__3d_fullres/fold_all");
+    let before = std::fs::read(fold.join("checkpoint_final.pth")).unwrap();
+    for (more, expected) in [
+        ("--overwrite --augment-on-device", "expected --device cuda"),
+        ("--overwrite --recompute=sometimes", "possible values: auto, always, never"),
+        // A value needs its equals sign: this one is taken for a data set without a configuration.
+        ("--overwrite --recompute always", "3 values required"),
+    ] {
+        let refused = train(more);
+        assert!(refused.code == 2 && refused.err.contains(expected), "{more}: {}", refused.err);
+        assert!(std::fs::read(fold.join("checkpoint_final.pth")).unwrap() == before, "{more}");
+    }
+}

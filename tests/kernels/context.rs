@@ -12,9 +12,9 @@ use stunet::{Device, Error, Precision};
 
 use super::sim::{Sim, on_card};
 use super::{
-    aggregate, augment, channel_sums, conv_transpose3d, conv3d, conv3d_dgrad, conv3d_first, conv3d_residual,
-    conv3d_tma, conv3d_wgrad, device, head_labels, head_loss, instance_norm, instance_norm_grad, moments, network,
-    optim, pool, probe, relayout, resample, runtime, train,
+    aggregate, augment, channel_sums, conv_transpose3d, conv3d, conv3d_dgrad, conv3d_first, conv3d_join,
+    conv3d_residual, conv3d_tma, conv3d_wgrad, device, head_labels, head_loss, instance_norm, instance_norm_grad,
+    moments, network, optim, pool, probe, relayout, resample, runtime, train,
 };
 
 /// Tests that only the interpreter can run, and why.
@@ -27,6 +27,7 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_conv3d_first_wastes_no_sector", "counts what a card does not count"),
     ("ptx_conv3d_residual_refuses_what_does_not_fit", "ends before anything runs"),
     ("ptx_conv3d_residual_wastes_no_bank_and_no_sector", "counts what a card does not count"),
+    ("cuda_train_conv3d_join_refuses_what_does_not_fit", "ends before anything runs"),
     ("cuda_train_conv3d_wgrad_refuses_what_does_not_fit", "ends before anything runs"),
     ("cuda_train_conv3d_wgrad_wastes_no_bank_and_no_sector", "counts what a card does not count"),
     ("cuda_train_conv3d_wgrad_is_cut_for_the_card", "runs nothing"),
@@ -129,12 +130,14 @@ const ON_A_CARD: &[(&str, fn())] = tests![
     optim::cuda_train_optim_packs_without_a_step,
     optim::cuda_train_optim_halves_are_packed_for_two_sources,
     optim::cuda_train_optim_changes_nothing_unless_all_is_finite,
+    conv3d_join::cuda_train_conv3d_join,
     conv3d_dgrad::cuda_train_conv3d_dgrad,
     conv3d_dgrad::cuda_train_conv3d_dgrad_strides,
     instance_norm_grad::cuda_train_instance_norm_grad,
     pool::cuda_train_pool,
     train::cuda_train_step_is_the_cpus,
     train::cuda_train_step_of_unets_is_the_cpus,
+    train::cuda_train_step_of_unets_that_recompute,
     train::cuda_train_step_in_16_bit_is_near_the_cpus,
     train::cuda_train_steps_have_the_same_bytes_in_any_order,
     train::cuda_train_in_float16_scales_the_loss,

@@ -9,6 +9,7 @@ mod context;
 mod conv3d;
 mod conv3d_dgrad;
 mod conv3d_first;
+mod conv3d_join;
 mod conv3d_residual;
 mod conv3d_tma;
 mod conv3d_wgrad;

@@ -37,6 +37,7 @@ struct Task<'t> {
     loss: &'t Loss,
     rule: Rule,
     scaler: Option<GradScaler>,
+    recompute: bool,
 }
 
 fn sim(seed: u64) -> Device {
@@ -45,8 +46,9 @@ fn sim(seed: u64) -> Device {
 
 /// So many steps that move something.
 fn train(task: &Task<'_>, device: &Device, precision: Precision, steps: usize) -> Trained {
-    let Task { config, patch: [d, h, w], batch, loss, rule, scaler } = *task;
-    let mut net: Network = config.build_random_with(device, 5, Precision::F32).unwrap();
+    let Task { config, patch: [d, h, w], batch, loss, rule, scaler, recompute } = *task;
+    let net: Network = config.build_random_with(device, 5, Precision::F32).unwrap();
+    let mut net = net.recomputing(recompute);
     let image = random(batch * config.in_channels() * d * h * w, 7);
     // Blobs of labels, so that every size of them has some of each.
     let label = |i: usize| (i / w / h % d / 2 + i / w % h / 3 + i % w / 3) % config.classes().min(4);
@@ -138,7 +140,7 @@ const NEAR: f64 = 2e-4;
 
 /// One of the networks in f32, value by value the processor's.
 fn check(config: &NetworkConfig, patch: [usize; 3], batch: usize, loss: &Loss, rule: Rule) {
-    let task = Task { config, patch, batch, loss, rule, scaler: None };
+    let task = Task { config, patch, batch, loss, rule, scaler: None, recompute: false };
     let exact = train(&task, &Device::cpu(), Precision::F32, 2);
     let got = train(&task, &sim(0), Precision::F32, 2);
     for (a, b) in got.losses.iter().zip(&exact.losses) {
@@ -199,10 +201,42 @@ pub(super) fn cuda_train_step_of_unets_is_the_cpus() {
     check(&unet(UnetKind::ResEnc), [4, 8, 8], 1, &loss, adam);
 }
 
+/// Stages that run again on the way back: the same loss, and the same step up to the order in which the gradients of a skip's
+/// readers are added, which is bounded as on the processor.
+#[test]
+pub(super) fn cuda_train_step_of_unets_that_recompute() {
+    let loss = losses().remove(0);
+    for kind in [UnetKind::Plain, UnetKind::ResEnc] {
+        let config = unet(kind);
+        let task = Task {
+            config: &config,
+            patch: [2, 4, 8],
+            batch: 1,
+            loss: &loss,
+            rule: SGD,
+            scaler: None,
+            recompute: false,
+        };
+        let run = |recompute| {
+            let card = Arc::new(Sim::of(0, [8, 6]));
+            (
+                train(&Task { recompute, ..task }, &Device::on(card.clone(), "sim".into()), Precision::F32, 1),
+                card.count(),
+            )
+        };
+        let (kept, again) = (run(false), run(true));
+        assert!(again.1.launches > kept.1.launches, "{kind:?}: nothing ran again");
+        assert_eq!(again.0.losses[0].to_bits(), kept.0.losses[0].to_bits(), "{kind:?}");
+        let (error, name) = worst(&again.0.gradients, &kept.0.gradients);
+        assert!(error <= 1e-5, "{kind:?}: {name}: {error}");
+    }
+}
+
 #[test]
 pub(super) fn cuda_train_step_in_16_bit_is_near_the_cpus() {
     let (config, loss) = (stunet(), losses().remove(0));
-    let task = Task { config: &config, patch: [4, 8, 8], batch: 2, loss: &loss, rule: SGD, scaler: None };
+    let task =
+        Task { config: &config, patch: [4, 8, 8], batch: 2, loss: &loss, rule: SGD, scaler: None, recompute: false };
     let exact = train(&task, &Device::cpu(), Precision::F32, 2);
     let all = |v: &BTreeMap<String, Vec<f32>>| v.values().flatten().copied().collect::<Vec<f32>>();
     // How far gradients go when the processor stores activations, though not filters and gradients, in as few digits.
@@ -224,7 +258,8 @@ pub(super) fn cuda_train_step_in_16_bit_is_near_the_cpus() {
 #[test]
 pub(super) fn cuda_train_steps_have_the_same_bytes_in_any_order() {
     let (config, loss) = (stunet(), losses().remove(0));
-    let task = Task { config: &config, patch: [2, 4, 8], batch: 1, loss: &loss, rule: SGD, scaler: None };
+    let task =
+        Task { config: &config, patch: [2, 4, 8], batch: 1, loss: &loss, rule: SGD, scaler: None, recompute: false };
     let card = Arc::new(Sim::of(0, [8, 6]));
     let first = train(&task, &Device::on(card.clone(), "sim".into()), Precision::Bf16, 7);
     assert!(first.losses[6] < first.losses[0], "{:?}", first.losses);
@@ -244,7 +279,7 @@ pub(super) fn cuda_train_graph_is_whole_after_a_change() {
     let (kernels, decoder_depth) = (vec![[1, 3, 3]; 2], vec![1]);
     let config = UnetConfig { features, strides, kernels, depth, decoder_depth, ..config }.into();
     let (loss, scaler) = (losses().remove(0), Some(GradScaler::new(1024.0, 6).unwrap()));
-    let task = Task { config: &config, patch: [1, 4, 8], batch: 1, loss: &loss, rule: SGD, scaler };
+    let task = Task { config: &config, patch: [1, 4, 8], batch: 1, loss: &loss, rule: SGD, scaler, recompute: false };
     let run = |lacks| {
         let card = Arc::new(Sim::of(0, [8, 6]).lacking(lacks));
         (train(&task, &Device::on(card.clone(), "sim".into()), Precision::F16, STEPS), card.count())
@@ -264,7 +299,8 @@ pub(super) fn cuda_train_graph_is_whole_after_a_change() {
 #[test]
 pub(super) fn cuda_train_in_float16_scales_the_loss() {
     let (config, loss) = (unet(UnetKind::Plain), losses().remove(0));
-    let task = Task { config: &config, patch: [2, 8, 8], batch: 1, loss: &loss, rule: SGD, scaler: None };
+    let task =
+        Task { config: &config, patch: [2, 8, 8], batch: 1, loss: &loss, rule: SGD, scaler: None, recompute: false };
     let of = |scale: f64| {
         let scaler = Some(GradScaler::new(scale, 2).unwrap());
         train(&Task { scaler, ..task }, &sim(0), Precision::F16, 2)
