@@ -1,5 +1,6 @@
 //! Machines with no driver, a broken one, an old one: the program starts, says why there is no GPU, and never falls over.
 
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::process::Command;
 
@@ -139,4 +140,66 @@ fn a_card_that_fails_later_is_code_5() {
     // There is no third.
     let ran = run(dir.path(), &["bench", "forward", "--device", "cuda:2"]);
     assert!(ran.error(5).contains("cuda:2 cannot be used: there is no card 2, driver 11.0 found"), "{}", ran.err);
+}
+
+/// What a card is sent crosses the bus on a stream of its own, and whatever the two streams do meanwhile nothing is read before it
+/// was written or written before it was read.
+#[test]
+fn what_is_sent_overtakes_work_and_harms_none() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    driver(dir.path(), &["TRACE"]);
+    // Sends a network's filters, and ends at the first kernel.
+    run(dir.path(), &["bench", "forward", "--device", "cuda", "--model", "small", "--patch", "32"]).error(5);
+    let trace = std::fs::read_to_string(dir.path().join("trace")).unwrap();
+
+    // The last lines that are over for certain, by whose they are: before what a stream does next, or the host, and when an
+    // event has happened.
+    type Over<'a> = HashMap<&'a str, usize>;
+    const HOST: &str = "(nil)";
+    let mut known: HashMap<&str, Over<'_>> = HashMap::new();
+    // The last line, and whose it is, that read a place of the host's, wrote one beside, and read one.
+    let [mut sent, mut written, mut read] = [(); 3].map(|()| HashMap::<&str, (&str, usize)>::new());
+    let (mut streams, mut again) = ([BTreeSet::new(), BTreeSet::new()], 0);
+    for (i, line) in trace.lines().enumerate() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [what, who, a, b] = words[..] else { panic!("{line}") };
+        // A stream knows what the host did when it asked; whoever waits for an event knows what it knows.
+        let learnt = [HOST, if what == "wait" { a } else { HOST }];
+        for from in learnt.map(|from| known.get(from).cloned().unwrap_or_default()) {
+            let mine = known.entry(who).or_default();
+            for (of, line) in from {
+                let last = mine.entry(of).or_insert(line);
+                *last = line.max(*last);
+            }
+        }
+        let is_over = |by: &str, last: Option<&(&str, usize)>| {
+            let over = |(of, line): &(&str, usize)| known.get(by).and_then(|k| k.get(of)).is_some_and(|l| l >= line);
+            last.is_none_or(over)
+        };
+        match what {
+            // From the host to what lies beside.
+            "send" => {
+                assert!(is_over(HOST, sent.get(a)), "{i}: {line}: the host's bytes before were not read yet");
+                assert!(is_over(who, read.get(b)), "{i}: {line}: the bytes before were not taken yet");
+                again += usize::from(sent.insert(a, (who, i)).is_some());
+                written.insert(b, (who, i));
+                streams[0].insert(who);
+            }
+            // From there to where it is to lie.
+            "place" => {
+                assert!(written.contains_key(a) && is_over(who, written.get(a)), "{i}: {line}: not there yet");
+                read.insert(a, (who, i));
+                streams[1].insert(who);
+            }
+            "record" => drop(known.insert(a, known.get(who).cloned().unwrap_or_default())),
+            "wait" => (),
+            _ => panic!("{line}"),
+        }
+        known.entry(who).or_default().insert(who, i);
+    }
+    assert!(sent.len() > 1 && again > 8 && written.len() == read.len(), "{} sent, {again} again", sent.len());
+    assert!(streams.iter().all(|s| s.len() == 1) && streams[0] != streams[1], "{streams:?}");
 }

@@ -35,6 +35,19 @@
 #define LOAD 0
 #endif
 
+/* With TRACE: what copies wait for, line by line, in the file "trace" of the working directory. */
+#ifdef TRACE
+#include <stdio.h>
+static void trace(const char *what, const void *a, const void *b, const void *c) {
+    FILE *file = fopen("trace", "a");
+    if (!file) abort();
+    fprintf(file, "%s %p %p %p\n", what, a, b, c);
+    fclose(file);
+}
+#else
+#define trace(what, a, b, c) ((void)(a), (void)(b), (void)(c))
+#endif
+
 #if HAS == 0
 int something_else(void) { return 0; }
 #else
@@ -60,6 +73,11 @@ int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return 0; }
 int cuCtxSetCurrent(void *context) { (void)context; return 0; }
 int cuStreamCreate(void **stream, unsigned flags) { (void)flags; *stream = STREAM ? NULL : malloc(1); return STREAM; }
 int cuStreamSynchronize(void *stream) { (void)stream; return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    (void)flags;
+    trace("wait", stream, event, NULL);
+    return 0;
+}
 int cuStreamQuery(void *stream) { (void)stream; return 0; }
 int cuStreamDestroy_v2(void *stream) { free(stream); return 0; }
 /* The options are the log and its size, in this order. */
@@ -84,7 +102,7 @@ int cuMemAlloc_v2(unsigned long long *address, size_t bytes) {
 }
 int cuMemFree_v2(unsigned long long address) { free((void *)(size_t)address); return 0; }
 int cuMemcpyHtoDAsync_v2(unsigned long long to, const void *from, size_t bytes, void *stream) {
-    (void)stream;
+    trace("send", stream, from, (void *)(size_t)to);
     memcpy((void *)(size_t)to, from, bytes);
     return 0;
 }
@@ -93,11 +111,16 @@ int cuMemcpyDtoHAsync_v2(void *to, unsigned long long from, size_t bytes, void *
     memcpy(to, (void *)(size_t)from, bytes);
     return 0;
 }
+int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void *stream) {
+    trace("place", stream, (void *)(size_t)from, (void *)(size_t)to);
+    memcpy((void *)(size_t)to, (void *)(size_t)from, bytes);
+    return 0;
+}
 int cuMemHostAlloc(void **start, size_t bytes, unsigned flags) { (void)flags; *start = PIN ? NULL : malloc(bytes); return PIN; }
 int cuMemFreeHost(void *start) { free(start); return 0; }
 int cuEventCreate(void **event, unsigned flags) { (void)flags; *event = malloc(1); return 0; }
-int cuEventRecord(void *event, void *stream) { (void)event; (void)stream; return 0; }
-int cuEventSynchronize(void *event) { (void)event; return 0; }
+int cuEventRecord(void *event, void *stream) { trace("record", stream, event, NULL); return 0; }
+int cuEventSynchronize(void *event) { trace("wait", NULL, event, NULL); return 0; }
 int cuEventDestroy_v2(void *event) { free(event); return 0; }
 int cuMemsetD8Async(unsigned long long to, unsigned char value, size_t bytes, void *stream) {
     (void)stream;

@@ -14,6 +14,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as
 
 use super::calls::{Calls, MapCalls, NOT_READY, OUT_OF_MEMORY, check as checked, named};
 use super::graphs::Graphs;
+use super::pinned::{Locked, Streams};
 use super::{Driver, Findings, Graph, Launch, Memory, Module, Parameter, Pinned, Work};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaStatus, cuda_status};
@@ -23,13 +24,14 @@ const OLDEST: i32 = 11000;
 /// Bytes for what the assembler says of a file that it refuses.
 const LOG: usize = 4096;
 
-/// A card with one stream, on which everything happens in order.
+/// A card with one stream on which everything happens in order, and another for what comes over the bus meanwhile.
 #[derive(Debug)]
 pub struct Context {
     calls: Calls,
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    bus: sys::CUstream,
     capability: [u32; 2],
     multiprocessors: usize,
     name: String,
@@ -53,19 +55,10 @@ struct Loaded {
     functions: HashMap<String, (sys::CUfunction, usize)>,
 }
 
-/// Page-locked memory.
-#[derive(Debug)]
-struct Locked {
-    start: *mut c_void,
-    bytes: usize,
-    /// The last copy from it.
-    copied: sys::CUevent,
-}
-
 // SAFETY: the driver's handles may be used from any thread in which the context is current, which every call sees to;
 // the tables of modules, page-locked memory and graphs are behind locks, and what is in them is used under these.
 unsafe impl Send for Context {}
-// SAFETY: as above; the driver serialises calls on one stream.
+// SAFETY: as above; the driver serialises calls on a stream.
 unsafe impl Sync for Context {}
 
 fn check(what: &str, code: c_int) -> Result<()> {
@@ -123,6 +116,7 @@ impl Context {
             device,
             context,
             stream: ptr::null_mut(),
+            bus: ptr::null_mut(),
             capability: [major, minor].map(i32::unsigned_abs),
             multiprocessors: multiprocessors.max(1) as usize,
             name,
@@ -136,6 +130,7 @@ impl Context {
         };
         new.enter()?;
         new.stream = new.new_stream()?;
+        new.bus = new.new_stream()?;
         Ok(new)
     }
 
@@ -288,17 +283,6 @@ fn stranger(pinned: Pinned) -> Error {
     Error::Device { what: format!("no memory was page-locked at {:#x}", pinned.address) }
 }
 
-impl Locked {
-    /// Gives it back; nothing copies from it any more.
-    fn release(self, calls: &Calls) -> Result<()> {
-        // SAFETY: both are from the driver, and whoever has them by value is the last to know them.
-        unsafe {
-            check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.copied))?;
-            check("cuMemFreeHost", (calls.cuMemFreeHost)(self.start))
-        }
-    }
-}
-
 impl Driver for Context {
     fn capability(&self) -> [u32; 2] {
         self.capability
@@ -373,39 +357,26 @@ impl Driver for Context {
 
     fn pin(&self, bytes: usize) -> Result<Pinned> {
         self.enter()?;
-        let (mut start, mut copied) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: the context is current, the pointer is to a live variable. A size of zero would be refused.
-        check("cuMemHostAlloc", unsafe { (self.calls.cuMemHostAlloc)(&mut start, bytes.max(1), 0) })?;
-        // SAFETY: as much memory as was asked for, at no other's place. Zeros, so that all of it can be read.
-        unsafe { start.cast::<u8>().write_bytes(0, bytes) };
-        // Nobody asks how long a copy took.
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
-        // SAFETY: the context is current, the pointer is to a live variable.
-        let code = unsafe { (self.calls.cuEventCreate)(&mut copied, flags) };
-        if code != 0 {
-            // SAFETY: the memory is from the driver and nobody knows of it. An error of this call would hide the first.
-            let _ = unsafe { (self.calls.cuMemFreeHost)(start) };
-            check("cuEventCreate", code)?;
-        }
-        let address = start.addr();
-        self.locked().insert(address, Locked { start, bytes, copied });
-        Ok(Pinned { address, bytes })
+        let locked = Locked::new(&self.calls, bytes)?;
+        let pinned = Pinned { address: locked.address(), bytes };
+        self.in_use.fetch_add(locked.of_card(), Ordering::Relaxed);
+        self.locked().insert(pinned.address, locked);
+        Ok(pinned)
     }
 
     fn unpin(&self, pinned: Pinned) -> Result<()> {
         self.wait(pinned)?;
-        match self.locked().remove(&pinned.address) {
-            Some(locked) => locked.release(&self.calls),
-            None => Err(stranger(pinned)),
-        }
+        let locked = self.locked().remove(&pinned.address).ok_or_else(|| stranger(pinned))?;
+        self.in_use.fetch_sub(locked.of_card(), Ordering::Relaxed);
+        locked.release(&self.calls)
     }
 
     fn fill(&self, pinned: Pinned, bytes: &[u8]) -> Result<()> {
         let all = self.locked();
         let locked = all.get(&pinned.address).ok_or_else(|| stranger(pinned))?;
-        fits("fill", Memory { address: 0, bytes: locked.bytes }, bytes.len())?;
-        // SAFETY: the memory is as long as was checked, no slice of it exists, and the lock keeps other writers out.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), locked.start.cast(), bytes.len()) };
+        fits("fill", locked.size(), bytes.len())?;
+        // The lock keeps other writers out.
+        locked.fill(bytes);
         Ok(())
     }
 
@@ -414,17 +385,13 @@ impl Driver for Context {
         self.enter()?;
         let all = self.locked();
         let locked = all.get(&pinned.address).ok_or_else(|| stranger(pinned))?;
-        fits("copy", Memory { address: 0, bytes: locked.bytes }, bytes)?;
-        // SAFETY: there are as many bytes on both sides; who unpins the memory waits for the event first.
-        unsafe {
-            check("copy", (self.calls.cuMemcpyHtoDAsync_v2)(to.address, locked.start, bytes, self.stream))?;
-            check("cuEventRecord", (self.calls.cuEventRecord)(locked.copied, self.stream))
-        }
+        fits("copy", locked.size(), bytes)?;
+        locked.copy(&self.calls, to, bytes, Streams { work: self.stream, bus: self.bus })
     }
 
     fn wait(&self, pinned: Pinned) -> Result<()> {
         self.enter()?;
-        let copied = self.locked().get(&pinned.address).ok_or_else(|| stranger(pinned))?.copied;
+        let copied = self.locked().get(&pinned.address).ok_or_else(|| stranger(pinned))?.copied();
         // SAFETY: the event lives until the memory is given back, which whoever owns it does after it waited.
         check("the GPU's work", unsafe { (self.calls.cuEventSynchronize)(copied) })
     }
@@ -498,9 +465,11 @@ impl Drop for Context {
         let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: all handles are from this context and are used no more. Errors cannot be handed to anyone here.
         unsafe {
-            if !self.stream.is_null() {
-                let _ = (self.calls.cuStreamSynchronize)(self.stream);
-                let _ = (self.calls.cuStreamDestroy_v2)(self.stream);
+            for stream in [self.bus, self.stream] {
+                if !stream.is_null() {
+                    let _ = (self.calls.cuStreamSynchronize)(stream);
+                    let _ = (self.calls.cuStreamDestroy_v2)(stream);
+                }
             }
             if let Some(graphs) = &mut self.graphs {
                 graphs.get_mut().unwrap_or_else(PoisonError::into_inner).release();

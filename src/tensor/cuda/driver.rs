@@ -213,7 +213,7 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
     }
 
     /// Copies the first `bytes` bytes of `pinned` to the start of `to`, as work in its order: unlike [`Driver::upload`] it
-    /// does not wait.
+    /// does not wait. What crosses the bus may do so while work before it is done.
     ///
     /// # Errors
     /// [`Error::Shape`] when there are not as many on both sides, [`Error::Device`].
@@ -221,7 +221,7 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
         Err(unknown(pinned))
     }
 
-    /// Waits until the last copy from `pinned` is done.
+    /// Waits until the last copy from `pinned` has read it.
     ///
     /// # Errors
     /// [`Error::Device`], also of work asked for earlier.

@@ -7,6 +7,7 @@ mod driver;
 mod findings;
 mod graphs;
 mod passes;
+mod pinned;
 mod queue;
 mod rehearsal;
 mod staging;
@@ -22,6 +23,7 @@ pub use driver::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 pub use findings::Findings;
 pub(super) use queue::Queue;
 pub(crate) use rehearsal::Rehearsal;
+pub(super) use staging::STAGED;
 pub use tensor_map::{MAP, Parameter, TensorMap};
 
 use self::calls::{NO_DEVICE, Questions, check};

@@ -3,12 +3,15 @@
 use super::{Driver, Memory, Pinned};
 use crate::error::{Error, Result};
 
-/// How many: images and labels of a batch of two, sent while the card is at the batch before. What is more waits for it.
+/// How many: images and labels of a batch of two, and as many again whose bytes have left theirs. What is more waits for the
+/// card's work.
 const BUFFERS: usize = 4;
 /// Bytes of a buffer at least and at most. The largest holds the window of eight channels of 128^3 voxels, and the box that such
 /// a patch is warped from; what is longer goes piece by piece.
 const LEAST: usize = 64 << 10;
 pub(super) const MOST: usize = 64 << 20;
+/// Bytes of a card at most that what is sent goes through.
+pub(crate) const STAGED: usize = BUFFERS * MOST;
 
 /// The buffers: one is filled while the card copies from the others.
 #[derive(Debug, Default)]
