@@ -23,6 +23,7 @@ const INTERPRETED: &[(&str, &str)] = &[
     ("ptx_on_what_stands_in_for_a_card", "runs some of the others"),
     ("ptx_parameters_have_the_size_of_their_structs", "runs nothing"),
     ("ptx_has_no_entry_that_the_host_side_does_not_know", "runs nothing"),
+    ("ptx_in_the_program_is_the_checked_in_files", "runs nothing"),
     ("ptx_conv3d_wastes_no_bank_and_no_sector", "counts what a card does not count"),
     ("ptx_conv3d_first_wastes_no_sector", "counts what a card does not count"),
     ("ptx_conv3d_residual_refuses_what_does_not_fit", "ends before anything runs"),

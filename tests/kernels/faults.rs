@@ -1,7 +1,10 @@
 //! Faults planted into a kernel's PTX: what would make the other tests pass by luck is found here.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
 use stunet::Result;
 use stunet::backend_testing::cuda::conv3d::{self, Wish};
 use stunet::backend_testing::cuda::{Source, Storage};
@@ -85,13 +88,17 @@ impl Driver for Faulty<'_> {
             return self.sim.launch(module, entry, launch, params);
         }
         // What stands before all entries, and this one.
-        let header = &module.text[..module.text.find(".visible .entry").unwrap()];
-        let rest = &module.text[module.text.find(&format!(".visible .entry {entry}(")).unwrap()..];
+        let all = module.text()?;
+        let header = &all[..all.find(".visible .entry").unwrap()];
+        let rest = &all[all.find(&format!(".visible .entry {entry}(")).unwrap()..];
         let entry_text = &rest[..rest[1..].find(".visible .entry").map_or(rest.len(), |end| end + 1)];
         let edited = (self.edit)(entry_text);
         assert!(edited != entry_text, "{}: nothing was planted", self.name);
-        let text: &'static str = Box::leak(format!("{header}{edited}").into_boxed_str());
-        self.sim.launch(&Module { name: self.name, text }, entry, launch, params)
+        let mut packed = ZlibEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(format!("{header}{edited}").as_bytes()).unwrap();
+        // A module is known by where it lies, for the life of the process.
+        let packed = packed.finish().unwrap().leak();
+        self.sim.launch(&Module { name: self.name, packed }, entry, launch, params)
     }
 
     fn synchronize(&self) -> Result<()> {

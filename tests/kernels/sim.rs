@@ -16,8 +16,8 @@ static PARSED: Mutex<Option<HashMap<usize, &'static Parsed>>> = Mutex::new(None)
 
 fn parsed(module: &Module) -> &'static Parsed {
     let mut all = PARSED.lock().unwrap_or_else(PoisonError::into_inner);
-    all.get_or_insert_default().entry(module.text.as_ptr().addr()).or_insert_with(|| {
-        let parsed = Parsed::parse(module.text).unwrap_or_else(|e| panic!("{}: {e}", module.name));
+    all.get_or_insert_default().entry(module.packed.as_ptr().addr()).or_insert_with(|| {
+        let parsed = Parsed::parse(&module.text().unwrap()).unwrap_or_else(|e| panic!("{}: {e}", module.name));
         Box::leak(Box::new(parsed))
     })
 }

@@ -61,10 +61,7 @@ pub(super) use files;
 /// The PTX file of this name as a [`Module`].
 macro_rules! module {
     ($name:expr) => {
-        $crate::tensor::cuda::Module {
-            name: $name,
-            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/ptx/", $name)),
-        }
+        $crate::tensor::cuda::Module { name: $name, packed: include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".z")) }
     };
 }
 pub(super) use module;

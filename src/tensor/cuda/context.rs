@@ -253,7 +253,7 @@ impl Context {
 
 /// Has the driver assemble a file, and says what it says if it will not.
 fn load(calls: &Calls, module: &Module) -> Result<sys::CUmodule> {
-    let text = CString::new(module.text).map_err(|e| Error::Device { what: format!("{}: {e}", module.name) })?;
+    let text = CString::new(module.text()?).map_err(|e| Error::Device { what: format!("{}: {e}", module.name) })?;
     let mut log = [0 as c_char; LOG];
     let mut options = [Jit::CU_JIT_ERROR_LOG_BUFFER, Jit::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // The driver takes numbers in the place of pointers.

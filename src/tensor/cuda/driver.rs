@@ -1,5 +1,9 @@
 //! What the kernels' host side asks of a device: memory, and to run an entry of a PTX file.
 
+use std::io::Read;
+
+use flate2::read::ZlibDecoder;
+
 use super::{Findings, Parameter, TensorMap};
 use crate::error::{Error, Result};
 
@@ -30,8 +34,22 @@ impl Memory {
 pub struct Module {
     /// Its file name.
     pub name: &'static str,
+    /// Its text as a zlib stream. Whose address it is at is the same module.
+    pub packed: &'static [u8],
+}
+
+impl Module {
     /// Its text.
-    pub text: &'static str,
+    ///
+    /// # Errors
+    /// [`Error::Device`] that names the file when it is damaged.
+    pub fn text(&self) -> Result<String> {
+        let mut text = String::new();
+        match ZlibDecoder::new(self.packed).read_to_string(&mut text) {
+            Ok(_) => Ok(text),
+            Err(e) => Err(Error::Device { what: format!("{}: {e}", self.name) }),
+        }
+    }
 }
 
 /// Page-locked memory of the host, from which a card copies while the processor goes on. Only a name for it: who pinned it
@@ -89,8 +107,8 @@ impl Ask<'_> {
                 Ask::Launch { module: m, entry: e, launch: l, params: p },
                 Ask::Launch { module, entry, launch, params },
             ) => {
-                // A text is in the program once.
-                (m.name, m.text.as_ptr(), e, l, p) == (module.name, module.text.as_ptr(), entry, launch, params)
+                // A file is in the program once.
+                (m.name, m.packed.as_ptr(), e, l, p) == (module.name, module.packed.as_ptr(), entry, launch, params)
             }
             (Ask::Memset { memory: m, value: v }, Ask::Memset { memory, value }) => (m, v) == (memory, value),
             _ => false,
