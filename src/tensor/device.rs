@@ -169,15 +169,12 @@ impl Device {
     }
 
     /// Bytes that new tensors can have: up to the limit, and on a card what is free, less what its driver takes for itself
-    /// as kernels are first run, and as much again, within reason, for what is sent. `None` where only the system knows.
+    /// as kernels are first run. `None` where only the system knows.
     pub(crate) fn room(&self) -> Result<Option<usize>> {
         let memory = self.memory();
         let limit = memory.limit.map(|limit| limit.saturating_sub(memory.in_use));
         let (Some(total), Some(free)) = (self.total_memory(), self.available_memory()?) else { return Ok(limit) };
-        let own = total / 32;
-        #[cfg(feature = "cuda")]
-        let own = own + own.min(super::cuda::STAGED);
-        let free = free.saturating_sub(own);
+        let free = free.saturating_sub(total / 32);
         Ok(Some(limit.map_or(free, |limit| limit.min(free))))
     }
 

@@ -1,5 +1,5 @@
-/* A driver for tests that want one which does not work: compiled as libcuda.so.1, it has as many functions as HAS says, and
-   fails where it is told to by a code of cuda.h. */
+/* A driver for tests that want one which does not work, or one that runs no kernel: compiled as libcuda.so.1, it has as many
+   functions as HAS says, and fails where it is told to by a code of cuda.h. */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +31,9 @@
 #ifndef PIN
 #define PIN 0
 #endif
+#ifndef BESIDE
+#define BESIDE 0 /* of memory that is asked for right after an event */
+#endif
 #ifndef LOAD
 #define LOAD 0
 #endif
@@ -41,7 +44,10 @@
 static void trace(const char *what, const void *a, const void *b, const void *c) {
     FILE *file = fopen("trace", "a");
     if (!file) abort();
-    fprintf(file, "%s %p %p %p\n", what, a, b, c);
+    fprintf(file, "%s", what);
+    const void *all[] = {a, b, c};
+    for (int i = 0; i < 3; i++) all[i] ? fprintf(file, " %p", all[i]) : fprintf(file, " host");
+    fprintf(file, "\n");
     fclose(file);
 }
 #else
@@ -96,11 +102,19 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
 }
 int cuModuleUnload(void *module) { (void)module; return 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) { (void)function; (void)attribute; (void)value; return 0; }
+static int after_event = 0;
 int cuMemAlloc_v2(unsigned long long *address, size_t bytes) {
+    int refused = after_event ? BESIDE : 0;
+    after_event = 0;
+    if (refused) return refused;
     *address = ALLOC ? 0 : (unsigned long long)(size_t)malloc(bytes);
     return ALLOC;
 }
-int cuMemFree_v2(unsigned long long address) { free((void *)(size_t)address); return 0; }
+int cuMemFree_v2(unsigned long long address) {
+    trace("free", NULL, (void *)(size_t)address, NULL);
+    free((void *)(size_t)address);
+    return 0;
+}
 int cuMemcpyHtoDAsync_v2(unsigned long long to, const void *from, size_t bytes, void *stream) {
     trace("send", stream, from, (void *)(size_t)to);
     memcpy((void *)(size_t)to, from, bytes);
@@ -117,8 +131,8 @@ int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t 
     return 0;
 }
 int cuMemHostAlloc(void **start, size_t bytes, unsigned flags) { (void)flags; *start = PIN ? NULL : malloc(bytes); return PIN; }
-int cuMemFreeHost(void *start) { free(start); return 0; }
-int cuEventCreate(void **event, unsigned flags) { (void)flags; *event = malloc(1); return 0; }
+int cuMemFreeHost(void *start) { trace("free", NULL, start, NULL); free(start); return 0; }
+int cuEventCreate(void **event, unsigned flags) { (void)flags; after_event = 1; *event = malloc(1); return 0; }
 int cuEventRecord(void *event, void *stream) { trace("record", stream, event, NULL); return 0; }
 int cuEventSynchronize(void *event) { trace("wait", NULL, event, NULL); return 0; }
 int cuEventDestroy_v2(void *event) { free(event); return 0; }

@@ -365,7 +365,7 @@ impl Driver for Context {
     }
 
     fn unpin(&self, pinned: Pinned) -> Result<()> {
-        self.wait(pinned)?;
+        self.enter()?;
         let locked = self.locked().remove(&pinned.address).ok_or_else(|| stranger(pinned))?;
         self.in_use.fetch_sub(locked.of_card(), Ordering::Relaxed);
         locked.release(&self.calls)

@@ -239,10 +239,10 @@ pub trait Driver: std::fmt::Debug + Send + Sync {
         Err(unknown(pinned))
     }
 
-    /// Waits until the last copy from `pinned` has read it.
+    /// Waits until the last copy from `pinned` has read it, which may be before work asked for earlier is done.
     ///
     /// # Errors
-    /// [`Error::Device`], also of work asked for earlier.
+    /// [`Error::Device`], also of earlier work that is known by then to have failed.
     fn wait(&self, pinned: Pinned) -> Result<()> {
         Err(unknown(pinned))
     }

@@ -23,7 +23,6 @@ pub use driver::{Driver, Graph, Launch, Memory, Module, Pinned, Work};
 pub use findings::Findings;
 pub(super) use queue::Queue;
 pub(crate) use rehearsal::Rehearsal;
-pub(super) use staging::STAGED;
 pub use tensor_map::{MAP, Parameter, TensorMap};
 
 use self::calls::{NO_DEVICE, Questions, check};

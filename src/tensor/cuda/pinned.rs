@@ -69,12 +69,13 @@ impl Beside {
         Ok(Beside { address, taken })
     }
 
+    /// Waits for the last copy from it, and gives it back.
     fn release(self, calls: &Calls) -> Result<()> {
         // SAFETY: both are from the driver, and whoever has them by value is the last to know them.
         unsafe {
-            check("the GPU's work", (calls.cuEventSynchronize)(self.taken))?;
-            check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.taken))?;
-            check("cuMemFree", (calls.cuMemFree_v2)(self.address))
+            let done = check("the GPU's work", (calls.cuEventSynchronize)(self.taken));
+            let event = check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.taken));
+            done.and(event).and(check("cuMemFree", (calls.cuMemFree_v2)(self.address)))
         }
     }
 }
@@ -140,16 +141,25 @@ impl Locked {
     /// Where either side is shorter.
     pub(super) fn copy(&self, calls: &Calls, to: Memory, bytes: usize, streams: Streams) -> Result<()> {
         assert!(bytes <= self.bytes.min(to.bytes), "{bytes} bytes from {} to {}", self.bytes, to.bytes);
-        let Streams { work, bus } = streams;
+        self.ask(calls, to, bytes, streams).inspect_err(|_| {
+            // Part of it may be under way without the event that tells. Errors of these calls would hide the first.
+            for stream in [streams.bus, streams.work] {
+                // SAFETY: the streams are the caller's.
+                let _ = unsafe { (calls.cuStreamSynchronize)(stream) };
+            }
+        })
+    }
+
+    fn ask(&self, calls: &Calls, to: Memory, bytes: usize, Streams { work, bus }: Streams) -> Result<()> {
         let Some(Beside { address, taken }) = self.beside else {
-            // SAFETY: there are as many bytes on both sides; who gives the memory back waits for the event first.
+            // SAFETY: there are as many bytes on both sides; who fills the memory or gives it back waits for the event first.
             return unsafe {
                 check("copy", (calls.cuMemcpyHtoDAsync_v2)(to.address, self.start, bytes, work))?;
                 check("cuEventRecord", (calls.cuEventRecord)(self.copied, work))
             };
         };
-        // SAFETY: there are as many bytes in all three places; who gives the memory back waits for both events first. What is
-        // beside is written when the copy out of it before was done, and read when it is written. An event that was not
+        // SAFETY: there are as many bytes in all three places; who fills the memory or gives it back waits for the events first.
+        // What is beside is written when the copy out of it before was done, and read when it is written. An event that was not
         // recorded yet has nothing to be waited for.
         unsafe {
             check("cuStreamWaitEvent", (calls.cuStreamWaitEvent)(bus, taken, 0))?;
@@ -161,7 +171,7 @@ impl Locked {
         }
     }
 
-    /// Gives it back; nothing copies from it any more.
+    /// Waits for the last copy from it, and gives it back. The context has to be current.
     ///
     /// # Errors
     /// [`Error::Device`].
@@ -169,9 +179,9 @@ impl Locked {
         let beside = self.beside.map_or(Ok(()), |beside| beside.release(calls));
         // SAFETY: both are from the driver, and whoever has them by value is the last to know them.
         unsafe {
-            check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.copied))?;
-            check("cuMemFreeHost", (calls.cuMemFreeHost)(self.start))?;
+            let done = check("the GPU's work", (calls.cuEventSynchronize)(self.copied));
+            let event = check("cuEventDestroy", (calls.cuEventDestroy_v2)(self.copied));
+            beside.and(done).and(event).and(check("cuMemFreeHost", (calls.cuMemFreeHost)(self.start)))
         }
-        beside
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::passes::Passes;
 use super::staging::Staging;
 use super::{Ask, Driver, Findings, Launch, Memory, Module, Parameter};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A driver with what stands before it.
 #[derive(Debug)]
@@ -29,6 +29,11 @@ impl Queue {
     fn passes(&self) -> MutexGuard<'_, Passes> {
         // Launches that a panic left are issued by whoever comes next.
         self.passes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn staging(&self) -> MutexGuard<'_, Staging> {
+        // A panic under the lock leaves at worst a buffer that is copied from, which is waited for before it is filled.
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Issues what is held back, before something that relies on it.
@@ -79,7 +84,11 @@ impl Driver for Queue {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {
-        self.driver.alloc(bytes)
+        match self.driver.alloc(bytes) {
+            // What sends go through is only there for speed.
+            Err(Error::OutOfMemory { .. }) if self.staging().release(&*self.driver) => self.driver.alloc(bytes),
+            done => done,
+        }
     }
 
     fn free(&self, memory: Memory) -> Result<()> {
@@ -89,8 +98,7 @@ impl Driver for Queue {
 
     fn upload(&self, to: Memory, bytes: &[u8]) -> Result<()> {
         self.flush()?;
-        // A panic under the lock leaves at worst a buffer that is copied from, which is waited for before it is filled.
-        self.staging.lock().unwrap_or_else(PoisonError::into_inner).upload(&*self.driver, to, bytes)
+        self.staging().upload(&*self.driver, to, bytes)
     }
 
     fn download(&self, from: Memory, bytes: &mut [u8]) -> Result<()> {

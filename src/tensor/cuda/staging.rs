@@ -10,8 +10,6 @@ const BUFFERS: usize = 4;
 /// a patch is warped from; what is longer goes piece by piece.
 const LEAST: usize = 64 << 10;
 pub(super) const MOST: usize = 64 << 20;
-/// Bytes of a card at most that what is sent goes through.
-pub(crate) const STAGED: usize = BUFFERS * MOST;
 
 /// The buffers: one is filled while the card copies from the others.
 #[derive(Debug, Default)]
@@ -67,11 +65,14 @@ impl Staging {
         Ok(*buffer)
     }
 
-    /// Gives the buffers back.
-    pub(super) fn release(&mut self, driver: &dyn Driver) {
+    /// Gives the buffers back; whether there was one.
+    pub(super) fn release(&mut self, driver: &dyn Driver) -> bool {
+        let mut any = false;
         for buffer in self.buffers.iter_mut().filter_map(Option::take) {
             // Nobody can be told, and the context frees what is left.
             let _ = driver.unpin(buffer);
+            any = true;
         }
+        any
     }
 }
