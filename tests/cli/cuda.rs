@@ -144,7 +144,7 @@ fn a_card_that_fails_later_is_code_5() {
 }
 
 /// What a card is sent crosses the bus on a stream of its own, and whatever the two streams do meanwhile nothing is read before it
-/// was written or written before it was read.
+/// was written, or written or freed before it was read.
 #[test]
 fn what_is_sent_overtakes_work_and_harms_none() {
     if !has_compiler() {

@@ -201,8 +201,8 @@ pub(super) fn cuda_train_step_of_unets_is_the_cpus() {
     check(&unet(UnetKind::ResEnc), [4, 8, 8], 1, &loss, adam);
 }
 
-/// Stages that run again on the way back: the same loss, and the same step up to the order in which the gradients of a skip's
-/// readers are added, which is bounded as on the processor.
+/// Stages that run again on the way back: the same loss, and the same gradients up to the order in which those of a skip's readers
+/// are added.
 #[test]
 pub(super) fn cuda_train_step_of_unets_that_recompute() {
     let loss = losses().remove(0);

@@ -143,6 +143,11 @@ pub(super) fn check(what: &str, code: c_int) -> Result<(), String> {
     if code == 0 { Ok(()) } else { Err(format!("{what}: {}", named(code))) }
 }
 
+/// [`check`] of a card that is in use.
+pub(super) fn done(what: &str, code: c_int) -> crate::error::Result<()> {
+    check(what, code).map_err(|what| crate::error::Error::Device { what })
+}
+
 /// `CUDA_ERROR_NO_DEVICE (100)`, or only the number where the driver has no name for it.
 pub(super) fn named(code: c_int) -> String {
     // SAFETY: as in `find`; whoever has a code has called the driver.

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Jit};
 
-use super::calls::{Calls, MapCalls, NOT_READY, OUT_OF_MEMORY, check as checked, named};
+use super::calls::{Calls, MapCalls, NOT_READY, OUT_OF_MEMORY, done as check, named};
 use super::graphs::Graphs;
 use super::pinned::{Locked, Streams};
 use super::{Driver, Findings, Graph, Launch, Memory, Module, Parameter, Pinned, Work};
@@ -60,10 +60,6 @@ struct Loaded {
 unsafe impl Send for Context {}
 // SAFETY: as above; the driver serialises calls on a stream.
 unsafe impl Sync for Context {}
-
-fn check(what: &str, code: c_int) -> Result<()> {
-    checked(what, code).map_err(|what| Error::Device { what })
-}
 
 impl Context {
     /// The card of that number.

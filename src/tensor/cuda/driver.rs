@@ -34,7 +34,7 @@ impl Memory {
 pub struct Module {
     /// Its file name.
     pub name: &'static str,
-    /// Its text as a zlib stream. Whose address it is at is the same module.
+    /// Its text as a zlib stream, by whose address a module is known.
     pub packed: &'static [u8],
 }
 

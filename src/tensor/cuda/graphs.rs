@@ -2,18 +2,13 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
-use std::ffi::c_int;
 use std::ptr;
 
 use cudarc::driver::sys;
 
 use super::Graph;
-use super::calls::{GraphCalls, check as checked};
+use super::calls::{GraphCalls, done as check};
 use crate::error::{Error, Result};
-
-fn check(what: &str, code: c_int) -> Result<()> {
-    checked(what, code).map_err(|what| Error::Device { what })
-}
 
 /// The functions, and the graphs by number.
 #[derive(Debug)]

@@ -5,14 +5,14 @@
 //! takes what was sent before it, and work waits for the bus only when what it needs has not come.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_uint, c_void};
 use std::ptr;
 
 use cudarc::driver::sys;
 
 use super::Memory;
-use super::calls::{Calls, check as checked};
-use crate::error::{Error, Result};
+use super::calls::{Calls, done as check};
+use crate::error::Result;
 
 /// Page-locked memory.
 #[derive(Debug)]
@@ -40,10 +40,6 @@ pub(super) struct Streams {
     pub(super) work: sys::CUstream,
     /// What comes over the bus.
     pub(super) bus: sys::CUstream,
-}
-
-fn check(what: &str, code: c_int) -> Result<()> {
-    checked(what, code).map_err(|what| Error::Device { what })
 }
 
 /// The context has to be current. Nobody asks how long anything took.
@@ -84,7 +80,7 @@ impl Locked {
     /// So many bytes, all zero. The context has to be current.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`crate::Error::Device`].
     pub(super) fn new(calls: &Calls, bytes: usize) -> Result<Locked> {
         let mut start = ptr::null_mut();
         // SAFETY: the context is current, the pointer is to a live variable. A size of zero would be refused.
@@ -135,7 +131,7 @@ impl Locked {
     /// one `Locked` come one after the other.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`crate::Error::Device`].
     ///
     /// # Panics
     /// Where either side is shorter.
@@ -174,7 +170,7 @@ impl Locked {
     /// Waits for the last copy from it, and gives it back. The context has to be current.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`crate::Error::Device`].
     pub(super) fn release(self, calls: &Calls) -> Result<()> {
         let beside = self.beside.map_or(Ok(()), |beside| beside.release(calls));
         // SAFETY: both are from the driver, and whoever has them by value is the last to know them.
